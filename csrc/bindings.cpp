@@ -1,0 +1,455 @@
+// torch's door to the kernels: schemas, checks, views, and the choice of backend.
+//
+// Tensor ops go through the dispatcher by LibTorch's stable ABI, so that one build serves every later torch, and
+// without a CUDA header, so that it builds and loads beside a CPU torch. What is no tensor op goes through pybind11.
+// An op reads: check, allocate, fill the params, run.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <dlfcn.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "math/row.h"
+#ifdef DIFFKERN_CUDA
+#include "cuda/kernels.h"
+#define DIFFKERN_CUDA_LAUNCHER(name) cuda::name
+#else
+#define DIFFKERN_CUDA_LAUNCHER(name) nullptr
+#endif
+
+namespace diffkern {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+// --- checks: `argument: expected this, got that` --------------------------------------------------------------------
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
+}
+
+template <class... Parts>
+void check(bool holds, const Parts&... message) {
+  if (!holds) throw std::runtime_error(text(message...));
+}
+
+std::string show(const Sizes& sizes) {
+  std::string s = "(";
+  for (size_t i = 0; i < sizes.size(); ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
+  return s + (sizes.size() == 1 ? ",)" : ")");
+}
+
+const char* show(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    default: return "another dtype";
+  }
+}
+
+std::string show_device(const Tensor& tensor) {
+  return tensor.is_cuda() ? text("cuda:", tensor.get_device_index()) : "cpu";
+}
+
+Sizes sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return Sizes(sizes.begin(), sizes.end());
+}
+
+void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
+  check(tensor.scalar_type() == expected, name, ": expected ", show(expected), ", got ", show(tensor.scalar_type()));
+}
+
+void check_shape(const char* name, const Tensor& tensor, const Sizes& expected) {
+  check(sizes_of(tensor) == expected, name, ": expected shape ", show(expected), ", got ", show(sizes_of(tensor)));
+}
+
+void check_device(const char* name, const Tensor& tensor, const Tensor& like) {
+  check(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
+        ": expected device ", show_device(like), ", got ", show_device(tensor));
+}
+
+void check_like(const char* name, const Tensor& tensor, const Tensor& like, const Sizes& shape) {
+  check_shape(name, tensor, shape);
+  check_dtype(name, tensor, like.scalar_type());
+  check_device(name, tensor, like);
+}
+
+void check_vector(const char* name, const Tensor& tensor, ScalarType dtype, int64_t length, const Tensor& like) {
+  check_shape(name, tensor, {length});
+  check_dtype(name, tensor, dtype);
+  check_device(name, tensor, like);
+  check(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+void check_samples(const char* name, const Tensor& tensor) {
+  check(tensor.dim() >= 2, name, ": expected [N, ...] with at least 2 dimensions, got shape ", show(sizes_of(tensor)));
+}
+
+void check_writable(const char* name, const Tensor& tensor) {
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    check(tensor.size(d) < 2 || tensor.stride(d) != 0, name, ": expected a tensor to write to, got an expanded one");
+}
+
+// An index for each sample, or one for all.
+struct Index {
+  const int64_t* data;
+  int64_t stride;
+};
+
+// Values must lie in [0, limit). Only the CPU's are looked at: a CUDA kernel writes NaN for those outside.
+Index index_of(const char* name, const Tensor& tensor, int64_t samples, int64_t limit, const Tensor& like) {
+  check_dtype(name, tensor, ScalarType::Long);
+  check_device(name, tensor, like);
+  const bool one = tensor.dim() == 0 || (tensor.dim() == 1 && tensor.size(0) == 1);
+  check(one || (tensor.dim() == 1 && tensor.size(0) == samples), name, ": expected shape () or (", samples,
+        ",), got ", show(sizes_of(tensor)));
+  const Index index{tensor.const_data_ptr<int64_t>(), one ? 0 : tensor.stride(0)};
+  if (tensor.is_cpu())
+    for (int64_t n = 0; n < (one ? int64_t(1) : samples); ++n) {
+      const int64_t value = index.data[n * index.stride];
+      check(value >= 0 && value < limit, name, ": expected values in [0, ", limit, "), got ", value);
+    }
+  return index;
+}
+
+// --- views ----------------------------------------------------------------------------------------------------------
+
+DType dtype_of(const char* name, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: throw std::runtime_error(text(name, ": expected float32, bfloat16 or float16, got ", show(dtype)));
+  }
+}
+
+View view_of(const char* name, const Tensor& tensor) {
+  View view{tensor.data_ptr(), dtype_of(name, tensor.scalar_type()), 0, tensor.stride(0), {}, {}};
+  for (int64_t d = 1; d < tensor.dim(); ++d) {
+    const int64_t size = tensor.size(d), stride = tensor.stride(d);
+    if (size == 1) continue;
+    const int32_t last = view.dims - 1;
+    if (view.dims > 0 && view.strides[last] == size * stride) {
+      view.sizes[last] *= size;
+      view.strides[last] = stride;
+    } else {
+      check(view.dims < kMaxDims, name, ": expected at most ", kMaxDims, " separate dimensions a sample");
+      view.sizes[view.dims] = size;
+      view.strides[view.dims++] = stride;
+    }
+  }
+  if (view.dims == 0) {  // one element a sample
+    view.sizes[0] = view.strides[0] = 1;
+    view.dims = 1;
+  }
+  return view;
+}
+
+int64_t elements_of(const Tensor& tensor) {  // of one sample
+  int64_t elements = 1;
+  for (int64_t d = 1; d < tensor.dim(); ++d) elements *= tensor.size(d);
+  return elements;
+}
+
+Tensor empty_of(const Sizes& sizes, ScalarType dtype, const Tensor& like) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+}
+
+Tensor absent(const Tensor& like) { return empty_of({0}, like.scalar_type(), like); }
+
+// --- running --------------------------------------------------------------------------------------------------------
+
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+
+// torch's current stream, from the CUDA half of torch if the process has loaded it.
+void* current_stream(int32_t device) {
+  static const auto get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    return library ? reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  check(get != nullptr, "a CUDA tensor came, but this torch has no libtorch_cuda.so");
+  void* stream = nullptr;
+  check(get(device, &stream) == AOTI_TORCH_SUCCESS, "torch gave no current CUDA stream");
+  return stream;
+}
+
+template <class Params>
+using CpuKernel = std::type_identity_t<void (*)(const Params&, int64_t begin, int64_t end)>;
+template <class Params>
+using CudaLauncher = std::type_identity_t<const char* (*)(const Params&, void* stream)>;
+
+template <class Params>
+void run_cpu(const Params& params, CpuKernel<Params> kernel, int64_t items, int64_t grain) {
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+}
+
+template <class Params>
+void run_cuda(const Tensor& where, const Params& params, CudaLauncher<Params> launch) {
+  check(launch != nullptr, "a CUDA tensor came, but diffkern was built without CUDA kernels: no nvcc was found");
+  const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
+  const char* error = launch(params, current_stream(where.get_device_index()));
+  check(error == nullptr, "CUDA: ", error);
+}
+
+constexpr int64_t kChunkGrain = 16;  // chunks a thread must have to be worth waking: about 10 us
+
+// Runs an op whose CPU work items are the chunks of its samples.
+template <class Params>
+void run_on_chunks(const Tensor& where, const Params& params, CpuKernel<Params> cpu, CudaLauncher<Params> cuda) {
+  if (params.samples * params.elements == 0) return;
+  if (where.is_cuda()) return run_cuda(where, params, cuda);
+  run_cpu(params, cpu, params.samples * chunks(params.elements), kChunkGrain);
+}
+
+// --- noise ----------------------------------------------------------------------------------------------------------
+
+Tensor noise(const Tensor& seeds, const Sizes& shape, const Tensor& step, int64_t stream, ScalarType dtype) {
+  check(seeds.dim() == 1, "seeds: expected shape (N,), got ", show(sizes_of(seeds)));
+  check_vector("seeds", seeds, ScalarType::Long, seeds.size(0), seeds);
+  check(stream >= 0 && stream < int64_t(1) << 32, "stream: expected a value in [0, 2^32), got ", stream);
+  for (int64_t size : shape) check(size >= 0, "shape: expected no negative size, got ", show(shape));
+  const int64_t samples = seeds.size(0);
+  const Index t = index_of("step", step, samples, int64_t(1) << 32, seeds);
+
+  Sizes sizes = {samples};
+  sizes.insert(sizes.end(), shape.begin(), shape.end());
+  dtype_of("dtype", dtype);
+  Tensor z = empty_of(sizes, dtype, seeds);
+  const NoiseParams params{view_of("z", z), samples,  elements_of(z), seeds.const_data_ptr<int64_t>(),
+                           t.data,          t.stride, uint32_t(stream)};
+  run_on_chunks(z, params, cpu::level().kernels.noise, DIFFKERN_CUDA_LAUNCHER(noise));
+  return z;
+}
+
+// --- q_sample -------------------------------------------------------------------------------------------------------
+
+void run_q_sample(const Tensor& x_0, const Tensor& t, const Tensor& seeds, const Tensor& table, const Tensor& x_t,
+                  const Tensor* eps) {
+  check_samples("x_0", x_0);
+  check(table.dim() == 2 && table.size(1) == 2, "table: expected shape (T, 2), got ", show(sizes_of(table)));
+  check_dtype("table", table, ScalarType::Float);
+  check_device("table", table, x_0);
+  check(table.is_contiguous(), "table: expected a contiguous tensor");
+  check_vector("seeds", seeds, ScalarType::Long, x_0.size(0), x_0);
+  const Index index = index_of("t", t, x_0.size(0), table.size(0), x_0);
+
+  const QSampleParams params{view_of("x_0", x_0),
+                             view_of("x_t", x_t),
+                             eps ? view_of("eps", *eps) : View{},
+                             x_0.size(0),
+                             elements_of(x_0),
+                             seeds.const_data_ptr<int64_t>(),
+                             index.data,
+                             index.stride,
+                             table.const_data_ptr<float>(),
+                             table.size(0)};
+  run_on_chunks(x_0, params, cpu::level().kernels.q_sample, DIFFKERN_CUDA_LAUNCHER(q_sample));
+}
+
+std::tuple<Tensor, Tensor> q_sample(const Tensor& x_0, const Tensor& t, const Tensor& seeds, const Tensor& table,
+                                    bool return_eps) {
+  Tensor x_t = torch::stable::empty_like(x_0);
+  Tensor eps = return_eps ? torch::stable::empty_like(x_0) : absent(x_0);
+  run_q_sample(x_0, t, seeds, table, x_t, return_eps ? &eps : nullptr);
+  return {x_t, eps};
+}
+
+void q_sample_(const Tensor& x_0, const Tensor& t, const Tensor& seeds, const Tensor& table) {
+  check_writable("x_0", x_0);
+  run_q_sample(x_0, t, seeds, table, x_0, nullptr);
+}
+
+// --- reverse_step ---------------------------------------------------------------------------------------------------
+
+void run_reverse_step(const Tensor& x, const Tensor& out, const Tensor& table, const Tensor& step, const Tensor& seeds,
+                      const std::optional<Tensor>& out_uncond, double guidance, bool clip, bool learned_variance,
+                      const std::vector<Tensor>& history, const Tensor& x_next, const Tensor* x0_hat) {
+  check_samples("x", x);
+  Sizes out_shape = sizes_of(x);
+  if (learned_variance) out_shape[1] *= 2;
+  check_like("out", out, x, out_shape);
+  if (out_uncond) check_like("out_uncond", *out_uncond, x, out_shape);
+  for (const Tensor& h : history) check_like("history", h, x, sizes_of(x));
+  check(history.size() <= size_t(kMaxHistory), "history: expected at most ", kMaxHistory, " tensors, got ",
+        history.size());
+  const int64_t columns = kRowColumns + int64_t(history.size());
+  check(table.dim() == 2 && table.size(1) == columns, "table: expected shape (steps, ", columns, "), got ",
+        show(sizes_of(table)));
+  check_dtype("table", table, ScalarType::Float);
+  check_device("table", table, x);
+  check(table.is_contiguous(), "table: expected a contiguous tensor");
+  check_vector("seeds", seeds, ScalarType::Long, x.size(0), x);
+  const Index index = index_of("step", step, x.size(0), table.size(0), x);
+
+  ReverseStepParams params{};
+  params.x = view_of("x", x);
+  params.out = view_of("out", out);
+  params.x_next = view_of("x_next", x_next);
+  if (out_uncond) params.out_uncond = view_of("out_uncond", *out_uncond);
+  if (x0_hat) params.x0_hat = view_of("x0_hat", *x0_hat);
+  for (const Tensor& h : history) params.history[params.history_count++] = view_of("history", h);
+  params.samples = x.size(0);
+  params.elements = elements_of(x);
+  params.seeds = seeds.const_data_ptr<int64_t>();
+  params.table = table.const_data_ptr<float>();
+  params.rows = table.size(0);
+  params.columns = columns;
+  params.step = index.data;
+  params.step_stride = index.stride;
+  params.guidance = float(guidance);
+  params.clip = clip;
+  params.learned_variance = learned_variance;
+  run_on_chunks(x, params, cpu::level().kernels.reverse_step, DIFFKERN_CUDA_LAUNCHER(reverse_step));
+}
+
+std::tuple<Tensor, Tensor> reverse_step(const Tensor& x, const Tensor& out, const Tensor& table, const Tensor& step,
+                                        const Tensor& seeds, const std::optional<Tensor>& out_uncond, double guidance,
+                                        bool clip, bool learned_variance, const std::vector<Tensor>& history,
+                                        bool return_x0) {
+  Tensor x_next = torch::stable::empty_like(x);
+  Tensor x0_hat = return_x0 ? torch::stable::empty_like(x) : absent(x);
+  run_reverse_step(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, x_next,
+                   return_x0 ? &x0_hat : nullptr);
+  return {x_next, x0_hat};
+}
+
+void reverse_step_(const Tensor& x, const Tensor& out, const Tensor& table, const Tensor& step, const Tensor& seeds,
+                   const std::optional<Tensor>& out_uncond, double guidance, bool clip, bool learned_variance,
+                   const std::vector<Tensor>& history, const std::optional<Tensor>& x0_hat) {
+  check_writable("x", x);
+  if (x0_hat) {
+    check_like("x0_hat", *x0_hat, x, sizes_of(x));
+    check_writable("x0_hat", *x0_hat);
+  }
+  run_reverse_step(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, x,
+                   x0_hat ? &*x0_hat : nullptr);
+}
+
+// --- noise_loss -----------------------------------------------------------------------------------------------------
+
+NoiseLossParams noise_loss_params(const Tensor& out, const Tensor& seeds, const Tensor& t,
+                                  const std::optional<Tensor>& weights) {
+  check_samples("out", out);
+  check(elements_of(out) > 0, "out: expected at least one element a sample, got shape ", show(sizes_of(out)));
+  check_vector("seeds", seeds, ScalarType::Long, out.size(0), out);
+  if (weights) check_vector("weights", *weights, ScalarType::Float, out.size(0), out);
+  const Index index = index_of("t", t, out.size(0), int64_t(1) << 32, out);
+  NoiseLossParams params{};
+  params.out = view_of("out", out);
+  params.samples = out.size(0);
+  params.elements = elements_of(out);
+  params.seeds = seeds.const_data_ptr<int64_t>();
+  params.t = index.data;
+  params.t_stride = index.stride;
+  params.weights = weights ? weights->const_data_ptr<float>() : nullptr;
+  return params;
+}
+
+Tensor noise_loss(const Tensor& out, const Tensor& seeds, const Tensor& t, const std::optional<Tensor>& weights) {
+  NoiseLossParams params = noise_loss_params(out, seeds, t, weights);
+  Tensor loss = empty_of({params.samples}, ScalarType::Float, out);
+  Tensor partial = empty_of({params.samples, chunks(params.elements)}, ScalarType::Double, out);
+  params.partial = partial.mutable_data_ptr<double>();
+  params.loss = loss.mutable_data_ptr<float>();
+  run_on_chunks(out, params, cpu::level().kernels.noise_loss_partial, DIFFKERN_CUDA_LAUNCHER(noise_loss));
+  if (out.is_cpu()) cpu::level().kernels.noise_loss_total(params, 0, params.samples);
+  return loss;
+}
+
+Tensor noise_loss_backward(const Tensor& grad_loss, const Tensor& out, const Tensor& seeds, const Tensor& t,
+                           const std::optional<Tensor>& weights) {
+  NoiseLossParams params = noise_loss_params(out, seeds, t, weights);
+  check_vector("grad_loss", grad_loss, ScalarType::Float, out.size(0), out);
+  Tensor grad_out = torch::stable::empty_like(out);
+  params.grad_loss = grad_loss.const_data_ptr<float>();
+  params.grad_out = view_of("grad_out", grad_out);
+  run_on_chunks(out, params, cpu::level().kernels.noise_loss_backward, DIFFKERN_CUDA_LAUNCHER(noise_loss_backward));
+  return grad_out;
+}
+
+}  // namespace
+
+// --- registration ---------------------------------------------------------------------------------------------------
+
+STABLE_TORCH_LIBRARY(diffkern, library) {
+  library.def("noise(Tensor seeds, SymInt[] shape, Tensor step, int stream, ScalarType dtype) -> Tensor");
+  library.def("q_sample(Tensor x_0, Tensor t, Tensor seeds, Tensor table, bool return_eps) -> (Tensor, Tensor)");
+  library.def("q_sample_(Tensor(a!) x_0, Tensor t, Tensor seeds, Tensor table) -> ()");
+  library.def(
+      "reverse_step(Tensor x, Tensor out, Tensor table, Tensor step, Tensor seeds, Tensor? out_uncond, "
+      "float guidance, bool clip, bool learned_variance, Tensor[] history, bool return_x0) -> (Tensor, Tensor)");
+  library.def(
+      "reverse_step_(Tensor(a!) x, Tensor out, Tensor table, Tensor step, Tensor seeds, Tensor? out_uncond, "
+      "float guidance, bool clip, bool learned_variance, Tensor[] history, Tensor(b!)? x0_hat) -> ()");
+  library.def("noise_loss(Tensor out, Tensor seeds, Tensor t, Tensor? weights) -> Tensor");
+  library.def("noise_loss_backward(Tensor grad_loss, Tensor out, Tensor seeds, Tensor t, Tensor? weights) -> Tensor");
+}
+
+// An op looks at its tensors' device itself; other devices find no kernel and raise.
+#define DIFFKERN_IMPLEMENT(library)                                  \
+  library.impl("noise", TORCH_BOX(&noise));                         \
+  library.impl("q_sample", TORCH_BOX(&q_sample));                   \
+  library.impl("q_sample_", TORCH_BOX(&q_sample_));                 \
+  library.impl("reverse_step", TORCH_BOX(&reverse_step));           \
+  library.impl("reverse_step_", TORCH_BOX(&reverse_step_));         \
+  library.impl("noise_loss", TORCH_BOX(&noise_loss));               \
+  library.impl("noise_loss_backward", TORCH_BOX(&noise_loss_backward));
+
+STABLE_TORCH_LIBRARY_IMPL(diffkern, CPU, library) { DIFFKERN_IMPLEMENT(library) }
+STABLE_TORCH_LIBRARY_IMPL(diffkern, CUDA, library) { DIFFKERN_IMPLEMENT(library) }
+
+// --- what is no tensor op -------------------------------------------------------------------------------------------
+
+uint64_t word_hash(const std::string& function, int64_t first_run, int64_t last_run) {
+  check(function == "radius" || function == "angle", "function: expected 'radius' or 'angle', got '", function, "'");
+  check(0 <= first_run && first_run <= last_run && last_run <= (int64_t(1) << 32) / kCodesPerHash,
+        "runs: expected 0 <= first <= last <= 4096, got ", first_run, " and ", last_run);
+  std::vector<uint64_t> hash(last_run);
+  const WordHashParams params{function == "angle", hash.data()};
+  torch::stable::parallel_for(first_run, last_run, 1, [&](int64_t begin, int64_t end) {
+    cpu::level().kernels.word_hash(params, begin, end);
+  });
+  uint64_t sum = 0;
+  for (int64_t run = first_run; run < last_run; ++run) sum += hash[run];
+  return sum;
+}
+
+}  // namespace diffkern
+
+PYBIND11_MODULE(_C, module) {
+  using namespace diffkern;
+  module.attr("COMPILED_CUDA_ARCHITECTURES") = DIFFKERN_CUDA_ARCHITECTURES;
+  module.def("cpu_level", [] {
+    if (const char* error = cpu::level().error)
+      throw std::invalid_argument(text("DIFFKERN_CPU_LEVEL: ", error, ", got '", std::getenv("DIFFKERN_CPU_LEVEL"), "'"));
+    return cpu::level().name;
+  });
+  module.def("word_hash", &word_hash, pybind11::arg("function"), pybind11::arg("first_run") = 0,
+             pybind11::arg("last_run") = (int64_t(1) << 32) / kCodesPerHash,
+             pybind11::call_guard<pybind11::gil_scoped_release>());
+}

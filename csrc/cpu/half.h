@@ -1,0 +1,72 @@
+// 16-bit floats in memory, float in registers: loads are exact, stores round once, to nearest even.
+
+#pragma once
+
+#include "../math/lanes.h"
+
+namespace diffkern {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+typedef uint16_t u16v __attribute__((vector_size(2 * kLanes)));
+
+DIFFKERN_FN i32v load_16_bits(const void* p) {
+  u16v a;
+  std::memcpy(&a, p, sizeof a);
+  return __builtin_convertvector(a, i32v);
+}
+
+DIFFKERN_FN void store_16_bits(void* p, i32v a) {
+  u16v low = __builtin_convertvector((u32v)a, u16v);
+  std::memcpy(p, &low, sizeof low);
+}
+
+DIFFKERN_FN f32v load(const BFloat16* p) { return as_float(load_16_bits(p) << 16); }
+
+DIFFKERN_FN void store(BFloat16* p, f32v a) {
+  i32v bits = as_int(a);
+  i32v rounded = i32v((u32v)bits + 0x7FFFu + ((u32v)bits >> 16 & 1u)) >> 16;
+  store_16_bits(p, a == a ? rounded : (bits >> 16 | 0x40));
+}
+
+#if defined(__AVX512F__)
+
+DIFFKERN_FN f32v load(const Float16* p) { return (f32v)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+DIFFKERN_FN void store(Float16* p, f32v a) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT));
+}
+
+#elif defined(__F16C__)
+
+DIFFKERN_FN f32v load(const Float16* p) { return (f32v)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+DIFFKERN_FN void store(Float16* p, f32v a) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT));
+}
+
+#else
+
+DIFFKERN_FN f32v load(const Float16* p) {
+  i32v h = load_16_bits(p), magnitude = (h & 0x7FFF) << 13;
+  f32v finite = as_float(magnitude) * 0x1p112f;  // moves the exponent's bias, exact for subnormals too
+  i32v special = magnitude | 0x7F800000;         // infinity and NaN
+  return as_float((magnitude >= 0x7C00 << 13 ? special : as_int(finite)) | (h & 0x8000) << 16);
+}
+
+DIFFKERN_FN void store(Float16* p, f32v a) {
+  i32v sign = (as_int(a) >> 16) & 0x8000, magnitude = as_int(a) & 0x7FFFFFFF;
+  // subnormal halves: an addition that leaves the rounded value in the low bits
+  i32v subnormal = as_int(as_float(magnitude) + 0.5f) - as_int(broadcast(0.5f));
+  i32v normal = (magnitude + (((127 - 15) * -1) << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+  i32v special = magnitude > 0x7F800000 ? 0x7E00 | ((magnitude >> 13) & 0x3FF) : i32v{} + 0x7C00;
+  i32v half = magnitude < (113 << 23) ? subnormal : normal;
+  store_16_bits(p, sign | (magnitude >= 0x47800000 ? special : half));
+}
+
+#endif
+
+}  // namespace diffkern

@@ -1,0 +1,42 @@
+// The CPU kernels: every one compiled for each level of instruction set, chosen when the module is loaded.
+// A kernel does the work items [begin, end); any split of the items gives the same bits.
+
+#pragma once
+
+#include "../ops.h"
+
+// A new kernel is one line here and one file beside this one.
+#define DIFFKERN_CPU_KERNELS(X)             \
+  X(noise, NoiseParams)                     \
+  X(q_sample, QSampleParams)                \
+  X(reverse_step, ReverseStepParams)        \
+  X(noise_loss_partial, NoiseLossParams)    \
+  X(noise_loss_total, NoiseLossParams)      \
+  X(noise_loss_backward, NoiseLossParams)   \
+  X(word_hash, WordHashParams)
+
+namespace diffkern::cpu {
+
+struct Kernels {
+#define DIFFKERN_MEMBER(name, Params) void (*name)(const Params&, int64_t begin, int64_t end);
+  DIFFKERN_CPU_KERNELS(DIFFKERN_MEMBER)
+#undef DIFFKERN_MEMBER
+};
+
+// The best level that this processor has, or the one that the environment's DIFFKERN_CPU_LEVEL names.
+struct Level {
+  const char* name;
+  const char* error;  // null, or why that level cannot be used (the best one then is)
+  const Kernels& kernels;
+};
+const Level& level();
+
+#ifdef DIFFKERN_CPU_LEVEL
+namespace DIFFKERN_CPU_LEVEL {
+#define DIFFKERN_DECLARE(name, Params) void name(const Params&, int64_t begin, int64_t end);
+DIFFKERN_CPU_KERNELS(DIFFKERN_DECLARE)
+#undef DIFFKERN_DECLARE
+}  // namespace DIFFKERN_CPU_LEVEL
+#endif
+
+}  // namespace diffkern::cpu

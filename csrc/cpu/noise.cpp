@@ -1,0 +1,23 @@
+// z = the noise of (seed, step, stream). A work item is a chunk of one sample.
+
+#include "kernels.h"
+#include "stage.h"
+
+namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
+
+void noise(const NoiseParams& p, int64_t begin, int64_t end) {
+  Buffer buffer;
+  for (int64_t item = begin; item < end; ++item) {
+    const Chunk chunk = chunk_of(item, p.elements);
+    const uint64_t seed = uint64_t(p.seeds[chunk.sample]);
+    const uint32_t step = uint32_t(p.step[chunk.sample * p.step_stride]);
+    float* z = target(p.z, chunk, buffer);
+    for (int i = 0; i < chunk.padded(); i += kNormals) {
+      const Normals normal = normals(seed, step, p.stream, chunk.first + i);
+      for (int j = 0; j < 4; ++j) store(z + i + j * kLanes, normal.z[j]);
+    }
+    commit(p.z, chunk, buffer);
+  }
+}
+
+}  // namespace diffkern::cpu::DIFFKERN_CPU_LEVEL

@@ -1,0 +1,69 @@
+// One step of a sampler (math/update.h) with its noise. A work item is a chunk of one sample: x and the network's
+// output are read once and x_next is written once.
+
+#include "../math/update.h"
+
+#include "kernels.h"
+#include "stage.h"
+
+namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
+
+namespace {
+
+template <bool kGuided, bool kLearned>
+void steps(const ReverseStepParams& p, int64_t begin, int64_t end) {
+  Buffer x_buffer, out_buffer, uncond_buffer, variance_buffer, x_next_buffer, x0_buffer, history_buffer[kMaxHistory];
+  const float limit = p.clip ? 1.0f : __builtin_inff();
+  for (int64_t item = begin; item < end; ++item) {
+    const Chunk chunk = chunk_of(item, p.elements);
+    const float* columns = p.table + p.step[chunk.sample * p.step_stride] * p.columns;
+    Row row;
+    std::memcpy(&row, columns, sizeof row);
+    const float* history_k = columns + kRowColumns;
+    const uint64_t seed = uint64_t(p.seeds[chunk.sample]);
+    const bool noisy = row.sigma != 0;
+
+    Chunk second_half = chunk;
+    second_half.first += p.elements;
+    const float* x = staged(p.x, chunk, x_buffer);
+    const float* out = staged(p.out, chunk, out_buffer);
+    const float* uncond = kGuided ? staged(p.out_uncond, chunk, uncond_buffer) : nullptr;
+    const float* variance = kLearned ? staged(p.out, second_half, variance_buffer) : nullptr;
+    const float* history[kMaxHistory];
+    for (int h = 0; h < p.history_count; ++h) history[h] = staged(p.history[h], chunk, history_buffer[h]);
+    float* x_next = target(p.x_next, chunk, x_next_buffer);
+    float* x0_hat = p.x0_hat.data ? target(p.x0_hat, chunk, x0_buffer) : x0_buffer.data;
+
+    for (int i = 0; i < chunk.padded(); i += kNormals) {
+      Normals normal;
+      if (noisy) normal = normals(seed, uint32_t(row.t), kReverseStep, chunk.first + i);
+      for (int j = 0; j < 4; ++j) {
+        const int at = i + j * kLanes;
+        const f32v x_t = load(x + at);
+        f32v o = load(out + at);
+        if (kGuided) o = guided(p.guidance, o, load(uncond + at));
+        const f32v x0 = predicted_x0(row, x_t, o, limit);
+        f32v next = next_mean(row, x_t, o, x0);
+        for (int h = 0; h < p.history_count; ++h) next = next + history_k[h] * load(history[h] + at);
+        if (noisy)
+          next = next + (kLearned ? learned_sigma(row, load(variance + at)) : broadcast(row.sigma)) * normal.z[j];
+        store(x_next + at, next);
+        if (p.x0_hat.data) store(x0_hat + at, x0);
+      }
+    }
+    commit(p.x_next, chunk, x_next_buffer);
+    if (p.x0_hat.data) commit(p.x0_hat, chunk, x0_buffer);
+  }
+}
+
+}  // namespace
+
+void reverse_step(const ReverseStepParams& p, int64_t begin, int64_t end) {
+  const bool is_guided = p.out_uncond.data != nullptr;
+  if (is_guided && p.learned_variance) return steps<true, true>(p, begin, end);
+  if (is_guided) return steps<true, false>(p, begin, end);
+  if (p.learned_variance) return steps<false, true>(p, begin, end);
+  steps<false, false>(p, begin, end);
+}
+
+}  // namespace diffkern::cpu::DIFFKERN_CPU_LEVEL

@@ -1,0 +1,121 @@
+// Registers of floats: one set of names for AVX-512, AVX2 and everything else.
+//
+// f32v, i32v, u32v hold kLanes values and u64v holds half as many; they are the compiler's vector types, so that
+// + - * & ^ >> < and `mask ? a : b` work on them as on scalars. The rest of what kernels need is below.
+// The host's part of math/lanes.h, to be included through it.
+// All is static: a kernel compiled for AVX-512 shares no symbol with one compiled for less.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace diffkern {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float f32v __attribute__((vector_size(4 * kLanes)));
+typedef int32_t i32v __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t u32v __attribute__((vector_size(4 * kLanes)));
+typedef uint64_t u64v __attribute__((vector_size(4 * kLanes)));
+
+template <>
+struct Lanes<f32v> {
+  using I = i32v;
+  using U = u32v;
+};
+
+DIFFKERN_FN f32v broadcast(float a) { return f32v{} + a; }
+
+DIFFKERN_FN f32v load(const float* p) {
+  f32v a;
+  std::memcpy(&a, p, sizeof a);
+  return a;
+}
+
+DIFFKERN_FN void store(float* p, f32v a) { std::memcpy(p, &a, sizeof a); }
+
+DIFFKERN_FN f32v to_float(i32v a) { return __builtin_convertvector(a, f32v); }
+DIFFKERN_FN i32v as_int(f32v a) { return (i32v)a; }
+DIFFKERN_FN f32v as_float(i32v a) { return (f32v)a; }
+
+#if defined(__AVX512F__)
+
+DIFFKERN_FN f32v sqrt(f32v a) { return (f32v)_mm512_sqrt_ps((__m512)a); }
+DIFFKERN_FN f32v max(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
+DIFFKERN_FN f32v multiply_add(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
+  return (u64v)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+}
+DIFFKERN_FN f32v unpack_low(f32v a, f32v b) { return (f32v)_mm512_unpacklo_ps((__m512)a, (__m512)b); }
+DIFFKERN_FN f32v unpack_high(f32v a, f32v b) { return (f32v)_mm512_unpackhi_ps((__m512)a, (__m512)b); }
+DIFFKERN_FN f32v unpack_low_pairs(f32v a, f32v b) { return (f32v)_mm512_unpacklo_pd((__m512d)a, (__m512d)b); }
+DIFFKERN_FN f32v unpack_high_pairs(f32v a, f32v b) { return (f32v)_mm512_unpackhi_pd((__m512d)a, (__m512d)b); }
+DIFFKERN_FN float reduce_add(f32v a) { return _mm512_reduce_add_ps((__m512)a); }
+DIFFKERN_FN float reduce_max(f32v a) { return _mm512_reduce_max_ps((__m512)a); }
+
+#elif defined(__AVX2__)
+
+DIFFKERN_FN f32v sqrt(f32v a) { return (f32v)_mm256_sqrt_ps((__m256)a); }
+DIFFKERN_FN f32v max(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
+DIFFKERN_FN f32v multiply_add(f32v a, f32v b, f32v c) { return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
+  return (u64v)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+}
+DIFFKERN_FN f32v unpack_low(f32v a, f32v b) { return (f32v)_mm256_unpacklo_ps((__m256)a, (__m256)b); }
+DIFFKERN_FN f32v unpack_high(f32v a, f32v b) { return (f32v)_mm256_unpackhi_ps((__m256)a, (__m256)b); }
+DIFFKERN_FN f32v unpack_low_pairs(f32v a, f32v b) { return (f32v)_mm256_unpacklo_pd((__m256d)a, (__m256d)b); }
+DIFFKERN_FN f32v unpack_high_pairs(f32v a, f32v b) { return (f32v)_mm256_unpackhi_pd((__m256d)a, (__m256d)b); }
+
+#else  // any machine, 128 bits
+
+DIFFKERN_FN f32v sqrt(f32v a) {
+#if defined(__SSE2__)
+  return (f32v)_mm_sqrt_ps((__m128)a);
+#else
+  return f32v{sqrt(a[0]), sqrt(a[1]), sqrt(a[2]), sqrt(a[3])};
+#endif
+}
+DIFFKERN_FN f32v max(f32v a, f32v b) { return a > b ? a : b; }
+DIFFKERN_FN f32v multiply_add(f32v a, f32v b, f32v c) { return a * b + c; }  // rounds twice
+DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
+#if defined(__SSE2__)
+  return (u64v)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+  return (a & 0xFFFFFFFFu) * uint64_t(b);
+#endif
+}
+DIFFKERN_FN f32v unpack_low(f32v a, f32v b) { return f32v{a[0], b[0], a[1], b[1]}; }
+DIFFKERN_FN f32v unpack_high(f32v a, f32v b) { return f32v{a[2], b[2], a[3], b[3]}; }
+DIFFKERN_FN f32v unpack_low_pairs(f32v a, f32v b) { return f32v{a[0], a[1], b[0], b[1]}; }
+DIFFKERN_FN f32v unpack_high_pairs(f32v a, f32v b) { return f32v{a[2], a[3], b[2], b[3]}; }
+
+#endif
+
+#if !defined(__AVX512F__)
+DIFFKERN_FN float reduce_add(f32v a) {  // halves onto halves, as AVX-512's does
+  float lanes[kLanes];
+  store(lanes, a);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+DIFFKERN_FN float reduce_max(f32v a) {
+  float lanes[kLanes];
+  store(lanes, a);
+  for (int i = 1; i < kLanes; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+  return lanes[0];
+}
+#endif
+
+}  // namespace diffkern

@@ -1,0 +1,88 @@
+// What each kernel is given: one struct an op, the same for CPU and CUDA. Kernels know no torch.
+
+#pragma once
+
+#include <cstdint>
+
+namespace diffkern {
+
+enum class DType : int32_t { f32, bf16, f16 };
+
+constexpr int kMaxDims = 5;
+constexpr int kMaxHistory = 4;
+
+// A batch of samples: element i of sample n, in the logical (C, H, W) order, whatever the memory format.
+// Dimensions that lie together are merged, so a contiguous sample has one dimension of stride 1.
+struct View {
+  void* data;  // null: not there
+  DType dtype;
+  int32_t dims;
+  int64_t batch_stride;
+  int64_t sizes[kMaxDims], strides[kMaxDims];  // of one sample, outermost first
+
+  bool contiguous() const { return dims == 1 && strides[0] == 1; }
+};
+
+// z = the noise of (seed, step, stream)
+struct NoiseParams {
+  View z;
+  int64_t samples, elements;  // N, C H W
+  const int64_t* seeds;       // [N]
+  const int64_t* step;        // [N], or [1] with a stride of 0
+  int64_t step_stride;
+  uint32_t stream;
+};
+
+// x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
+struct QSampleParams {
+  View x_0, x_t, eps;  // eps may be null
+  int64_t samples, elements;
+  const int64_t* seeds;  // [N]
+  const int64_t* t;      // [N], or [1] with a stride of 0
+  int64_t t_stride;
+  const float* table;  // [T, 2]: sqrt(alpha_bar), sqrt(1 - alpha_bar)
+  int64_t rows;        // T
+};
+
+// x_next = k_x x + k_o o + k_0 x0_hat + sum_j k_j h_j + sigma z, x0_hat = p_x x + p_o o   (math/update.h)
+struct ReverseStepParams {
+  View x, out, x_next;
+  View out_uncond, x0_hat;    // may be null
+  View history[kMaxHistory];  // h_j
+  int64_t history_count;
+  int64_t samples, elements;
+  const int64_t* seeds;  // [N]
+  const float* table;    // [rows, columns]
+  int64_t rows, columns;
+  const int64_t* step;  // the row: [N], or [1] with a stride of 0
+  int64_t step_stride;
+  float guidance;
+  bool clip, learned_variance;
+};
+
+// loss_n = weight_n mean (out - eps)^2
+struct NoiseLossParams {
+  View out;
+  View grad_out;  // backward only
+  int64_t samples, elements;
+  const int64_t* seeds;    // [N]
+  const int64_t* t;        // [N], or [1] with a stride of 0
+  int64_t t_stride;
+  const float* weights;    // [N] or null
+  double* partial;         // [N, chunks], forward only
+  float* loss;             // [N], forward only
+  const float* grad_loss;  // [N], backward only
+};
+
+// Order-free hashes of a function of one word over runs of codes: the proof that every machine has the same one.
+struct WordHashParams {
+  bool angle;      // cos and sin of the phase, or the radius
+  uint64_t* hash;  // [items], each over kCodesPerHash codes
+};
+constexpr int64_t kCodesPerHash = int64_t(1) << 20;
+
+// Work on elements is cut into chunks of one sample.
+constexpr int64_t kChunk = 1024;
+inline constexpr int64_t chunks(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
+
+}  // namespace diffkern

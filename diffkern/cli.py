@@ -1,0 +1,409 @@
+"""The command line: diffkern sample, train, evaluate, export, doctor."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from . import evaluate, images, training
+from .data import FASHION_MNIST, fashion_mnist, load_dataset
+from .model import Model, load, save
+from .sampling import Step, sample
+from .schedule import Schedule
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GIF_FRAMES = 50
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for an error (one line on stderr), 130 for Ctrl-C."""
+    try:
+        arguments = _parser().parse_args(argv)
+        if arguments.threads is not None:
+            torch.set_num_threads(arguments.threads)
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("diffkern: interrupted", file=sys.stderr)
+        return 130
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        message, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"diffkern: error: {message}", file=sys.stderr)
+        return 2
+
+
+# --- sample ------------------------------------------------------------------------------------------------------
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    for name in ("out", "gif", "npz"):
+        _check_file(name, getattr(arguments, name))
+    model = load(arguments.model, arguments.device)
+    seeds = _seeds(arguments.seeds) if arguments.seeds else list(range(arguments.n))
+    if arguments.n is not None and arguments.seeds and len(seeds) != arguments.n:
+        raise ValueError(f"n: expected {len(seeds)}, one for each of --seeds, got {arguments.n}")
+    labels = _labels(arguments.labels, model, len(seeds))
+    settings = {
+        "guidance": arguments.guidance,
+        "sampler": arguments.sampler or ("ddpm" if arguments.steps in (None, model.schedule.T) else "ddim"),
+        "steps": arguments.steps,
+        "spacing": arguments.spacing,
+        "variance": arguments.variance,
+        "eta": arguments.eta,
+        "clip": arguments.clip,
+        "batch_size": arguments.batch_size,
+    }
+    names = None if labels is None else ["" if label < 0 else model.classes[label] for label in labels]
+    columns = arguments.columns or (len(model.classes) if names and not arguments.labels else None)
+    film = Film(len(seeds), names, columns, arguments.scale) if arguments.gif else None
+    x = sample(
+        model,
+        seeds=seeds,
+        labels=labels,
+        dtype=None if arguments.dtype == "float32" else DTYPES[arguments.dtype],
+        progress=arguments.progress,
+        callback=film and film.record,
+        **settings,
+    )
+    settings = {
+        "model": str(arguments.model),
+        "seeds": seeds,
+        "labels": labels,
+        "classes": model.classes,
+        **settings,
+        "dtype": arguments.dtype,
+        "device": str(model.device),
+        "versions": {"diffkern": _version("diffkern"), "torch": torch.__version__},
+    }
+    written = [arguments.out]
+    images.save_png(images.grid(x, names, columns=columns, scale=arguments.scale), arguments.out, settings)
+    if film:
+        images.save_gif(film.frames(x), arguments.gif)
+        written.append(arguments.gif)
+    if arguments.npz:
+        arrays = {"images": images.to_uint8(x), "seeds": torch.tensor([_signed(seed) for seed in seeds]).numpy()}
+        if labels is not None:
+            arrays["labels"] = torch.tensor(labels).numpy()
+        images.save_npz(arguments.npz, **arrays, settings=json.dumps(settings))
+        written.append(arguments.npz)
+    print(*written, sep="\n")
+    return 0
+
+
+class Film:
+    """The denoising as frames: x_t of every image, at no more than ``GIF_FRAMES`` of the steps."""
+
+    def __init__(self, n: int, names: list[str] | None, columns: int | None, scale: int | None):
+        self.n, self.grid = n, lambda x: images.grid(x, names, columns=columns, scale=scale)
+        self.taken: dict[int, torch.Tensor] = {}
+
+    def record(self, step: Step) -> None:
+        """The callback of :func:`diffkern.sample`."""
+        if step.index not in self.taken:
+            self.taken[step.index] = torch.empty(self.n, *step.x_t.shape[1:], dtype=torch.uint8)
+        shown = (step.x_t.clamp(-1, 1) + 1) * 127.5
+        self.taken[step.index][step.images] = shown.round().byte().cpu()
+
+    def frames(self, x: torch.Tensor) -> list:
+        """The last of them is the result ``x``."""
+        stride = -(-len(self.taken) // GIF_FRAMES)
+        shown = [self.taken[index].float() / 127.5 - 1 for index in sorted(self.taken)[::stride]]
+        return [self.grid(frame) for frame in (*shown, x)]
+
+
+def _seeds(tokens: list[str]) -> list[int]:
+    """Integers, and half-open ranges a:b."""
+    seeds: list[int] = []
+    for token in tokens:
+        try:
+            first, colon, last = token.partition(":")
+            seeds += range(int(first), int(last)) if colon else [int(first)]
+        except ValueError:
+            raise ValueError(f"seeds: expected integers or ranges a:b, got {token!r}") from None
+    if not seeds:
+        raise ValueError(f"seeds: expected at least one, got none in {' '.join(tokens)}")
+    return seeds
+
+
+def _signed(seed: int) -> int:
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _labels(tokens: list[str] | None, model: Model, n: int) -> list[int] | None:
+    """A label an image: the classes in turn, or those given (numbers, names, or "none"); one serves all images."""
+    classes = model.classes
+    if classes is None:
+        if tokens:
+            raise ValueError("labels: expected none, this model has no classes")
+        return None
+    if not tokens:
+        return [i % len(classes) for i in range(n)]
+    known = {name.lower(): label for label, name in enumerate(classes)}
+    known |= {str(label): label for label in range(len(classes))} | {"none": -1, "-1": -1}
+    for token in tokens:
+        if token.lower() not in known:
+            numbered = ", ".join(f"{label} {name}" for label, name in enumerate(classes))
+            raise ValueError(f"labels: expected none or one of {numbered}, got {token!r}")
+    labels = [known[token.lower()] for token in tokens]
+    if len(labels) not in (1, n):
+        raise ValueError(f"labels: expected 1 or {n}, one for each image, got {len(labels)}")
+    return labels * n if len(labels) == 1 else labels
+
+
+def _check_file(name: str, path: str | None) -> None:
+    """Before minutes of work, not after."""
+    if path is None:
+        return
+    suffix = {"out": ".png", "gif": ".gif", "npz": ".npz"}[name]
+    if not path.lower().endswith(suffix):
+        raise ValueError(f"{name}: expected a file name that ends in {suffix}, got {path!r}")
+    _check_folder(name, path)
+
+
+def _check_folder(name: str, path: str) -> None:
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{name}: expected a file in an existing folder, got {path!r}")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+# --- train, export -----------------------------------------------------------------------------------------------
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    given = {f.name: getattr(arguments, f.name) for f in training.config_fields() if hasattr(arguments, f.name)}
+    if arguments.network is not None:
+        given["network"] = _json_object("network", arguments.network)
+    if arguments.schedule is not None:
+        given["schedule"] = getattr(Schedule, arguments.schedule)(arguments.timesteps).config()
+    preset = training.PRESETS[arguments.preset] if arguments.preset else training.Config()
+    checkpoint = Path(arguments.out) / training.CHECKPOINT
+    channels = (preset.network | given.get("network", {})).get("in_channels", 3)
+    dataset = load_dataset(arguments.data, size=arguments.size, channels=channels)
+    if checkpoint.exists():
+        trainer = training.Trainer.resume(checkpoint, dataset, device=arguments.device, **given)
+        print(f"resuming {checkpoint} at step {trainer.steps}", file=sys.stderr)
+    else:
+        given["network"] = preset.network | given.get("network", {})
+        config = dataclasses.replace(preset, **given)
+        model = training.new_model(dataset, config, name=arguments.preset or Path(arguments.out).name)
+        trainer = training.Trainer(model, dataset, config, device=arguments.device)
+    stopped = trainer.run(arguments.out, progress=arguments.progress)
+    if stopped is None:
+        print(checkpoint)
+        return 0
+    print(f"diffkern: {stopped.name} at step {trainer.steps}: saved {checkpoint}; run again to resume", file=sys.stderr)
+    return 128 + stopped
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: expected a JSON object, got {text!r} ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: expected a JSON object, got {text!r}")
+    return value
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.checkpoint)
+    path = path / training.CHECKPOINT if path.is_dir() else path
+    if not arguments.out.endswith(".safetensors"):
+        raise ValueError(f"out: expected a file name that ends in .safetensors, got {arguments.out!r}")
+    _check_folder("out", arguments.out)
+    model = dataclasses.replace(load(path), name=arguments.name or Path(arguments.out).stem)
+    save(model, arguments.out, dtype=DTYPES[arguments.dtype])
+    parameters = sum(parameter.numel() for parameter in model.network.parameters())
+    print(f"{arguments.out}: {parameters} parameters, {os.path.getsize(arguments.out) / 1e6:.1f} MB")
+    return 0
+
+
+# --- evaluate ----------------------------------------------------------------------------------------------------
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    runs = [_run(token) for token in arguments.steps]
+    model = load(arguments.model, arguments.device)
+    train, test = (fashion_mnist(arguments.data, split=split) for split in ("train", "test"))
+    if not Path(arguments.classifier).exists():
+        _check_folder("classifier", arguments.classifier)
+        net = evaluate.train_classifier(train, progress=arguments.progress)
+        evaluate.save_classifier(net, arguments.classifier, evaluate.accuracy(net, test.images, test.labels))
+    net, accuracy = evaluate.load_classifier(arguments.classifier)
+
+    losses = evaluate.eps_loss(model, test, n=arguments.loss_n)
+    T, width = model.schedule.T, len(losses)
+    n = min(arguments.loss_n, len(test))
+    print(f"Held-out eps-loss of {n} test images at each part of t; mean {sum(losses) / width:.5f}\n")
+    print("| t | " + " | ".join(f"{b * T // width}..{(b + 1) * T // width - 1}" for b in range(width)) + " |")
+    print("| --- " * (width + 1) + "|")
+    print("| loss | " + " | ".join(f"{loss:.5f}" for loss in losses) + " |\n")
+
+    print(f"Frechet distance to the training images, in the features of a classifier of {accuracy:.2%} test accuracy\n")
+    print("| sampler | steps | images | distance | as many test images | label agreement | s an image |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    for row in evaluate.evaluate(
+        model,
+        train,
+        test,
+        net,
+        n=arguments.n,
+        runs=runs,
+        guidance=arguments.guidance,
+        batch_size=arguments.batch_size,
+        dtype=None if arguments.dtype == "float32" else DTYPES[arguments.dtype],
+        progress=arguments.progress,
+    ):
+        agreement = "" if row.agreement is None else f"{row.agreement:.1%}"
+        print(
+            f"| {row.sampler} | {row.steps} | {row.n} | {row.distance:.3f} | {row.floor:.3f} | {agreement} "
+            f"| {row.seconds:.3f} |",
+            flush=True,
+        )
+    return 0
+
+
+def _run(token: str) -> tuple[str, int]:
+    sampler, _, steps = token.partition(":")
+    if sampler not in ("ddpm", "ddim") or not steps.isdecimal() or int(steps) < 1:
+        raise ValueError(f"steps: expected ddpm:STEPS or ddim:STEPS, got {token!r}")
+    return sampler, int(steps)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import main
+
+    return main()
+
+
+# --- the parser --------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Lets :func:`main` say what is wrong, in one line; ``--help`` has the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+_count.__name__ = "count"  # argparse's "invalid count value"
+
+
+def _parser() -> Parser:
+    parser = Parser("diffkern", description="Denoising diffusion: sample, train and evaluate.")
+    parser.add_argument("--version", action="version", version=f"diffkern {_version('diffkern')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--threads", type=_count, help="CPU threads (default: torch's choice)")
+    runs = argparse.ArgumentParser(add_help=False, parents=[common])
+    runs.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    runs.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
+
+    def command(name: str, run, text: str, parent=common) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, parents=[parent], allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    p = command("sample", _sample, "Draw images from a model into a labelled grid.", runs)
+    p.add_argument("--model", required=True, help="a shipped model's name, a model file, or a training checkpoint")
+    p.add_argument("--n", type=_count, help="how many images, of the seeds 0..n-1 (default: 16)")
+    p.add_argument("--seeds", nargs="+", metavar="SEED", help="the seed of each image; a:b is a range without b")
+    p.add_argument(
+        "--labels", "--label", nargs="+", metavar="LABEL", help="classes by name or number, none for the null class"
+    )
+    p.add_argument("--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance (default: 1)")
+    p.add_argument("--steps", type=_count, help="(default: all for ddpm, 50 for ddim)")
+    p.add_argument("--sampler", choices=("ddpm", "ddim"), help="(default: ddim for fewer steps than all, else ddpm)")
+    p.add_argument("--spacing", choices=("trailing", "leading", "linspace", "quadratic"), default="trailing")
+    p.add_argument("--variance", choices=("fixed_small", "fixed_large", "learned"), default="fixed_small")
+    p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 none to 1 as much as ddpm's (default: 0)")
+    p.add_argument("--no-clip", dest="clip", action="store_false", help="do not clamp the predicted x_0 to [-1, 1]")
+    p.add_argument("--batch-size", type=_count, help="rows of each pass through the network (default: 16 at most)")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network's arithmetic (default: float32)")
+    p.add_argument("--out", default="samples.png", metavar="PNG", help="the grid (default: samples.png)")
+    p.add_argument("--gif", metavar="GIF", help="the denoising, animated")
+    p.add_argument("--npz", metavar="NPZ", help="images [N, H, W, C] uint8, seeds and labels as arrays")
+    p.add_argument("--columns", type=_count, help="of the grid")
+    p.add_argument("--scale", type=_count, help="screen pixels a pixel")
+
+    p = command("train", _train, "Train a model, or resume the run in --out.", runs)
+    p.add_argument("--data", required=True, help="fashion-mnist, a folder of its IDX files, or a folder of images")
+    p.add_argument("--out", required=True, metavar="DIR", help="checkpoint.safetensors, log.csv and samples-*.png")
+    p.add_argument("--preset", choices=training.PRESETS, help="a recipe; what follows changes it")
+    p.add_argument("--size", type=_count, default=32, help="of an image folder's images, in pixels (default: 32)")
+    p.add_argument("--network", metavar="JSON", help='arguments of the U-Net, as {"channels": 64}')
+    p.add_argument("--schedule", choices=("linear", "cosine", "sigmoid", "scaled_linear"), help="(default: linear)")
+    p.add_argument("--timesteps", type=_count, default=1000, metavar="T", help="of --schedule (default: 1000)")
+    for f in training.config_fields():
+        _add_config_option(p, f)
+
+    p = command("export", _export, "Write a checkpoint's averaged weights as a model file to ship.")
+    p.add_argument("checkpoint", help="checkpoint.safetensors, its folder, or a model file")
+    p.add_argument("--out", required=True, metavar="FILE", help="the .safetensors to write")
+    p.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: float16)")
+    p.add_argument("--name", help="the model's name (default: the file's)")
+
+    p = command("evaluate", _evaluate, "Frechet distances and held-out loss of a model of Fashion-MNIST.", runs)
+    p.add_argument("--model", required=True, help="a shipped model's name, a model file, or a training checkpoint")
+    p.add_argument("--data", default=FASHION_MNIST, metavar="DIR", help=f"of the IDX files (default: {FASHION_MNIST})")
+    p.add_argument("--n", type=_count, default=10_000, help="images a sampler (default: 10000)")
+    p.add_argument(
+        "--steps",
+        nargs="+",
+        default=[f"{sampler}:{steps}" for sampler, steps in evaluate.RUNS],
+        metavar="SAMPLER:STEPS",
+        help="(default: ddpm:1000 ddim:50 ddim:20 ddim:10)",
+    )
+    p.add_argument("--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance (default: 1)")
+    p.add_argument("--loss-n", type=_count, default=1000, help="test images for the held-out loss (default: 1000)")
+    p.add_argument("--batch-size", type=_count, default=100, help="(default: 100)")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network's arithmetic (default: float32)")
+    p.add_argument(
+        "--classifier",
+        default=os.fspath(evaluate.CLASSIFIER),
+        metavar="FILE",
+        help="of the features; trained into FILE where there is none (default: the shipped one)",
+    )
+
+    command("doctor", _doctor, "What is this installation, and does it work?")
+    return parser
+
+
+def _add_config_option(parser: argparse.ArgumentParser, f: dataclasses.Field) -> None:
+    """--batch-size from ``batch_size``, and so on; absent from the namespace unless given."""
+    name, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {_shown(f.default)})"
+    kwargs: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if f.type is bool:
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, **kwargs)
+    elif isinstance(f.type, types.GenericAlias):  # tuple[float, float]
+        item, *rest = typing.get_args(f.type)
+        parser.add_argument(name, type=item, nargs=1 + len(rest), metavar="X", **kwargs)
+    else:
+        choices = f.metadata.get("choices")
+        metavar = None if choices else f.type.__name__.upper()
+        parser.add_argument(name, type=f.type, choices=choices, metavar=metavar, **kwargs)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,226 @@
+"""A network with everything that sampling from it needs, as one object and one file.
+
+The file is safetensors: the weights, and in its metadata under "diffkern" a JSON description of the rest. A training
+checkpoint (:mod:`diffkern.training`) is such a file with more tensors in it; its model is the averaged one.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .samplers import PREDICTIONS
+from .schedule import Schedule
+from .unet import UNet
+
+MODELS = Path(__file__).parent / "models"
+"""Where the shipped models are, each with its card."""
+
+FORMAT = 1
+
+
+@dataclasses.dataclass
+class Model:
+    """What the network predicts, on which schedule, for images of which shape.
+
+    network           called as ``network(x_t, t, labels)``: [N, C, H, W], [N] int64, [N] int64 or None
+    schedule          the betas that it was trained on
+    prediction        "eps", "x0", "v" or "score"
+    shape             (C, H, W) of an image
+    classes           a name for each label 0..K-1, or None
+    learned_variance  the network returns 2C channels, the second half of them for the variance
+    name              for file names and titles
+    """
+
+    network: nn.Module
+    schedule: Schedule
+    prediction: str = "eps"
+    shape: tuple[int, int, int] = (3, 32, 32)
+    classes: tuple[str, ...] | None = None
+    learned_variance: bool = False
+    name: str = "model"
+
+    def __post_init__(self):
+        if not isinstance(self.network, nn.Module):
+            raise TypeError(f"network: expected a torch.nn.Module, got {type(self.network).__name__}")
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(f"schedule: expected a Schedule, got {type(self.schedule).__name__}")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
+        self.shape = tuple(self.shape)
+        if len(self.shape) != 3 or not all(isinstance(size, int) and size > 0 for size in self.shape):
+            raise ValueError(f"shape: expected three positive sizes (C, H, W), got {self.shape}")
+        if self.classes is not None:
+            self.classes = tuple(self.classes)
+
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.network(x_t, t, labels)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def description(self) -> dict[str, Any]:
+        """All but the weights, as JSON holds it."""
+        if not isinstance(self.network, UNet):
+            raise TypeError(f"network: expected a diffkern.unet.UNet to describe, got {type(self.network).__name__}")
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "network": self.network.config,
+            "schedule": self.schedule.config(),
+            "prediction": self.prediction,
+            "shape": self.shape,
+            "classes": self.classes,
+            "learned_variance": self.learned_variance,
+            "prefix": "",
+        }
+
+
+def shipped() -> list[str]:
+    """The names of the models in this package."""
+    return sorted(path.stem for path in MODELS.glob("*.safetensors"))
+
+
+def load(name: str | os.PathLike, device: torch.device | str | None = None) -> Model:
+    """A shipped model by its name, or one from a file of :func:`save` or a training checkpoint (its averaged weights).
+
+    Weights are float32, whatever the file holds, and the network is in eval mode.
+    Raises FileNotFoundError for a name or path that is not there, ValueError for a file that is no model.
+    """
+    path = _find(name)
+    description, tensors = read(path)
+    model = build(description, path)
+    prefix = description.get("prefix", "")
+    weights = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    restore(model.network.state_dict(), weights, path)
+    model.network.eval().requires_grad_(False).to(checked_device(device))
+    return model
+
+
+def checked_device(device: torch.device | str | None) -> torch.device:
+    """``device``, the CPU for None; ValueError unless it is the CPU or a CUDA device that is there."""
+    try:
+        device = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected cpu or cuda, got {device!r}") from None
+    if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()):
+        return device
+    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    raise ValueError(f"device: expected one of {', '.join(there)}, got {device}")
+
+
+def save(model: Model, path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write ``model`` for :func:`load`, its weights as ``dtype`` (half precision halves the file)."""
+    if not isinstance(model, Model):
+        raise TypeError(f"model: expected a Model, got {type(model).__name__}")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
+    weights = {key: tensor.to(dtype) for key, tensor in model.network.state_dict().items()}
+    for key, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"model: expected weights that are finite in {dtype}, got others in {key}")
+    write(path, model.description(), weights)
+
+
+def build(description: dict[str, Any], path: str | os.PathLike) -> Model:
+    """The model that ``description`` describes, its weights still random; ``path`` names it in errors."""
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected a model of format {FORMAT}, got format {description.get('format')!r}")
+    try:
+        return Model(
+            network=UNet(**description["network"]),
+            schedule=Schedule.from_config(description["schedule"]),
+            prediction=description["prediction"],
+            shape=description["shape"],
+            classes=description["classes"],
+            learned_variance=description["learned_variance"],
+            name=description["name"],
+        )
+    except KeyError as error:
+        raise ValueError(f"{path}: expected {error} in the model's description, got {', '.join(description)}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def restore(live: dict[str, Tensor], stored: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Copy ``stored`` into ``live``, which keeps its dtypes, devices and memory formats; the keys must be the same."""
+    missing, unexpected = sorted(live.keys() - stored.keys()), sorted(stored.keys() - live.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{path}: expected the tensors of its network, got {len(missing)} missing {missing[:3]} "
+            f"and {len(unexpected)} unexpected {unexpected[:3]}"
+        )
+    with torch.no_grad():
+        for key, tensor in live.items():
+            if stored[key].shape != tensor.shape:
+                raise ValueError(f"{path}: {key}: expected shape {tuple(tensor.shape)}, got {tuple(stored[key].shape)}")
+            tensor.copy_(stored[key])
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a file of :func:`write`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = json.loads((file.metadata() or {}).get("diffkern", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: expected a file, got none") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: expected a file, got a directory") from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a safetensors file, got {error}") from None
+    if not isinstance(description, dict):
+        raise ValueError(f"{path}: expected a file written by diffkern, got one without its description")
+    return description, tensors
+
+
+def write(path: str | os.PathLike, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """One safetensors file, written atomically: ``description`` in its metadata, and ``tensors``."""
+    tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    metadata = {"diffkern": json.dumps(description)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def write_atomically(path: str | os.PathLike, write_to: Callable[[Path], Any]) -> None:
+    """Let ``write_to`` fill a file beside ``path``, force it to disk, and give it the name ``path``.
+
+    Whatever interrupts this, ``path`` holds the old file or the new one, whole.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    try:
+        write_to(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors writes 0600
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new name, too
+    finally:
+        os.close(directory)
+
+
+def _find(name: str | os.PathLike) -> Path:
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"model: expected a name or a path, got {type(name).__name__}")
+    if name in shipped():
+        return MODELS / f"{name}.safetensors"
+    if not Path(name).exists():
+        names = ", ".join(shipped()) or "none in this package"
+        raise FileNotFoundError(
+            f"model: expected a shipped model ({names}) or an existing file, got {os.fspath(name)!r}"
+        )
+    return Path(name)

@@ -1,0 +1,185 @@
+"""Every op once more in plain NumPy and PyTorch, with the same signature: what the kernels are held against.
+
+The noise is the standard of ``docs/noise.md`` word for word: float32 additions, multiplications and square roots,
+each rounded once, in the order written here. The kernels give these very bits.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# --- words -------------------------------------------------------------------------------------------------------
+
+
+def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Philox4x32-10 (Salmon et al. 2011): uint32 counter [..., 4] and key [..., 2] -> uint32 words [..., 4]."""
+    c0, c1, c2, c3 = np.moveaxis(np.asarray(counter, np.uint64), -1, 0)
+    k0, k1 = np.moveaxis(np.asarray(key, np.uint64), -1, 0)
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for _ in range(10):
+        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & low, (p0 >> shift) ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1).astype(np.uint32)
+
+
+# --- words -> normals --------------------------------------------------------------------------------------------
+
+# -2 (ln(1+f) - f) / f^2 on [-1/3, 1/3]; sin(pi/2 t) / t and (cos(pi/2 t) - 1) / t^2 on [-1/2, 1/2], both in t^2
+LOG = [float.fromhex(h) for h in (
+    "0x1.ffffd6p-1", "-0x1.5554fcp-1", "0x1.00144ep-1", "-0x1.99d3b0p-2",
+    "0x1.5038e0p-2", "-0x1.1ea898p-2", "0x1.3b0c5cp-2", "-0x1.1f2812p-2")]  # fmt: skip
+SIN = [float.fromhex(h) for h in ("0x1.921fb6p+0", "-0x1.4abc24p-1", "0x1.4680a4p-4", "-0x1.33198ep-8")]
+COS = [float.fromhex(h) for h in ("-0x1.3bd3a2p+0", "0x1.03b18ep-2", "-0x1.4eb112p-6")]
+MINUS_2_LN_2 = np.float32(float.fromhex("-0x1.62e430p+0"))
+
+
+def _horner(x: np.ndarray, coefficients: Sequence[float]) -> np.ndarray:
+    y = np.float32(coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        y = y * x + np.float32(c)
+    return y
+
+
+def radius(w: np.ndarray) -> np.ndarray:
+    """sqrt(-2 ln u), u = (w + 1/2) 2^-32: uint32 -> float32. Small 1 - u keep full relative accuracy."""
+    upper = w >= np.uint32(1 << 31)
+    x = (np.where(upper, ~w, w).astype(np.int32).astype(np.float32) + np.float32(0.5)) * np.float32(2**-32)
+    y = np.where(upper, np.float32(1) - x, x)  # u = y, or 1 - x where that is more exact
+    i = y.view(np.int32) - np.int32(0x3F2AAAAB)
+    e = i >> 23  # u = 2^e (1 + f), 1 + f in [2/3, 4/3)
+    f = ((i & np.int32(0x007FFFFF)) + np.int32(0x3F2AAAAB)).view(np.float32) - np.float32(1)
+    f = np.where(e == 0, -x, f)
+    return np.sqrt(((f * f) * _horner(f, LOG) + f * np.float32(-2)) + e.astype(np.float32) * MINUS_2_LN_2)
+
+
+def cos_sin(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of w 2^-32 turns: uint32 -> two float32."""
+    t = (w << np.uint32(2)).view(np.int32).astype(np.float32) * np.float32(2**-32)  # quarter turns, [-1/2, 1/2)
+    t2 = t * t
+    sin, cos = t * _horner(t2, SIN), t2 * _horner(t2, COS) + np.float32(1)
+    quarter = (w + np.uint32(1 << 29)) >> np.uint32(30)
+    cos, sin = np.where(quarter & 1, sin, cos), np.where(quarter & 1, cos, sin)
+    return np.where((quarter + np.uint32(1)) & 2, -cos, cos), np.where(quarter & 2, -sin, sin)
+
+
+def normals(words: np.ndarray) -> np.ndarray:
+    """Four words [..., 4] -> four standard normals [..., 4] (Box & Muller 1958)."""
+    r = radius(words[..., 0::2].copy())
+    cos, sin = cos_sin(words[..., 1::2].copy())
+    return np.stack((r * cos, r * sin), axis=-1).reshape(words.shape)
+
+
+def noise(
+    seeds: int | Sequence[int] | Tensor,
+    shape: Sequence[int],
+    *,
+    step: int | Tensor,
+    stream: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """See :func:`diffkern.noise`."""
+    seeds = np.atleast_1d(np.asarray(seeds, dtype=np.int64)).view(np.uint64)
+    step = np.broadcast_to(np.asarray(step, dtype=np.int64), seeds.shape).astype(np.uint32)
+    elements = int(np.prod(shape))
+    blocks = np.arange(-(-elements // 4), dtype=np.uint64)
+    counter = np.empty((len(seeds), len(blocks), 4), np.uint32)
+    counter[..., 0], counter[..., 1] = blocks & np.uint64(0xFFFFFFFF), blocks >> np.uint64(32)
+    counter[..., 2], counter[..., 3] = step[:, None], stream
+    key = np.stack((seeds & np.uint64(0xFFFFFFFF), seeds >> np.uint64(32)), axis=-1)[:, None]
+    z = normals(philox4x32(counter, key)).reshape(len(seeds), -1)[:, :elements]
+    return torch.from_numpy(z.copy()).reshape(len(seeds), *shape).to(device=device, dtype=dtype)
+
+
+# --- forward noising and the reverse step ------------------------------------------------------------------------
+
+
+def q_sample(
+    x_0: Tensor, t: Tensor, seeds: Tensor, table: Tensor, *, return_eps: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`diffkern.ops.q_sample`."""
+    eps = noise(seeds, x_0.shape[1:], step=t, stream=2, device=x_0.device)
+    a, s = table[t].reshape(-1, 2, *[1] * (x_0.ndim - 1)).unbind(1)
+    x_t = (a * x_0.float() + s * eps).to(x_0.dtype)
+    return (x_t, eps.to(x_0.dtype)) if return_eps else x_t
+
+
+COLUMNS = ("p_x", "p_o", "k_x", "k_o", "k_0", "sigma", "log_var_min", "log_var_max", "t")
+"""What a row of the coefficient table holds; a column for each of the history's tensors follows."""
+
+
+def reverse_step(
+    x: Tensor,
+    out: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    *,
+    out_uncond: Tensor | None = None,
+    guidance: float = 1.0,
+    clip: bool = False,
+    learned_variance: bool = False,
+    history: Sequence[Tensor] = (),
+    return_x0: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`diffkern.ops.reverse_step`."""
+    n, channels, *_ = x.shape
+    rows = table[step.reshape(-1)].expand(n, -1).reshape(n, table.shape[1], *[1] * (x.ndim - 1)).unbind(1)
+    p_x, p_o, k_x, k_o, k_0, sigma, log_var_min, log_var_max, t, *k_h = rows
+
+    o = out.float()[:, :channels]
+    if out_uncond is not None:
+        u = out_uncond.float()[:, :channels]
+        o = u + guidance * (o - u)
+    x0 = p_x * x.float() + p_o * o
+    if clip:
+        x0 = x0.clamp(-1, 1)
+    x_next = k_x * x.float() + k_o * o + k_0 * x0
+    for k, h in zip(k_h, history, strict=True):
+        x_next = x_next + k * h.float()
+    if learned_variance:
+        v = (out.float()[:, channels:] + 1) * 0.5
+        sigma = sigma * torch.exp(0.5 * (log_var_min + v * (log_var_max - log_var_min)))
+    z = noise(seeds, x.shape[1:], step=t.flatten().long(), stream=1, device=x.device)
+    x_next = torch.where(sigma == 0, x_next, x_next + sigma * z).to(x.dtype)
+    return (x_next, x0.to(x.dtype)) if return_x0 else x_next
+
+
+def noise_loss(out: Tensor, seeds: Tensor, t: Tensor, weights: Tensor | None = None) -> Tensor:
+    """See :func:`diffkern.ops.noise_loss`."""
+    eps = noise(seeds, out.shape[1:], step=t, stream=2, device=out.device)
+    loss = (out.float() - eps).square().flatten(1).mean(1)
+    return loss if weights is None else loss * weights
+
+
+# --- the network -------------------------------------------------------------------------------------------------
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    eps: float = 1e-5,
+    scale_shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """See :func:`diffkern.ops.group_norm_silu`."""
+    y = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    if scale_shift is not None:
+        scale, shift = scale_shift.to(x.dtype)[:, :, None, None].chunk(2, dim=1)
+        y = y * (1 + scale) + shift
+    if silu:
+        y = F.silu(y)
+    return y if residual is None else y + residual
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """See :func:`diffkern.ops.attention`."""
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)

@@ -1,0 +1,369 @@
+"""Sampling: noise in, images out. One loop, over the rows of a table of coefficients."""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import ops
+from .model import Model, load
+from .samplers import PREDICTIONS, ddim, ddpm, fold_x0
+from .schedule import Schedule, checked_float, checked_int
+from .unet import UNet
+
+Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""network(x_t [N, C, H, W] float32, t [N] int64, labels [N] int64 or None) -> [N, C or 2C, H, W]"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback sees: a batch before it leaves step ``t``, and the image that the network sees in it.
+
+    images  the rows of the result that this batch becomes
+    index   how many steps came before, 0-based
+    t       the time step, 0..T-1
+    x_t     [batch, C, H, W], float32; a copy, as is x0_hat
+    x0_hat  [batch, C, H, W], float32; clamped where ``sample`` clips
+    """
+
+    images: slice
+    index: int
+    t: int
+    x_t: Tensor
+    x0_hat: Tensor
+
+
+def sample(
+    model: str | os.PathLike | Model | Network,
+    n: int | None = None,
+    *,
+    seeds: int | Sequence[int] | Tensor | None = None,
+    labels: int | Sequence[int] | Tensor | None = None,
+    guidance: float = 1.0,
+    sampler: str = "ddpm",
+    steps: int | Sequence[int] | None = None,
+    spacing: str = "trailing",
+    variance: str | Tensor = "fixed_small",
+    eta: float = 0.0,
+    clip: bool = True,
+    x_T: Tensor | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+    schedule: Schedule | None = None,
+    prediction: str | None = None,
+    shape: Sequence[int] | None = None,
+    callback: Callable[[Step], Any] | None = None,
+) -> Tensor:
+    """Draw images from a diffusion model: [N, C, H, W], float32, in [-1, 1] with ``clip``.
+
+    model       a shipped model's name, a file, a ``Model``; or any ``model(x_t, t, labels)``, with t int64 [N] in
+                0..T-1, which needs ``schedule``, ``prediction`` ("eps", "x0", "v" or "score") and ``shape`` (C, H, W)
+    n, seeds    how many images, which have the seeds 0..n-1; or the seed of each. All noise of an image is a function
+                of its seed: the image depends on its seed, ``batch_size`` and the device, and on no other image
+    labels      a class for each image, or one for all; -1 is the null class, and None is null throughout
+    guidance    w of out_null + w (out_label - out_null) (Ho & Salimans 2022): 1 is the conditional model, 0 the
+                unconditional one, each one pass through the network; any other w takes two, and needs labels
+    sampler     "ddpm" (``variance``: "fixed_small", "fixed_large", "learned", or a tensor [steps] of variances) or
+                "ddim" (``eta`` in [0, 1])
+    steps       how many, spread by ``spacing`` ("trailing", "leading", "linspace", "quadratic"), or the very steps,
+                decreasing; None is all of them for ddpm and 50 for ddim
+    clip        clamp each prediction of x_0 to [-1, 1]
+    x_T         where to start, [N, C, H, W]; None draws it from the seeds
+    batch_size  rows of every network call, at most 16 unless given; the last batch is padded to it
+    device      where to run; None is where the network is, and the CPU for a name, a file or a bare function
+    dtype       torch.bfloat16 or float16 runs the network under autocast; x_t and the update stay float32
+    progress    show a progress bar on stderr
+    callback    called with a :class:`Step` in every step
+
+    The network runs in eval and inference mode, and gets its training flags back however this ends.
+    Raises TypeError or ValueError for an argument that does not fit.
+    """
+    source = _resolve(model, device, schedule, prediction, shape)
+    device = source.device
+    _check_options(guidance, clip, dtype, progress, callback)
+    if x_T is not None:
+        _check_x_T(x_T, source.shape)
+    n, seeds, labels = _rows(n, seeds, labels, x_T, source.num_classes)
+    if labels is None and guidance != 1:
+        raise ValueError(f"guidance: expected 1 without labels, got {guidance}")
+    batch_size = min(n, 16) if batch_size is None else checked_int("batch_size", batch_size, "an int >= 1")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected an int >= 1, got {batch_size}")
+    if steps is None and sampler == "ddim":
+        steps = min(50, source.schedule.T)
+    timesteps = source.schedule.timesteps(steps, spacing)
+    table = _coefficients(sampler, source.schedule, timesteps, source.prediction, variance, eta)
+    table = (table if clip else fold_x0(table)).float().to(device)
+    denoise = partial(
+        _denoise,
+        network=source.network,
+        table=table,
+        timesteps=timesteps,
+        guidance=guidance,
+        clip=clip,
+        learned_variance=isinstance(variance, str) and variance == "learned",
+        dtype=dtype,
+    )
+
+    images = torch.empty((n, *source.shape), device=device)
+    batches = range(0, n, batch_size)
+    bar = tqdm(total=len(batches) * len(timesteps), desc="sampling", unit="step", disable=not progress)
+    with bar, _evaluating(source.network), torch.inference_mode():
+        for start in batches:
+            rows = torch.arange(start, start + batch_size).clamp(max=n - 1)  # the last image pads the last batch
+            seed = seeds[rows].to(device)
+            y = None if labels is None else labels[rows].to(device)
+            if x_T is None:
+                x = ops.noise(seed, source.shape, step=0, stream=0, device=device)
+            else:
+                x = x_T[rows.to(x_T.device)].to(device, torch.float32, memory_format=torch.contiguous_format)
+            kept = slice(start, min(start + batch_size, n))
+            denoise(x, seed, y, callback=callback and partial(_report, callback, kept), tick=bar.update)
+            images[kept] = x[: kept.stop - kept.start]
+    return images
+
+
+def _denoise(
+    x: Tensor,
+    seeds: Tensor,
+    labels: Tensor | None,
+    *,
+    network: Network,
+    table: Tensor,
+    timesteps: list[int],
+    guidance: float,
+    clip: bool,
+    learned_variance: bool,
+    dtype: torch.dtype | None,
+    callback: Callable[[int, int, Tensor, Tensor], Any] | None,
+    tick: Callable[[], Any],
+) -> None:
+    """Take x [N, C, H, W] from x_T to x_0, in place, along the rows of ``table``."""
+    null = None if labels is None else torch.full_like(labels, -1)
+    both = guidance not in (0, 1)  # two calls of N rows, not one of 2N: each is the call that it is without guidance
+
+    def predict(t: Tensor, labels: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+            out = network(x, t, labels)
+        return _checked_output(out, x, learned_variance).float()
+
+    for index, (t, row) in enumerate(zip(timesteps, torch.arange(len(table), device=x.device), strict=True)):
+        t_rows = torch.full((len(x),), t, device=x.device)
+        out = predict(t_rows, null if guidance == 0 else labels)
+        out_uncond = predict(t_rows, null) if both else None
+        x_t, x0_hat = (x.clone(), torch.empty_like(x)) if callback else (None, None)
+        ops.reverse_step_(
+            x,
+            out,
+            table,
+            row,
+            seeds,
+            out_uncond=out_uncond,
+            guidance=guidance if both else 1.0,
+            clip=clip,
+            learned_variance=learned_variance,
+            x0_hat=x0_hat,
+        )
+        if callback:
+            callback(index, t, x_t, x0_hat)
+        tick()
+
+
+def _report(callback: Callable[[Step], Any], images: slice, index: int, t: int, x_t: Tensor, x0_hat: Tensor) -> None:
+    n = images.stop - images.start  # without the padding
+    callback(Step(images, index, t, x_t[:n], x0_hat[:n]))
+
+
+def _coefficients(
+    sampler: str, schedule: Schedule, timesteps: list[int], prediction: str, variance: str | Tensor, eta: float
+) -> Tensor:
+    """The table of the sampler named; an option that it does not have must be at its default."""
+    if sampler == "ddpm":
+        if eta != 0:
+            raise ValueError(f"eta: expected 0, its default, with sampler 'ddpm', got {eta!r}")
+        return ddpm(schedule, timesteps, prediction, variance)
+    if sampler == "ddim":
+        if not isinstance(variance, str) or variance != "fixed_small":
+            raise ValueError(f"variance: expected 'fixed_small', its default, with sampler 'ddim', got {variance!r}")
+        return ddim(schedule, timesteps, prediction, eta)
+    raise ValueError(f"sampler: expected 'ddpm' or 'ddim', got {sampler!r}")
+
+
+@contextlib.contextmanager
+def _evaluating(network: Network) -> Iterator[None]:
+    """Eval mode, and afterwards every submodule's own flag again, which ``network.train()`` would not give."""
+    modes = [(module, module.training) for module in network.modules()] if isinstance(network, nn.Module) else []
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+# --- arguments ---
+
+
+class _Source(NamedTuple):
+    network: Network
+    schedule: Schedule
+    prediction: str
+    shape: tuple[int, int, int]
+    num_classes: int | None  # None where nobody knows
+    device: torch.device
+
+
+def _resolve(
+    model: str | os.PathLike | Model | Network,
+    device: torch.device | str | None,
+    schedule: Schedule | None,
+    prediction: str | None,
+    shape: Sequence[int] | None,
+) -> _Source:
+    device = None if device is None else _device(device)
+    described = dict(schedule=schedule, prediction=prediction, shape=shape)
+    if isinstance(model, str | os.PathLike):
+        model = load(model, device)
+    if isinstance(model, Model):
+        for name, value in described.items():
+            if value is not None:
+                raise ValueError(f"{name}: expected None, the model brings its own, got {value!r}")
+        network, schedule, prediction, shape = model.network, model.schedule, model.prediction, model.shape
+        num_classes = None if model.classes is None else len(model.classes)
+    elif callable(model):
+        for name, value in described.items():
+            if value is None:
+                raise ValueError(
+                    f"{name}: expected a value with a bare {type(model).__name__}, which has none, got None"
+                )
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule: expected a Schedule, got {type(schedule).__name__}")
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction: expected one of {PREDICTIONS}, got {prediction!r}")
+        network, shape, num_classes = model, _shape(shape), None
+    else:
+        raise TypeError(f"model: expected a name, a path, a Model or a callable, got {type(model).__name__}")
+    if isinstance(network, UNet):
+        num_classes = network.config["num_classes"]
+    return _Source(network, schedule, prediction, tuple(shape), num_classes, _where(network, device))
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'cpu' or 'cuda', got {str(device)!r}")
+    return torch.empty(0, device=device).device  # with its index
+
+
+def _where(network: Network, device: torch.device | None) -> torch.device:
+    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    if parameter is None:
+        return device or torch.device("cpu")
+    if device not in (None, parameter.device):
+        raise ValueError(f"device: expected {str(parameter.device)!r}, where the network is, got {str(device)!r}")
+    return parameter.device
+
+
+def _shape(shape: Sequence[int]) -> tuple[int, ...]:
+    expected = "three positive sizes (C, H, W)"
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"shape: expected {expected}, got {shape!r}")
+    shape = tuple(checked_int("shape", size, expected) for size in shape)
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"shape: expected {expected}, got {shape}")
+    return shape
+
+
+def _check_options(guidance: Any, clip: Any, dtype: Any, progress: Any, callback: Any) -> None:
+    checked_float("guidance", guidance, "a finite number", math.isfinite)
+    for name, value in (("clip", clip), ("progress", progress)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: expected None, torch.bfloat16 or torch.float16, got {dtype!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
+
+
+def _check_x_T(x_T: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(x_T, Tensor) or not x_T.is_floating_point():
+        got = x_T.dtype if isinstance(x_T, Tensor) else type(x_T).__name__
+        raise TypeError(f"x_T: expected a floating-point tensor, got {got}")
+    if x_T.shape[1:] != shape or x_T.ndim != len(shape) + 1:
+        raise ValueError(f"x_T: expected shape (n, {', '.join(map(str, shape))}), got {tuple(x_T.shape)}")
+
+
+def _rows(
+    n: Any, seeds: Any, labels: Any, x_T: Tensor | None, num_classes: int | None
+) -> tuple[int, Tensor, Tensor | None]:
+    """(n, seeds [n], labels [n] or None), n being that of whichever argument tells it."""
+    if seeds is not None:
+        seeds = _int64("seeds", seeds, -(2**63), 2**64 - 1).reshape(-1)
+    if labels is not None:
+        labels = _int64("labels", labels, -1, 2**63 - 1 if num_classes is None else num_classes - 1)
+    lengths = {name: len(rows) for name, rows in dict(seeds=seeds, x_T=x_T).items() if rows is not None}
+    if labels is not None and labels.ndim:
+        lengths["labels"] = len(labels)
+    if n is None:
+        if not lengths:
+            raise ValueError("n: expected n or seeds, got neither")
+        n = next(iter(lengths.values()))
+    n = checked_int("n", n, "an int >= 1")
+    if n < 1:
+        raise ValueError(f"n: expected an int >= 1, got {n}")
+    for name, length in lengths.items():
+        if length != n:
+            raise ValueError(f"{name}: expected {n}, one for each image, got {length}")
+    seeds = torch.arange(n) if seeds is None else seeds
+    return n, seeds, labels if labels is None else labels.expand(n)
+
+
+def _int64(name: str, values: Any, low: int, high: int) -> Tensor:
+    """Ints in [low, high], taken modulo 2^64, as an int64 tensor: [] of one alone, otherwise 1-d."""
+    expected = f"an int64 tensor or ints in {low}..{high}"
+    if isinstance(values, Tensor):
+        if values.dtype != torch.int64:
+            raise TypeError(f"{name}: expected {expected}, got a tensor of {values.dtype}")
+        if values.ndim > 1:
+            raise ValueError(f"{name}: expected one dimension, got shape {tuple(values.shape)}")
+        outside = values[(values < low) | (values > min(high, 2**63 - 1))]
+        if len(outside):
+            raise ValueError(f"{name}: expected {expected}, got {outside[0].item()}")
+        return values.cpu()
+    lone = not isinstance(values, Iterable)
+    integers = [checked_int(name, value, expected) for value in ([values] if lone else values)]
+    for value in integers:
+        if not low <= value <= high:
+            raise ValueError(f"{name}: expected {expected}, got {value}")
+    tensor = torch.tensor([(value + 2**63) % 2**64 - 2**63 for value in integers], dtype=torch.int64)
+    return tensor[0] if lone else tensor
+
+
+def _checked_output(out: Any, x_t: Tensor, learned_variance: bool) -> Tensor:
+    """The network's output; without the half that tells a variance where none is asked for."""
+    n, channels, *size = x_t.shape
+    if not isinstance(out, Tensor):
+        raise TypeError(f"model: expected a tensor as output, got {type(out).__name__}")
+    if not out.is_floating_point():
+        raise TypeError(f"model: expected a floating-point output, got {out.dtype}")
+    if out.device != x_t.device:
+        raise ValueError(f"model: expected an output on {x_t.device}, got {out.device}")
+    if not learned_variance and out.shape == (n, 2 * channels, *size):
+        return out[:, :channels]
+    shape = (n, 2 * channels if learned_variance else channels, *size)
+    if out.shape != shape:
+        raise ValueError(f"model: expected an output of shape {shape}, got {tuple(out.shape)}")
+    return out

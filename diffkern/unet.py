@@ -1,0 +1,331 @@
+"""The U-Net of DDPM and its relatives.
+
+Ho et al. 2020 (appendix B), with the options of Nichol & Dhariwal 2021 and Dhariwal & Nichol 2021:
+scale-shift conditioning, residual up- and downsampling, several attention heads, class labels.
+Parameter names are those of diffusers' ``UNet2DModel``, so that the field's checkpoints load as they are.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import ops
+
+
+def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> Tensor:
+    """Sinusoids of the time step at ``dim // 2`` frequencies from 1 down to 1/10000 (Vaswani et al. 2017, section 3.5).
+
+    t: [N], any number type. Returns [N, dim] in float32: (cos, sin), or (sin, cos) without ``flip_sin_to_cos``.
+    """
+    half = dim // 2
+    index = torch.arange(half, dtype=torch.float32, device=t.device)
+    angle = t.float()[:, None] * torch.exp(-math.log(10000) / (half - freq_shift) * index)
+    sin, cos = angle.sin(), angle.cos()
+    return torch.cat((cos, sin) if flip_sin_to_cos else (sin, cos), dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """The MLP behind the sinusoids: [N, in] -> [N, dim]."""
+
+    def __init__(self, in_features: int, dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Downsample(nn.Module):
+    """Halves the resolution by a strided convolution; ``padding=0`` pads right and below only, as Ho et al. 2020 did."""
+
+    def __init__(self, channels: int, padding: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    """norm, silu, conv, + time; norm, silu, conv; + shortcut. With ``resample`` it also changes the resolution."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_dim: int,
+        *,
+        groups: int,
+        eps: float,
+        dropout: float,
+        scale_shift: bool,
+        resample: str | None = None,
+    ):
+        super().__init__()
+        self.scale_shift, self.resample = scale_shift, resample
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(emb_dim, 2 * out_channels if scale_shift else out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(self.resampled(group_norm_silu(self.norm1, x)))
+        time = self.time_emb_proj(F.silu(emb))
+        if self.scale_shift:
+            h = group_norm_silu(self.norm2, h, scale_shift=time)
+        else:
+            h = group_norm_silu(self.norm2, h + time[:, :, None, None])
+        h = self.conv2(self.dropout(h))
+        x = self.resampled(x)
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels, with a residual: x + out(attention(q, k, v))."""
+
+    def __init__(self, channels: int, *, head_dim: int | None, groups: int, eps: float):
+        super().__init__()
+        self.heads = 1 if head_dim is None else channels // head_dim
+        self.group_norm = nn.GroupNorm(groups, channels, eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        nn.init.zeros_(self.to_out[0].weight)
+        nn.init.zeros_(self.to_out[0].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        tokens = group_norm_silu(self.group_norm, x, silu=False).permute(0, 2, 3, 1).reshape(n, h * w, c)
+        q, k, v = (
+            to(tokens).view(n, h * w, self.heads, c // self.heads).transpose(1, 2)
+            for to in (self.to_q, self.to_k, self.to_v)
+        )  # [N, heads, H*W, C/heads]
+        out = self.to_out[0](ops.attention(q, k, v).transpose(1, 2).reshape(n, h * w, c))
+        return x + out.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def group_norm_silu(norm: nn.GroupNorm, x: Tensor, *, silu: bool = True, scale_shift: Tensor | None = None) -> Tensor:
+    """``ops.group_norm_silu`` with the parameters of a ``GroupNorm``."""
+    return ops.group_norm_silu(
+        x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps, scale_shift=scale_shift, silu=silu
+    )
+
+
+class Level(nn.Module):
+    """The blocks of one resolution on one side of the U, and the step to the next resolution."""
+
+    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], resampler: tuple[str, nn.Module] | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        if attentions:
+            self.attentions = nn.ModuleList(attentions)
+        if resampler is not None:
+            name, module = resampler
+            self.add_module(name, nn.ModuleList([module]))
+        self.resampler = None if resampler is None else resampler[0]
+
+    def block(self, j: int, x: Tensor, emb: Tensor) -> Tensor:
+        x = self.resnets[j](x, emb)
+        return self.attentions[j](x) if hasattr(self, "attentions") else x
+
+    def resample(self, x: Tensor, emb: Tensor) -> Tensor:
+        return getattr(self, self.resampler)[0](x, emb)
+
+
+class MidBlock(nn.Module):
+    """The lowest resolution: residual block, attention (unless left out), residual block."""
+
+    def __init__(self, resnets: list[nn.Module], attention: nn.Module | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList([] if attention is None else [attention])
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        x = self.resnets[0](x, emb)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x, emb)
+
+
+class UNet(nn.Module):
+    """Predicts eps (or x_0, v, score) from x_t and t.
+
+    in_channels, out_channels   of the image; ``learned_variance`` doubles what is returned (Nichol & Dhariwal 2021)
+    channels, channel_mult      width of the first level, and each level's multiple of it; a level halves H and W
+    blocks                      residual blocks a level (one more on the way up)
+    attention_levels            the levels, 0-based from the full resolution, that have self-attention
+    mid_attention               self-attention at the bottom of the U
+    head_dim                    channels an attention head; None: one head over all channels (Ho et al. 2020)
+    groups, norm_eps            of every GroupNorm
+    num_classes                 class-conditional: labels 0..num_classes-1, and -1 for the null class
+    scale_shift                 time enters as (1 + scale) * norm + shift instead of a sum (Dhariwal & Nichol 2021)
+    resample_blocks             resolution changes inside residual blocks (BigGAN's) instead of by one convolution
+    downsample_padding          0 pads right and below only; 1 pads all around
+    flip_sin_to_cos, freq_shift of the sinusoidal embedding; Ho et al. 2020 has (False, 1)
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        *,
+        channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 2,
+        attention_levels: Sequence[int] = (1,),
+        mid_attention: bool = True,
+        head_dim: int | None = None,
+        groups: int = 32,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        num_classes: int | None = None,
+        scale_shift: bool = False,
+        resample_blocks: bool = False,
+        downsample_padding: int = 0,
+        flip_sin_to_cos: bool = False,
+        freq_shift: float = 1.0,
+        learned_variance: bool = False,
+    ):
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        widths = [channels * m for m in channel_mult]
+        for level, width in enumerate(widths):
+            if width % groups:
+                raise ValueError(f"groups: expected a divisor of every width {widths}, got {groups}")
+            if level in attention_levels and head_dim is not None and width % head_dim:
+                raise ValueError(f"head_dim: expected a divisor of level {level}'s width {width}, got {head_dim}")
+        emb_dim = 4 * channels
+        last = len(widths) - 1
+
+        def resblock(c_in: int, c_out: int, resample: str | None = None) -> ResBlock:
+            return ResBlock(
+                c_in,
+                c_out,
+                emb_dim,
+                groups=groups,
+                eps=norm_eps,
+                dropout=dropout,
+                scale_shift=scale_shift,
+                resample=resample,
+            )
+
+        def attention(c: int) -> AttentionBlock:
+            return AttentionBlock(c, head_dim=head_dim, groups=groups, eps=norm_eps)
+
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels, emb_dim)
+        if num_classes is not None:
+            self.class_embedding = nn.Embedding(num_classes + 1, emb_dim)  # the last row is the null class
+
+        skips = [channels]
+        self.down_blocks = nn.ModuleList()
+        c = channels
+        for level, width in enumerate(widths):
+            inputs = [c] + [width] * (blocks - 1)
+            resnets = [resblock(c_in, width) for c_in in inputs]
+            attentions = [attention(width) for _ in inputs if level in attention_levels]
+            skips += [width] * blocks
+            c = width
+            resampler = None
+            if level < last:
+                down = resblock(c, c, "down") if resample_blocks else Downsample(c, downsample_padding)
+                resampler = ("downsamplers", down)
+                skips.append(c)
+            self.down_blocks.append(Level(resnets, attentions, resampler))
+
+        self.mid_block = MidBlock([resblock(c, c), resblock(c, c)], attention(c) if mid_attention else None)
+
+        self.up_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            resnets, attentions = [], []
+            for _ in range(blocks + 1):
+                resnets.append(resblock(c + skips.pop(), width))
+                if level in attention_levels:
+                    attentions.append(attention(width))
+                c = width
+            resampler = None
+            if level > 0:
+                up = resblock(c, c, "up") if resample_blocks else Upsample(c)
+                resampler = ("upsamplers", up)
+            self.up_blocks.append(Level(resnets, attentions, resampler))
+
+        self.conv_norm_out = nn.GroupNorm(groups, channels, norm_eps)
+        self.conv_out = nn.Conv2d(channels, out_channels * (2 if learned_variance else 1), 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x_t: [N, C, H, W]; t: [N] int64, 0-based; labels: [N] int64, -1 for the null class, None for all null.
+
+        Returns [N, out_channels, H, W], twice the channels with a learned variance.
+        """
+        self._check(x_t, t, labels)
+        config = self.config
+        emb = timestep_embedding(
+            t, config["channels"], flip_sin_to_cos=config["flip_sin_to_cos"], freq_shift=config["freq_shift"]
+        )
+        emb = self.time_embedding(emb.to(self.conv_in.weight.dtype))
+        num_classes = config["num_classes"]
+        if num_classes is not None:
+            labels = torch.full_like(t, -1) if labels is None else labels
+            emb = emb + self.class_embedding(torch.where(labels < 0, num_classes, labels))
+
+        x = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))
+        skips = [x]
+        for level in self.down_blocks:
+            for j in range(config["blocks"]):
+                x = level.block(j, x, emb)
+                skips.append(x)
+            if level.resampler:
+                x = level.resample(x, emb)
+                skips.append(x)
+        x = self.mid_block(x, emb)
+        for level in self.up_blocks:
+            for j in range(config["blocks"] + 1):
+                x = level.block(j, torch.cat([x, skips.pop()], dim=1), emb)
+            if level.resampler:
+                x = level.resample(x, emb)
+        return self.conv_out(group_norm_silu(self.conv_norm_out, x))
+
+    def _check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> None:
+        in_channels, factor = self.config["in_channels"], 2 ** (len(self.config["channel_mult"]) - 1)
+        if x_t.ndim != 4 or x_t.shape[1] != in_channels or x_t.shape[2] % factor or x_t.shape[3] % factor:
+            raise ValueError(
+                f"x_t: expected [N, {in_channels}, H, W] with H and W divisible by {factor}, got {tuple(x_t.shape)}"
+            )
+        if t.shape != x_t.shape[:1]:
+            raise ValueError(f"t: expected shape {tuple(x_t.shape[:1])}, got {tuple(t.shape)}")
+        if labels is None:
+            return
+        if self.config["num_classes"] is None:
+            raise ValueError("labels: expected None, this network has no classes (num_classes is None)")
+        if labels.shape != t.shape:
+            raise ValueError(f"labels: expected shape {tuple(t.shape)}, got {tuple(labels.shape)}")
