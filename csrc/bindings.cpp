@@ -32,8 +32,22 @@
 #define DIFFKERN_CUDA_LAUNCHER(name) nullptr
 #endif
 
+// For tests, the same file is built once more over a runtime that interprets CUDA kernels on the CPU: its ops have a
+// library of their own and give CPU tensors to the CUDA launchers.
+#ifdef DIFFKERN_EMULATED_CUDA
+#define DIFFKERN_LIBRARY diffkern_emulated
+#else
+#define DIFFKERN_LIBRARY diffkern
+#endif
+
 namespace diffkern {
 namespace {
+
+#ifdef DIFFKERN_EMULATED_CUDA
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -70,6 +84,8 @@ const char* show(ScalarType dtype) {
     default: return "another dtype";
   }
 }
+
+bool on_cuda(const Tensor& tensor) { return kEmulated || tensor.is_cuda(); }
 
 std::string show_device(const Tensor& tensor) {
   return tensor.is_cuda() ? text("cuda:", tensor.get_device_index()) : "cpu";
@@ -129,7 +145,7 @@ Index index_of(const char* name, const Tensor& tensor, int64_t samples, int64_t 
   check(one || (tensor.dim() == 1 && tensor.size(0) == samples), name, ": expected shape () or (", samples,
         ",), got ", show(sizes_of(tensor)));
   const Index index{tensor.const_data_ptr<int64_t>(), one ? 0 : tensor.stride(0)};
-  if (tensor.is_cpu())
+  if (!on_cuda(tensor))
     for (int64_t n = 0; n < (one ? int64_t(1) : samples); ++n) {
       const int64_t value = index.data[n * index.stride];
       check(value >= 0 && value < limit, name, ": expected values in [0, ", limit, "), got ", value);
@@ -211,9 +227,14 @@ void run_cpu(const Params& params, CpuKernel<Params> kernel, int64_t items, int6
 template <class Params>
 void run_cuda(const Tensor& where, const Params& params, CudaLauncher<Params> launch) {
   check(launch != nullptr, "a CUDA tensor came, but diffkern was built without CUDA kernels: no nvcc was found");
-  const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
-  const char* error = launch(params, current_stream(where.get_device_index()));
-  check(error == nullptr, "CUDA: ", error);
+  const char* error;
+  if constexpr (kEmulated) {
+    error = launch(params, nullptr);
+  } else {
+    const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
+    error = launch(params, current_stream(where.get_device_index()));
+  }
+  check(error == nullptr, "CUDA: ", error ? error : "");
 }
 
 constexpr int64_t kChunkGrain = 16;  // chunks a thread must have to be worth waking: about 10 us
@@ -222,7 +243,7 @@ constexpr int64_t kChunkGrain = 16;  // chunks a thread must have to be worth wa
 template <class Params>
 void run_on_chunks(const Tensor& where, const Params& params, CpuKernel<Params> cpu, CudaLauncher<Params> cuda) {
   if (params.samples * params.elements == 0) return;
-  if (where.is_cuda()) return run_cuda(where, params, cuda);
+  if (on_cuda(where)) return run_cuda(where, params, cuda);
   run_cpu(params, cpu, params.samples * chunks(params.elements), kChunkGrain);
 }
 
@@ -377,7 +398,7 @@ Tensor noise_loss(const Tensor& out, const Tensor& seeds, const Tensor& t, const
   params.partial = partial.mutable_data_ptr<double>();
   params.loss = loss.mutable_data_ptr<float>();
   run_on_chunks(out, params, cpu::level().kernels.noise_loss_partial, DIFFKERN_CUDA_LAUNCHER(noise_loss));
-  if (out.is_cpu()) cpu::level().kernels.noise_loss_total(params, 0, params.samples);
+  if (!on_cuda(out)) cpu::level().kernels.noise_loss_total(params, 0, params.samples);
   return loss;
 }
 
@@ -396,7 +417,7 @@ Tensor noise_loss_backward(const Tensor& grad_loss, const Tensor& out, const Ten
 
 // --- registration ---------------------------------------------------------------------------------------------------
 
-STABLE_TORCH_LIBRARY(diffkern, library) {
+STABLE_TORCH_LIBRARY(DIFFKERN_LIBRARY, library) {
   library.def("noise(Tensor seeds, SymInt[] shape, Tensor step, int stream, ScalarType dtype) -> Tensor");
   library.def("q_sample(Tensor x_0, Tensor t, Tensor seeds, Tensor table, bool return_eps) -> (Tensor, Tensor)");
   library.def("q_sample_(Tensor(a!) x_0, Tensor t, Tensor seeds, Tensor table) -> ()");
@@ -420,8 +441,8 @@ STABLE_TORCH_LIBRARY(diffkern, library) {
   library.impl("noise_loss", TORCH_BOX(&noise_loss));               \
   library.impl("noise_loss_backward", TORCH_BOX(&noise_loss_backward));
 
-STABLE_TORCH_LIBRARY_IMPL(diffkern, CPU, library) { DIFFKERN_IMPLEMENT(library) }
-STABLE_TORCH_LIBRARY_IMPL(diffkern, CUDA, library) { DIFFKERN_IMPLEMENT(library) }
+STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CPU, library) { DIFFKERN_IMPLEMENT(library) }
+STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CUDA, library) { DIFFKERN_IMPLEMENT(library) }
 
 // --- what is no tensor op -------------------------------------------------------------------------------------------
 
@@ -441,7 +462,7 @@ uint64_t word_hash(const std::string& function, int64_t first_run, int64_t last_
 
 }  // namespace diffkern
 
-PYBIND11_MODULE(_C, module) {
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using namespace diffkern;
   module.attr("COMPILED_CUDA_ARCHITECTURES") = DIFFKERN_CUDA_ARCHITECTURES;
   module.def("cpu_level", [] {

@@ -12,8 +12,10 @@
 
 #ifdef __CUDACC__
 #define DIFFKERN_FN static __device__ __forceinline__
+#define DIFFKERN_UNROLL _Pragma("unroll")
 #else
 #define DIFFKERN_FN static inline __attribute__((always_inline))
+#define DIFFKERN_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace diffkern {
@@ -58,7 +60,7 @@ namespace diffkern {
 template <class F, int n>
 DIFFKERN_FN F polynomial(F x, const float (&c)[n]) {
   F y = x * c[n - 1] + c[n - 2];
-#pragma GCC unroll 8
+  DIFFKERN_UNROLL
   for (int k = n - 3; k >= 0; --k) y = y * x + c[k];
   return y;
 }

@@ -18,7 +18,7 @@ template <class W>
 DIFFKERN_FN Words<W> philox(Words<W> counter, uint64_t key) {
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   auto [c0, c1, c2, c3] = counter;
-#pragma GCC unroll 10
+  DIFFKERN_UNROLL
   for (int round = 0; round < 10; ++round) {
     W p0 = multiply_low_halves(c0, 0xD2511F53u), p1 = multiply_low_halves(c2, 0xCD9E8D57u);
     c0 = (p1 >> 32) ^ c1 ^ k0;

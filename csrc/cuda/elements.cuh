@@ -1,0 +1,163 @@
+// What the elementwise CUDA kernels share: 16 bytes of a sample at a time as floats, and the normals that belong to them.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "../math/normal.h"
+#include "../math/philox.h"
+#include "../ops.h"
+#include "kernels.h"
+#include "plan.h"
+
+namespace diffkern::cuda {
+
+template <class T>
+constexpr int kVector = 16 / sizeof(T);  // elements a thread does at a time: one Philox block of float32, two of 16 bits
+
+DIFFKERN_FN float to_f32(float a) { return a; }
+DIFFKERN_FN float to_f32(__nv_bfloat16 a) { return __bfloat162float(a); }
+DIFFKERN_FN float to_f32(__half a) { return __half2float(a); }
+
+template <class T>
+DIFFKERN_FN T from_f32(float a);
+template <>
+__device__ __forceinline__ float from_f32<float>(float a) {
+  return a;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_f32<__nv_bfloat16>(float a) {
+  return __float2bfloat16_rn(a);
+}
+template <>
+__device__ __forceinline__ __half from_f32<__half>(float a) {
+  return __float2half_rn(a);
+}
+
+// A view, and whether every vector of it is 16 aligned bytes.
+template <class T>
+struct Access {
+  View view;
+  bool vectors;
+
+  Access() = default;
+  Access(const View& v, int64_t elements)
+      : view(v),
+        vectors(v.data != nullptr && v.contiguous() && elements % kVector<T> == 0 && v.batch_stride % kVector<T> == 0 &&
+                reinterpret_cast<uintptr_t>(v.data) % 16 == 0) {}
+};
+
+template <class T>
+struct alignas(16) Packed {
+  T value[kVector<T>];
+};
+
+// The address of one element, by dividing its index over the dimensions.
+template <class T>
+DIFFKERN_FN T* address(const View& view, int64_t sample, int64_t element) {
+  int64_t offset = sample * view.batch_stride;
+#pragma unroll 1
+  for (int d = view.dims - 1; d > 0; --d) {
+    offset += element % view.sizes[d] * view.strides[d];
+    element /= view.sizes[d];
+  }
+  return static_cast<T*>(view.data) + offset + element * view.strides[0];
+}
+
+// Elements that are no aligned vector go one by one, out of line: most of a kernel's code would be copies of this.
+template <class T>
+__device__ __noinline__ Packed<T> gather(const View& view, int64_t sample, int64_t first, int64_t end) {
+  Packed<T> packed{};
+#pragma unroll 1
+  for (int i = 0; i < kVector<T> && first + i < end; ++i) packed.value[i] = *address<T>(view, sample, first + i);
+  return packed;
+}
+
+template <class T>
+__device__ __noinline__ void scatter(const View& view, int64_t sample, int64_t first, int64_t end, Packed<T> packed) {
+#pragma unroll 1
+  for (int i = 0; i < kVector<T> && first + i < end; ++i) *address<T>(view, sample, first + i) = packed.value[i];
+}
+
+template <class T>
+DIFFKERN_FN Packed<T>* vector_address(const View& view, int64_t sample, int64_t first) {
+  return reinterpret_cast<Packed<T>*>(static_cast<T*>(view.data) + sample * view.batch_stride + first);
+}
+
+// Elements [first, first + kVector) of a sample, those before `end`; 0 for the rest.
+template <class T>
+DIFFKERN_FN void load(const Access<T>& access, int64_t sample, int64_t first, int64_t end, float (&to)[kVector<T>]) {
+  const Packed<T> packed =
+      access.vectors ? *vector_address<T>(access.view, sample, first) : gather<T>(access.view, sample, first, end);
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) to[i] = to_f32(packed.value[i]);
+}
+
+template <class T>
+DIFFKERN_FN void store(const Access<T>& access, int64_t sample, int64_t first, int64_t end,
+                       const float (&from)[kVector<T>]) {
+  Packed<T> packed;
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) packed.value[i] = from_f32<T>(from[i]);
+  if (access.vectors)
+    *vector_address<T>(access.view, sample, first) = packed;
+  else
+    scatter<T>(access.view, sample, first, end, packed);
+}
+
+// The normals of elements [first, first + n), n a multiple of 4, of a sample.
+template <int n>
+DIFFKERN_FN void normals(uint64_t seed, uint32_t step, uint32_t stream, int64_t first, float (&z)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; i += 4) {
+    const uint64_t block = uint64_t(first + i) / 4;
+    const Words<uint64_t> w = philox(Words<uint64_t>{uint32_t(block), block >> 32, step, stream}, seed);
+    const Rounded r0 = radius<Rounded>(uint32_t(w.w0)), r2 = radius<Rounded>(uint32_t(w.w2));
+    const CosSin<Rounded> p1 = cos_sin<Rounded>(uint32_t(w.w1)), p3 = cos_sin<Rounded>(uint32_t(w.w3));
+    z[i] = (r0 * p1.cos).value;
+    z[i + 1] = (r0 * p1.sin).value;
+    z[i + 2] = (r2 * p3.cos).value;
+    z[i + 3] = (r2 * p3.sin).value;
+  }
+}
+
+// Calls visit(sample, first element) for every vector of every sample.
+template <int vector, class Visit>
+DIFFKERN_FN void for_each_vector(int64_t samples, int64_t elements, Visit visit) {
+  const int64_t start = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * vector;
+  const int64_t stride = int64_t(gridDim.x) * blockDim.x * vector;
+  for (int64_t sample = blockIdx.y; sample < samples; sample += gridDim.y)
+    for (int64_t first = start; first < elements; first += stride) visit(sample, first);
+}
+
+DIFFKERN_FN float nan() { return __int_as_float(0x7FFFFFFF); }
+
+inline const char* launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// Calls run(Type<T>) for the element type of that dtype.
+template <class Run>
+const char* with_type(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::f32: return run(Type<float>{});
+    case DType::bf16: return run(Type<__nv_bfloat16>{});
+    case DType::f16: return run(Type<__half>{});
+  }
+  return "unknown dtype";
+}
+
+template <class T>
+Plan plan_vectors(int64_t samples, int64_t elements) {
+  return plan_elementwise(samples, (elements + kVector<T> - 1) / kVector<T>);
+}
+
+}  // namespace diffkern::cuda
