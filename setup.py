@@ -1,51 +1,73 @@
-"""Builds diffkern._C: CMake makes the kernels, torch's BuildExtension the one file that knows torch."""
+"""Builds diffkern._C: CMake makes the kernels, torch's BuildExtension the one file that knows torch.
 
+Environment: DIFFKERN_CUDA=OFF leaves the CUDA kernels out, DIFFKERN_CUDA_ARCHITECTURES="80;90" chooses for which cards
+they are (default: all), DIFFKERN_CMAKE_ARGS goes to CMake, MAX_JOBS bounds the parallel compilations.
+"""
+
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pybind11
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+import build_backend
+
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ModuleNotFoundError:  # enough for metadata and an sdist
+    from setuptools import Extension as CppExtension
+    from setuptools.command.build_ext import build_ext as BuildExtension
 
 ROOT = Path(__file__).parent.resolve()
-STABLE_ABI = "0x020a000000000000"  # torch 2.10: the oldest that the built module can be loaded by
+KERNELS = ROOT / "build" / "kernels"  # knows no torch and no Python: every environment's build uses it
+STABLE_ABI = "0x{:02x}{:02x}{:012x}".format(*build_backend.OLDEST, 0)  # the oldest torch that can load the module
 
 
 class BuildKernels(BuildExtension):
     """Builds the kernels first, then the binding, linked against them."""
 
     def build_extensions(self) -> None:
-        build = Path(self.build_temp).resolve() / "kernels"
-        options = os.environ.get("DIFFKERN_CMAKE_ARGS", "").split()
-        if "DIFFKERN_CUDA" in os.environ:
-            options.append(f"-DDIFFKERN_CUDA={os.environ['DIFFKERN_CUDA']}")
-        subprocess.check_call(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *options])
-        jobs = [] if "MAX_JOBS" not in os.environ else ["-j", os.environ["MAX_JOBS"]]
-        subprocess.check_call(["cmake", "--build", build, *jobs])
-
-        nvcc, architectures, library_dirs = (build / "build-info.txt").read_text().splitlines()[:3]
+        built = build_kernels()
         (extension,) = self.extensions
-        library = build / "libdiffkern_kernels.a"
-        extension.extra_objects = [str(library)]
-        extension.depends = [str(library)]
-        extension.define_macros.append(("DIFFKERN_CUDA_ARCHITECTURES", f'"{architectures}"'))
-        if nvcc:
+        extension.extra_objects = [built["library"]]
+        extension.depends += [built["library"], str(KERNELS / "build-info.json")]
+        extension.define_macros.append(("DIFFKERN_CUDA_ARCHITECTURES", f'"{built["cuda_architectures"]}"'))
+        if built["cuda_architectures"]:
             extension.define_macros.append(("DIFFKERN_CUDA", None))
-            extension.library_dirs += library_dirs.split(";")
+            extension.library_dirs += built["cuda_library_dirs"].split(";")
             extension.extra_link_args += ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
         super().build_extensions()
 
 
+def build_kernels() -> dict[str, str]:
+    """Configure and build by CMake; what CMakeLists.txt says of the result."""
+    options = {
+        "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # an isolated build's is another each time
+        "DIFFKERN_CUDA": os.environ.get("DIFFKERN_CUDA", "ON"),
+        "DIFFKERN_CUDA_ARCHITECTURES": os.environ.get("DIFFKERN_CUDA_ARCHITECTURES", "all"),
+    }
+    arguments = [f"-D{name}={value}" for name, value in options.items()]
+    arguments += os.environ.get("DIFFKERN_CMAKE_ARGS", "").split()
+    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    subprocess.check_call(["cmake", "-G", "Ninja", "-S", ROOT, "-B", KERNELS, *arguments])
+    subprocess.check_call(["cmake", "--build", KERNELS, *jobs])
+    return json.loads((KERNELS / "build-info.json").read_text())
+
+
 setup(
+    install_requires=[build_backend.torch_requirement(), "numpy", "safetensors", "tqdm", "pillow"],
     ext_modules=[
         CppExtension(
             "diffkern._C",
             ["csrc/bindings.cpp"],
+            depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/**/*.h")),
             include_dirs=[pybind11.get_include()],
             define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
-            extra_compile_args=["-std=c++20", "-O2", "-fvisibility=hidden", "-Wall"],
+            extra_compile_args=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Wall"],
             extra_link_args=["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [],
         )
     ],

@@ -465,6 +465,7 @@ uint64_t word_hash(const std::string& function, int64_t first_run, int64_t last_
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using namespace diffkern;
   module.attr("COMPILED_CUDA_ARCHITECTURES") = DIFFKERN_CUDA_ARCHITECTURES;
+  module.attr("COMPILER") = __VERSION__;
   module.def("cpu_level", [] {
     if (const char* error = cpu::level().error)
       throw std::invalid_argument(text("DIFFKERN_CPU_LEVEL: ", error, ", got '", std::getenv("DIFFKERN_CPU_LEVEL"), "'"));

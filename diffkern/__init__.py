@@ -1,0 +1,38 @@
+"""Fast, exact kernels for denoising diffusion, and what is needed around them to train and to sample."""
+
+from importlib import metadata
+
+import torch
+
+if torch.__version__ < "2.10":
+    raise ImportError(f"diffkern: expected torch 2.10 or later, got {torch.__version__}: run pip install torch==2.13.0")
+try:
+    from . import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"diffkern: the kernels are not built ({error}): run pip install -e . in its source") from None
+
+from .model import Model, load, save
+from .ops import attention, group_norm_silu, noise, noise_loss, q_sample, reverse_step
+from .sampling import sample
+from .schedule import Schedule
+from .unet import UNet
+
+__all__ = [
+    "Model",
+    "Schedule",
+    "UNet",
+    "attention",
+    "group_norm_silu",
+    "load",
+    "noise",
+    "noise_loss",
+    "q_sample",
+    "reverse_step",
+    "sample",
+    "save",
+]
+
+try:
+    __version__ = metadata.version("diffkern")
+except metadata.PackageNotFoundError:  # built in its folder, not installed
+    __version__ = "0+uninstalled"

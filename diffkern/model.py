@@ -167,14 +167,14 @@ def restore(live: dict[str, Tensor], stored: dict[str, Tensor], path: str | os.P
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description and the tensors of a file of :func:`write`."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: expected a file, got a directory")
     try:
         with safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {}).get("diffkern", "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: expected a file, got none") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: expected a file, got a directory") from None
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: expected a safetensors file, got {error}") from None
     if not isinstance(description, dict):

@@ -73,6 +73,30 @@ def normals(words: np.ndarray) -> np.ndarray:
     return np.stack((r * cos, r * sin), axis=-1).reshape(words.shape)
 
 
+LOG2_E, LN_2_HIGH, LN_2_LOW = (np.float32(float.fromhex(h)) for h in ("0x1.715476p+0", "0x1.62e4p-1", "0x1.7f7d1cp-20"))
+# (e^z - 1 - z) / z^2 on [-ln 2 / 2, ln 2 / 2]
+EXP = [float.fromhex(h) for h in (
+    "0x1.fffffcp-2", "0x1.555492p-3", "0x1.5558aap-5", "0x1.123978p-7", "0x1.6a5384p-10")]  # fmt: skip
+
+
+def exp(x: np.ndarray) -> np.ndarray:
+    """e^x: float32 -> float32; 0 below -87.7 and infinity above 88.4."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = np.where(x > np.float32(88.5), np.float32(88.5), x)
+        x = np.where(x < np.float32(-88), np.float32(-88), x)
+        t = x * LOG2_E + np.float32(1.5 * 2**23)  # a sum that is a whole number, held in the low bits
+        n = t - np.float32(1.5 * 2**23)
+        z = (x - n * LN_2_HIGH) - n * LN_2_LOW  # x = n ln 2 + z
+        scale = ((t.view(np.int32) << 23) + np.int32(0x3F800000)).view(np.float32)
+        return ((z * z) * _horner(z, EXP) + z + np.float32(1)) * scale
+
+
+def _integers(values: int | Sequence[int] | Tensor) -> list[int]:
+    if isinstance(values, Tensor):
+        return values.reshape(-1).tolist()
+    return [values] if isinstance(values, int) else list(values)
+
+
 def noise(
     seeds: int | Sequence[int] | Tensor,
     shape: Sequence[int],
@@ -83,15 +107,15 @@ def noise(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """See :func:`diffkern.noise`."""
-    seeds = np.atleast_1d(np.asarray(seeds, dtype=np.int64)).view(np.uint64)
-    step = np.broadcast_to(np.asarray(step, dtype=np.int64), seeds.shape).astype(np.uint32)
+    seeds = np.array([seed % 2**64 for seed in _integers(seeds)], np.uint64)
+    step = np.broadcast_to(np.array(_integers(step), np.uint32), seeds.shape)
     elements = int(np.prod(shape))
     blocks = np.arange(-(-elements // 4), dtype=np.uint64)
     counter = np.empty((len(seeds), len(blocks), 4), np.uint32)
     counter[..., 0], counter[..., 1] = blocks & np.uint64(0xFFFFFFFF), blocks >> np.uint64(32)
     counter[..., 2], counter[..., 3] = step[:, None], stream
     key = np.stack((seeds & np.uint64(0xFFFFFFFF), seeds >> np.uint64(32)), axis=-1)[:, None]
-    z = normals(philox4x32(counter, key)).reshape(len(seeds), -1)[:, :elements]
+    z = normals(philox4x32(counter, key)).reshape(len(seeds), 4 * len(blocks))[:, :elements]
     return torch.from_numpy(z.copy()).reshape(len(seeds), *shape).to(device=device, dtype=dtype)
 
 
@@ -141,11 +165,13 @@ def reverse_step(
     x_next = k_x * x.float() + k_o * o + k_0 * x0
     for k, h in zip(k_h, history, strict=True):
         x_next = x_next + k * h.float()
+    std = sigma
     if learned_variance:
         v = (out.float()[:, channels:] + 1) * 0.5
-        sigma = sigma * torch.exp(0.5 * (log_var_min + v * (log_var_max - log_var_min)))
+        log_sigma = 0.5 * (log_var_min + v * (log_var_max - log_var_min))
+        std = sigma * torch.from_numpy(exp(log_sigma.cpu().numpy())).to(x.device)
     z = noise(seeds, x.shape[1:], step=t.flatten().long(), stream=1, device=x.device)
-    x_next = torch.where(sigma == 0, x_next, x_next + sigma * z).to(x.dtype)
+    x_next = torch.where(sigma == 0, x_next, x_next + std * z).to(x.dtype)
     return (x_next, x0.to(x.dtype)) if return_x0 else x_next
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import ops
-from .model import Model, load
+from .model import Model, checked_device, load
 from .samplers import PREDICTIONS, ddim, ddpm, fold_x0
 from .schedule import Schedule, checked_float, checked_int
 from .unet import UNet
@@ -230,7 +230,7 @@ def _resolve(
     prediction: str | None,
     shape: Sequence[int] | None,
 ) -> _Source:
-    device = None if device is None else _device(device)
+    device = None if device is None else torch.empty(0, device=checked_device(device)).device  # with its index
     described = dict(schedule=schedule, prediction=prediction, shape=shape)
     if isinstance(model, str | os.PathLike):
         model = load(model, device)
@@ -256,16 +256,6 @@ def _resolve(
     if isinstance(network, UNet):
         num_classes = network.config["num_classes"]
     return _Source(network, schedule, prediction, tuple(shape), num_classes, _where(network, device))
-
-
-def _device(device: torch.device | str) -> torch.device:
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected 'cpu' or 'cuda', got {str(device)!r}")
-    return torch.empty(0, device=device).device  # with its index
 
 
 def _where(network: Network, device: torch.device | None) -> torch.device:
@@ -311,9 +301,9 @@ def _rows(
 ) -> tuple[int, Tensor, Tensor | None]:
     """(n, seeds [n], labels [n] or None), n being that of whichever argument tells it."""
     if seeds is not None:
-        seeds = _int64("seeds", seeds, -(2**63), 2**64 - 1).reshape(-1)
+        seeds = ops.as_seeds(seeds, "cpu")
     if labels is not None:
-        labels = _int64("labels", labels, -1, 2**63 - 1 if num_classes is None else num_classes - 1)
+        labels = _labels(labels, num_classes)
     lengths = {name: len(rows) for name, rows in dict(seeds=seeds, x_T=x_T).items() if rows is not None}
     if labels is not None and labels.ndim:
         lengths["labels"] = len(labels)
@@ -331,25 +321,20 @@ def _rows(
     return n, seeds, labels if labels is None else labels.expand(n)
 
 
-def _int64(name: str, values: Any, low: int, high: int) -> Tensor:
-    """Ints in [low, high], taken modulo 2^64, as an int64 tensor: [] of one alone, otherwise 1-d."""
-    expected = f"an int64 tensor or ints in {low}..{high}"
-    if isinstance(values, Tensor):
-        if values.dtype != torch.int64:
-            raise TypeError(f"{name}: expected {expected}, got a tensor of {values.dtype}")
-        if values.ndim > 1:
-            raise ValueError(f"{name}: expected one dimension, got shape {tuple(values.shape)}")
-        outside = values[(values < low) | (values > min(high, 2**63 - 1))]
-        if len(outside):
-            raise ValueError(f"{name}: expected {expected}, got {outside[0].item()}")
-        return values.cpu()
-    lone = not isinstance(values, Iterable)
-    integers = [checked_int(name, value, expected) for value in ([values] if lone else values)]
-    for value in integers:
-        if not low <= value <= high:
-            raise ValueError(f"{name}: expected {expected}, got {value}")
-    tensor = torch.tensor([(value + 2**63) % 2**64 - 2**63 for value in integers], dtype=torch.int64)
-    return tensor[0] if lone else tensor
+def _labels(labels: Any, num_classes: int | None) -> Tensor:
+    """int64: [] of one label, [n] of several."""
+    high, expected = (2**63, "ints >= -1") if num_classes is None else (num_classes, f"ints in -1..{num_classes - 1}")
+    if isinstance(labels, Tensor):
+        if labels.dtype != torch.int64 or labels.ndim > 1:
+            got = f"{labels.dtype} of shape {tuple(labels.shape)}"
+            raise TypeError(f"labels: expected an int64 tensor [] or [n], got {got}")
+        labels = labels.tolist()
+    lone = not isinstance(labels, Iterable)
+    labels = [checked_int("labels", label, expected) for label in ([labels] if lone else labels)]
+    for label in labels:
+        if not -1 <= label < high:
+            raise ValueError(f"labels: expected {expected}, got {label}")
+    return torch.tensor(labels[0] if lone else labels, dtype=torch.int64)
 
 
 def _checked_output(out: Any, x_t: Tensor, learned_variance: bool) -> Tensor:

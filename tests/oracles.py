@@ -7,6 +7,7 @@ x0_hat = m + k (x - sqrt(ab) m) with k = sqrt(ab) s^2 / v, and every sampler is 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from mpmath import mp, mpf
 from torch import Tensor
@@ -28,6 +29,15 @@ SCHEDULES = {
     "one_step": Schedule([0.25]),
 }
 SPACINGS = ("trailing", "leading", "linspace", "quadratic")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For modules whose tensors are so small that threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def subsequences(schedule: Schedule) -> list[list[int]]:

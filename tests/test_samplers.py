@@ -16,6 +16,7 @@ from oracles import (
     propagate,
     subsequences,
 )
+from oracles import one_thread as one_thread
 
 from diffkern import ops
 from diffkern.samplers import PREDICTIONS, ddim, ddpm, fold_x0
@@ -148,7 +149,7 @@ def test_ddim_with_zero_eps_only_scales(steps, spacing):
 @every_schedule
 @pytest.mark.parametrize("eta", [0.0, 0.25, 1.0])
 def test_ddim_keeps_the_marginal_variance(schedule, eta):
-    """d^2 + sigma^2 = 1 - ab_prev, with d eps = k_x x_t for x_t = sqrt(1 - ab) eps; and x_0 arrives with sqrt(ab_prev)."""
+    """d^2 + sigma^2 = 1 - ab_prev, where x_t = sqrt(1 - ab) eps becomes d eps; and x_0 keeps sqrt(ab_prev)."""
     for timesteps in subsequences(schedule):
         s, table = schedule.respace(timesteps), ddim(schedule, timesteps, "v", eta).flip(0)
         k_x, k_0, sigma = (table[:, COLUMN[name]] for name in ("k_x", "k_0", "sigma"))
@@ -217,8 +218,8 @@ def test_learned_variance_spans_from_beta_tilde_to_beta(schedule):
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_every_number_of_steps_gives_a_finite_table_with_a_noiseless_end(spacing):
-    for N in range(1, 1001):
+def test_any_number_of_steps_gives_a_finite_table_with_a_noiseless_end(spacing):
+    for N in [*range(1, 50), *range(50, 1001, 19)]:
         timesteps = LINEAR.timesteps(N, spacing)
         for table in (ddpm(LINEAR, timesteps, variance="fixed_large"), ddim(LINEAR, timesteps, eta=0.5)):
             assert table.shape == (N, len(ops.COLUMNS)) and table.dtype == torch.float64
@@ -246,8 +247,8 @@ def test_zero_terminal_snr_refuses_eps_and_asks_for_v_or_x0(make, prediction):
     with pytest.raises(ValueError, match=message):
         make(ZERO_SNR, [2, 1, 0], prediction)
     assert make(ZERO_SNR, [1, 0], prediction).isfinite().all()  # where the last step is not visited
-    with pytest.raises(ValueError, match="falls to 1e-90"):  # 1 / sqrt(ab) is no float32
-        make(Schedule([1 - 1e-15] * 6), [5, 0], prediction)
+    with pytest.raises(ValueError, match="falls to 8.24e-84"):  # 1 / sqrt(ab) is no float32
+        make(Schedule([1 - 2**-46] * 6), [5, 0], prediction)
 
 
 @pytest.mark.parametrize("prediction", ["v", "x0"])
@@ -264,7 +265,11 @@ def test_zero_terminal_snr_is_sampled_through_v_and_x0(make, prediction):
 
 BAD = [
     (lambda: ddpm(LINEAR, [5, 0], "noise"), ValueError, "prediction: expected one of ('eps', 'x0', 'v', 'score'), got"),
-    (lambda: ddim(LINEAR, [5, 0], None), ValueError, "prediction: expected one of ('eps', 'x0', 'v', 'score'), got None"),
+    (
+        lambda: ddim(LINEAR, [5, 0], None),
+        ValueError,
+        "prediction: expected one of ('eps', 'x0', 'v', 'score'), got None",
+    ),
     (lambda: ddpm(LINEAR, [5, 0], variance="small"), ValueError, "variance: expected one of ('fixed_small',"),
     (lambda: ddpm(LINEAR, [5, 0], variance=None), ValueError, "or a tensor of variances, got None"),
     (lambda: ddpm(LINEAR, [5, 0], variance=torch.ones(3)), ValueError, "variance: expected shape (2,), one for each"),

@@ -1,0 +1,288 @@
+"""The command line: what it writes, what it says, and the status that it leaves with."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from diffkern import cli, training
+from diffkern.cli import main
+from diffkern.images import read_settings, to_uint8
+from diffkern.model import load, read, save
+from diffkern.sampling import sample
+from diffkern.training import CHECKPOINT
+
+QUIET = ["--no-progress"]
+TRAIN = [
+    *("--batch-size", "4", "--warmup", "2", "--sample-every", "0", "--log-every", "2", "--size", "8"),
+    *("--schedule", "linear", "--timesteps", "20", "--no-progress"),
+    *("--network", json.dumps({key: value for key, value in tiny.NETWORK.items() if key != "in_channels"})),
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a model in it."""
+    monkeypatch.chdir(tmp_path)
+    save(tiny.model(), "m.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def pictures(folder):
+    for label in ("cats", "dogs"):
+        (folder / "pictures" / label).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (9, 8), (50 * i, 100, 20)).save(folder / "pictures" / label / f"{i}.png")
+    return "pictures"
+
+
+# --- sample ---
+
+
+def test_sample_writes_a_labelled_grid_with_its_settings_inside(folder, capsys):
+    assert main(["sample", "--model", "m.safetensors", "--n", "5", "--steps", "4", "--out", "s.png", *QUIET]) == 0
+    assert capsys.readouterr().out == "s.png\n"
+    settings = read_settings("s.png")
+    assert settings["seeds"] == [0, 1, 2, 3, 4] and settings["labels"] == [0, 1, 2, 0, 1]
+    assert (settings["sampler"], settings["steps"], settings["spacing"]) == ("ddim", 4, "trailing")
+    assert settings["model"] == "m.safetensors" and settings["versions"]["torch"] == torch.__version__
+    with Image.open("s.png") as image:
+        assert image.size == (3 * 68 + 4, 2 * (68 + 14) + 4)  # a column a class
+
+
+def test_sample_draws_what_the_settings_in_the_png_say(folder):
+    arguments = ["--seeds", "7", "20:22", "--labels", "class 2", "1", "none", "--guidance", "2", "--npz", "s.npz"]
+    assert main(["sample", "--model", "m.safetensors", "--steps", "3", "--batch-size", "2", *arguments, *QUIET]) == 0
+    settings = read_settings("samples.png")
+    kept = ("seeds", "labels", "sampler", "steps", "spacing", "variance", "eta", "clip", "guidance", "batch_size")
+    x = sample(settings["model"], progress=False, **{name: settings[name] for name in kept})
+    with np.load("s.npz", allow_pickle=False) as arrays:
+        assert np.array_equal(arrays["images"], to_uint8(x))
+        assert arrays["seeds"].tolist() == [7, 20, 21] and arrays["labels"].tolist() == [2, 1, -1]
+        assert json.loads(str(arrays["settings"])) == settings
+
+
+@pytest.mark.parametrize(("steps", "sampler"), [([], "ddpm"), (["--steps", "20"], "ddpm"), (["--steps", "19"], "ddim")])
+def test_fewer_steps_than_all_mean_ddim(folder, steps, sampler):
+    assert main(["sample", "--model", "m.safetensors", "--n", "1", *steps, *QUIET]) == 0
+    assert read_settings("samples.png")["sampler"] == sampler
+
+
+def test_an_unconditional_model_has_a_grid_without_labels(folder):
+    save(tiny.model(classes=None), "u.safetensors")
+    assert main(["sample", "--model", "u.safetensors", "--n", "4", "--steps", "2", *QUIET]) == 0
+    with Image.open("samples.png") as image:
+        assert image.size == (2 * 68 + 4, 2 * 68 + 4)
+    assert read_settings("samples.png")["labels"] is None
+
+
+def test_the_gif_runs_from_noise_to_the_result(folder):
+    arguments = ["--n", "3", "--steps", "6", "--batch-size", "2", "--gif", "s.gif", "--columns", "3"]
+    assert main(["sample", "--model", "m.safetensors", *arguments, *QUIET]) == 0
+    with Image.open("s.gif") as gif, Image.open("samples.png") as result:
+        assert gif.n_frames == 7  # x_t of every step, and the result
+        gif.seek(6)
+        assert np.array_equal(gif.convert("L"), result)
+
+
+def test_a_long_gif_is_thinned(folder, monkeypatch):
+    monkeypatch.setattr(cli, "GIF_FRAMES", 4)
+    assert main(["sample", "--model", "m.safetensors", "--n", "1", "--steps", "10", "--gif", "s.gif", *QUIET]) == 0
+    with Image.open("s.gif") as gif:
+        assert gif.n_frames == 5
+
+
+# --- train, export ---
+
+
+def test_train_resumes_where_it_was_and_export_ships_its_average(folder, pictures, capsys):
+    assert main(["train", "--data", pictures, "--out", "run", "--steps", "4", *TRAIN]) == 0
+    assert main(["train", "--data", pictures, "--out", "run", "--steps", "6", *TRAIN]) == 0
+    assert "resuming run/checkpoint.safetensors at step 4" in capsys.readouterr().err
+    assert main(["train", "--data", pictures, "--out", "whole", "--steps", "6", *TRAIN]) == 0
+    (description, tensors), (_, whole) = read(f"run/{CHECKPOINT}"), read(f"whole/{CHECKPOINT}")
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in tensors.items())
+    assert description["training"]["steps"] == 6 and description["classes"] == ["cats", "dogs"]
+
+    assert main(["export", "run", "--out", "shipped.safetensors"]) == 0
+    assert re.search(r"shipped.safetensors: \d+ parameters, 0.\d MB", capsys.readouterr().out)
+    shipped = load("shipped.safetensors")
+    assert shipped.name == "shipped" and shipped.classes == ("cats", "dogs")
+    for key, tensor in shipped.network.state_dict().items():
+        assert torch.equal(tensor, tensors[f"ema.{key}"].half().float())
+
+
+def test_a_preset_is_the_recipe_and_options_change_it(folder, monkeypatch):
+    tiny.write_fashion_mnist(folder / "idx")
+    runs = []
+    monkeypatch.setattr(training.Trainer, "run", lambda run, out, progress: runs.append(run))
+    command = ["train", "--data", "idx", "--preset", "fashion-mnist", "--out", "run", "--lr", "1e-3", "--no-bf16"]
+    assert main([*command, "--betas", "0.8", "0.9", "--network", '{"channels": 16}']) == 0
+    config, preset = runs[0].config, training.PRESETS["fashion-mnist"]
+    assert (config.lr, config.bf16, config.betas, config.steps) == (1e-3, False, (0.8, 0.9), preset.steps)
+    assert config.network == {**preset.network, "channels": 16}
+    assert runs[0].model.name == "fashion-mnist" and len(runs[0].model.classes) == 10
+
+
+def test_sigterm_saves_and_leaves_with_its_status(folder, pictures):
+    command = [sys.executable, "-m", "diffkern", "train", "--data", pictures, "--out", "run", "--steps", "1000000"]
+    with subprocess.Popen([*command, *TRAIN, "--threads", "1"], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 120
+            log = folder / "run" / "log.csv"
+            while not (log.exists() and log.read_text().count("\n") > 1):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            _, message = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    steps = read(f"run/{CHECKPOINT}")[0]["training"]["steps"]
+    assert f"diffkern: SIGTERM at step {steps}: saved run/{CHECKPOINT}; run again to resume" in message
+
+
+def test_a_diverging_run_is_an_error_of_one_line(folder, pictures, capsys):
+    assert main(["train", "--data", pictures, "--out", "run", "--steps", "200", *TRAIN, "--lr", "1e30"]) == 2
+    assert re.fullmatch(r"diffkern: error: loss: expected a finite value, got .*\n", capsys.readouterr().err)
+
+
+# --- evaluate, doctor ---
+
+
+def test_evaluate_prints_its_tables_and_keeps_its_classifier(folder, capsys):
+    tiny.write_fashion_mnist(folder / "idx")
+    torch.manual_seed(0)
+    model = tiny.model(classes=10)
+    model.shape = (1, 32, 32)
+    save(model, "m.safetensors")
+    command = ["evaluate", "--model", "m.safetensors", "--data", "idx", "--n", "4", "--steps", "ddpm:2", "ddim:1"]
+    assert main([*command, "--loss-n", "3", "--classifier", "c.safetensors", *QUIET]) == 0
+    first = capsys.readouterr().out
+    assert "Held-out eps-loss of 3 test images at each part of t; mean " in first
+    assert re.search(r"\| ddpm \| 2 \| 4 \| \d+\.\d{3} \| \d+\.\d{3} \| [\d.]+% \| ", first)
+    assert re.search(r"\| ddim \| 1 \| 4 \| ", first)
+    assert main([*command, "--loss-n", "3", "--classifier", "c.safetensors", *QUIET]) == 0
+    timeless = re.compile(r"\| [\d.]+ \|\n")  # the last column is a time
+    assert timeless.sub("|\n", capsys.readouterr().out) == timeless.sub("|\n", first)
+
+
+def test_doctor_gives_its_own_status(monkeypatch):
+    import diffkern.doctor
+
+    for status in (0, 1):
+        monkeypatch.setattr(diffkern.doctor, "main", lambda status=status: status)
+        assert main(["doctor"]) == status
+
+
+# --- leaving ---
+
+
+def test_ctrl_c_leaves_with_130(folder, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "sample", interrupted)
+    assert main(["sample", "--model", "m.safetensors", *QUIET]) == 130
+    assert capsys.readouterr().err == "diffkern: interrupted\n"
+
+
+def test_help_and_version_leave_with_0(capsys):
+    for arguments in (["--help"], ["--version"], *([command, "--help"] for command in ("sample", "train", "evaluate"))):
+        with pytest.raises(SystemExit) as leaving:
+            main(arguments)
+        assert leaving.value.code == 0
+    assert "--label-dropout" in capsys.readouterr().out
+
+
+def test_the_module_is_the_command():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "diffkern", "sample"], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (2, "diffkern: error: the following arguments are required: --model\n")
+
+
+SAMPLE = ["sample", "--model", "m.safetensors", "--n", "2", "--steps", "2"]
+FIT = ["train", "--data", "pictures", "--out", "run"]
+JUDGE = ["evaluate", "--model", "m.safetensors", "--data", "idx"]
+BAD_COMMANDS = {
+    "nothing": ([], "the following arguments are required: COMMAND"),
+    "no such command": (["draw"], "argument COMMAND: invalid choice: 'draw'"),
+    "no model": (["sample"], "the following arguments are required: --model"),
+    "no such option": ([*SAMPLE, "--colour"], "unrecognized arguments: --colour"),
+    "an abbreviation": ([*SAMPLE, "--guid", "2"], "unrecognized arguments: --guid 2"),
+    "no such model": (["sample", "--model", "cats"], r"model: expected a shipped model \(.*\) or an existing file, got"),
+    "a broken model": (["sample", "--model", "broken.safetensors"], "broken.safetensors: expected a safetensors file"),
+    "a folder": (["sample", "--model", "."], "expected a file, got a directory"),
+    "n 0": ([*SAMPLE, "--n", "0"], "argument --n: expected at least 1, got 0"),
+    "n text": ([*SAMPLE, "--n", "many"], "argument --n: invalid count value: 'many'"),
+    "n and seeds": ([*SAMPLE, "--seeds", "1"], "n: expected 1, one for each of --seeds, got 2"),
+    "seed text": ([*SAMPLE, "--seeds", "one"], "seeds: expected integers or ranges a:b, got 'one'"),
+    "seed range": ([*SAMPLE, "--seeds", "1:"], "seeds: expected integers or ranges a:b, got '1:'"),
+    "empty range": ([*SAMPLE, "--seeds", "3:3"], "seeds: expected at least one, got none in 3:3"),
+    "seed too large": ([*SAMPLE, "--n", "1", "--seeds", str(2**64)], "seeds: expected .* got 18446744073709551616"),
+    "label": ([*SAMPLE, "--label", "cat"], "labels: expected none or one of 0 class 0, .*, got 'cat'"),
+    "label number": ([*SAMPLE, "--label", "3"], "labels: expected none or one of .*, got '3'"),
+    "labels too many": ([*SAMPLE, "--labels", "0", "1", "2"], "labels: expected 1 or 2, one for each image, got 3"),
+    "no classes": (["sample", "--model", "u.safetensors", "--label", "0"], "labels: expected none, this model has no"),
+    "steps too many": ([*SAMPLE, "--steps", "21"], "steps: expected 1 to 20, the length of the schedule, got 21"),
+    "sampler": ([*SAMPLE, "--sampler", "euler"], "argument --sampler: invalid choice: 'euler'"),
+    "spacing": ([*SAMPLE, "--spacing", "even"], "argument --spacing: invalid choice: 'even'"),
+    "eta": ([*SAMPLE, "--eta", "2"], "eta: expected"),
+    "eta of ddpm": ([*SAMPLE, "--sampler", "ddpm", "--eta", "1"], "eta: expected 0, its default, with sampler 'ddpm'"),
+    "guidance": ([*SAMPLE, "--guidance", "nan"], "guidance: expected a finite number, got nan"),
+    "no labels to guide": (["sample", "--model", "u.safetensors", "--guidance", "2"], "guidance: expected 1 without"),
+    "dtype": ([*SAMPLE, "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    "device": ([*SAMPLE, "--device", "gpu"], "device: expected cpu or cuda, got 'gpu'"),
+    "threads": ([*SAMPLE, "--threads", "0"], "argument --threads: expected at least 1, got 0"),
+    "batch size": ([*SAMPLE, "--batch-size", "0"], "argument --batch-size: expected at least 1, got 0"),
+    "out suffix": ([*SAMPLE, "--out", "s.jpg"], "out: expected a file name that ends in .png, got 's.jpg'"),
+    "gif suffix": ([*SAMPLE, "--gif", "s.png"], "gif: expected a file name that ends in .gif, got 's.png'"),
+    "npz suffix": ([*SAMPLE, "--npz", "s"], "npz: expected a file name that ends in .npz, got 's'"),
+    "out folder": ([*SAMPLE, "--out", "no/s.png"], "out: expected a file in an existing folder, got 'no/s.png'"),
+    "no data": (["train", "--data", "no", "--out", "run"], "data: expected 'fashion-mnist' or an existing directory"),
+    "no pictures": (["train", "--data", "empty", "--out", "run"], r"empty: expected images \(.*\), got none"),
+    "broken idx": (["train", "--data", "idx", "--out", "run"], "idx: expected train-labels-idx1-ubyte or .*gz, got"),
+    "preset": ([*FIT, "--preset", "cifar"], "argument --preset: invalid choice: 'cifar'"),
+    "lr": ([*FIT, "--lr", "-1"], "lr: expected a number > 0, got -1.0"),
+    "ema": ([*FIT, "--ema", "1"], r"ema: expected a number in \[0, 1\), got 1.0"),
+    "steps": ([*FIT, "--steps", "0"], "steps: expected an int >= 1, got 0"),
+    "betas": ([*FIT, "--betas", "0.9"], "argument --betas: expected 2 arguments"),
+    "lr schedule": ([*FIT, "--lr-schedule", "step"], "argument --lr-schedule: invalid choice: 'step'"),
+    "network text": ([*FIT, "--network", "big"], r"network: expected a JSON object, got 'big' \(Expecting value"),
+    "network list": ([*FIT, "--network", "[1]"], r"network: expected a JSON object, got '\[1\]'"),
+    "network option": ([*FIT, "--network", '{"width": 1}'], "unexpected keyword argument 'width'"),
+    "a foreign checkpoint": (["train", "--data", "pictures", "--out", "foreign"], "expected a training checkpoint, got"),
+    "export nothing": (["export", "none", "--out", "m.safetensors"], "model: expected a shipped model"),
+    "export suffix": (["export", "m.safetensors", "--out", "m.pt"], "out: expected a file name that ends in .safeten"),
+    "export folder": (["export", "m.safetensors", "--out", "no/m.safetensors"], "out: expected a file in an existing"),
+    "evaluate steps": ([*JUDGE, "--steps", "50"], "steps: expected ddpm:STEPS or ddim:STEPS, got '50'"),
+    "evaluate sampler": ([*JUDGE, "--steps", "euler:5"], "steps: expected ddpm:STEPS or ddim:STEPS, got 'euler:5'"),
+    "evaluate 0 steps": ([*JUDGE, "--steps", "ddim:0"], "steps: expected ddpm:STEPS or ddim:STEPS, got 'ddim:0'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_COMMANDS.values(), ids=BAD_COMMANDS)
+def test_a_bad_command_is_one_line_and_status_2(folder, pictures, capsys, arguments, message):
+    save(tiny.model(classes=None), "u.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"{}")
+    for name in ("empty", "idx", "foreign"):
+        (folder / name).mkdir()
+    (folder / "idx" / "train-images-idx3-ubyte").write_bytes(tiny.idx(np.zeros((2, 28, 28))))
+    save(tiny.model(), f"foreign/{CHECKPOINT}")
+    assert main([*arguments, *QUIET] if arguments[:1] in (["sample"], ["train"], ["evaluate"]) else arguments) == 2
+    captured = capsys.readouterr()
+    assert re.fullmatch(rf"diffkern: error: .*{message}.*\n", captured.err)
+    assert captured.out == ""
+    assert not (folder / "run").exists() and not (folder / "samples.png").exists()

@@ -1,0 +1,221 @@
+"""Distances against their closed forms, the held-out loss against its definition, and the classifier's files."""
+
+import math
+
+import pytest
+import scipy.linalg
+import tiny
+import torch
+
+from diffkern import evaluate, ops
+from diffkern.data import Dataset
+from diffkern.evaluate import (
+    Classifier,
+    accuracy,
+    eps_loss,
+    features,
+    frechet_distance,
+    load_classifier,
+    save_classifier,
+    train_classifier,
+)
+from diffkern.model import Model, save
+from diffkern.unet import UNet
+
+
+def normals(n: int, d: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def with_moments(mean: torch.Tensor, covariance: torch.Tensor, n: int = 200) -> torch.Tensor:
+    """Features whose sample mean and covariance are exactly these."""
+    x = normals(n, len(mean))
+    x = x - x.mean(0)
+    x = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), x.T, upper=False)
+    return (torch.linalg.cholesky(covariance) @ x).T + mean
+
+
+def covariance(d: int, seed: int) -> torch.Tensor:
+    x = normals(d, d, seed)
+    return x @ x.T / d + 0.1 * torch.eye(d, dtype=torch.float64)
+
+
+# --- the Frechet distance ---
+
+
+def test_the_distance_of_commuting_gaussians_is_the_closed_form():
+    """|m_a - m_b|^2 + sum (sqrt(l_a) - sqrt(l_b))^2 where the covariances are diagonal."""
+    m_a, m_b = normals(2, 5, seed=1)
+    l_a, l_b = normals(2, 5, seed=2).square() + 0.1
+    expected = (m_a - m_b).square().sum() + (l_a.sqrt() - l_b.sqrt()).square().sum()
+    actual = frechet_distance(with_moments(m_a, l_a.diag()), with_moments(m_b, l_b.diag()))
+    assert actual == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_the_distance_of_any_gaussians_is_that_with_scipy_s_square_root():
+    a, b = covariance(6, 1), covariance(6, 2)
+    m_a, m_b = normals(2, 6, seed=3)
+    root = scipy.linalg.sqrtm((a @ b).numpy())
+    expected = (m_a - m_b).square().sum().item() + (a + b).trace().item() - 2 * root.trace().real
+    assert frechet_distance(with_moments(m_a, a), with_moments(m_b, b)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_distance_is_zero_to_itself_and_symmetric():
+    a, b = normals(100, 8, 1), 2 * normals(60, 8, 2) + 1
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-10)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-10)
+
+
+def test_singular_covariances_are_no_trouble():
+    """On a line inside 8 dimensions the distance is that on the line: (m_a - m_b)^2 + (s_a - s_b)^2."""
+    direction = torch.full((8,), 8**-0.5, dtype=torch.float64)
+    line = with_moments(torch.zeros(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64))
+    a, b = 2 * line * direction, (line + 3) * direction
+    assert frechet_distance(a, b) == pytest.approx(3**2 + (2 - 1) ** 2, rel=1e-7)
+    assert frechet_distance(a * 0, b) == pytest.approx(3**2 + 1, rel=1e-7)
+
+
+def test_one_feature_is_enough():
+    a, b = torch.tensor([[0.0], [2.0]]), torch.tensor([[10.0], [10.0]])
+    assert frechet_distance(a, b) == pytest.approx(9**2 + 2)
+
+
+# --- the held-out loss ---
+
+
+class Zero(UNet):
+    """Predicts eps = 0: its loss is the mean of eps^2."""
+
+    def forward(self, x_t, t, labels=None):
+        return torch.zeros_like(x_t)
+
+
+def test_the_loss_of_predicting_zero_is_one():
+    model = Model(Zero(**tiny.NETWORK), tiny.SCHEDULE, "eps", (1, 8, 8))
+    n = 500
+    losses = eps_loss(model, tiny.dataset(n, classes=None), n=n, buckets=4)
+    assert losses == pytest.approx([1] * 4, abs=5 * math.sqrt(2 / (n * 64)))  # five standard errors
+
+
+def test_the_loss_of_the_exact_denoiser_is_the_closed_form():
+    """Data N(0, s^2) a pixel: E (eps - E[eps|x_t])^2 = ab s^2 / (ab s^2 + 1 - ab), with s the data's own."""
+    data = tiny.dataset(500, classes=None)
+    s2 = data.x_0(slice(None)).double().square().mean().item()
+    ab = tiny.SCHEDULE.alpha_bar
+
+    class Exact(Zero):
+        def forward(self, x_t, t, labels=None):
+            k = ((1 - ab).sqrt() / (ab * s2 + 1 - ab))[t].float()
+            return k[:, None, None, None] * x_t
+
+    losses = eps_loss(Model(Exact(**tiny.NETWORK), tiny.SCHEDULE, "eps", (1, 8, 8)), data, n=500, buckets=20)
+    assert losses == pytest.approx((ab * s2 / (ab * s2 + 1 - ab)).tolist(), rel=0.05)
+
+
+def test_the_loss_does_not_depend_on_the_batch_size():
+    model, data = tiny.model(), tiny.dataset(30)
+    losses = eps_loss(model, data, buckets=3, batch_size=30)
+    assert eps_loss(model, data, buckets=3, batch_size=7) == pytest.approx(losses, rel=1e-5)
+    assert eps_loss(model, data, buckets=3, seed=1) != pytest.approx(losses, rel=1e-5)
+
+
+def test_buckets_part_the_time_steps(monkeypatch):
+    seen = []
+    noise_loss = ops.noise_loss
+    monkeypatch.setattr(ops, "noise_loss", lambda out, seeds, t: (seen.append(t), noise_loss(out, seeds, t))[1])
+    eps_loss(tiny.model(), tiny.dataset(200), n=200, buckets=3, batch_size=200)
+    assert [sorted(set(t.tolist())) for t in seen] == [list(range(6)), list(range(6, 13)), list(range(13, 20))]
+
+
+# --- the classifier ---
+
+
+def squares(n: int) -> Dataset:
+    """Two classes that differ in where the light is."""
+    pixels = torch.zeros(n, 1, 32, 32, dtype=torch.uint8)
+    labels = torch.arange(n) % 2
+    pixels[labels == 0, :, 4:14, 4:14] = 200
+    pixels[labels == 1, :, 18:28, 18:28] = 200
+    return Dataset(pixels, labels, ("low", "high"))
+
+
+def test_a_classifier_learns_and_knows_its_accuracy():
+    data = squares(128)
+    net = train_classifier(data, epochs=4, batch_size=16, progress=False)
+    assert accuracy(net, data.images, data.labels) == 1
+    assert accuracy(net, data.images, 1 - data.labels) == 0
+    assert features(net, data.images).shape == (128, 64)
+
+
+def test_training_a_classifier_leaves_torch_s_generator_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    train_classifier(squares(4), epochs=1, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_saved_classifier_has_the_same_features(tmp_path):
+    torch.manual_seed(0)
+    net = Classifier().eval()
+    net.convs[1].running_mean.normal_()
+    save_classifier(net, tmp_path / "c.safetensors", 0.875)
+    loaded, stated = load_classifier(tmp_path / "c.safetensors")
+    assert stated == 0.875
+    images = squares(4).images
+    torch.testing.assert_close(features(loaded, images), features(net, images), rtol=0, atol=1e-2)  # float16 weights
+
+
+def test_the_shipped_classifier_states_at_least_92_percent():
+    net, stated = load_classifier()
+    assert stated >= 0.92
+    assert (tmp := features(net, squares(2).images)).shape == (2, 64) and tmp.isfinite().all()
+
+
+# --- everything together ---
+
+
+def test_evaluate_reports_a_row_for_each_sampler():
+    torch.manual_seed(0)
+    network = UNet(**tiny.NETWORK, num_classes=2)
+    model = Model(network.eval(), tiny.SCHEDULE, "eps", (1, 32, 32), ("low", "high"))
+    data, net = squares(20), Classifier(classes=2).eval()
+    rows = list(evaluate.evaluate(model, data, data, net, n=6, runs=(("ddpm", 4), ("ddim", 2)), progress=False))
+    assert [(row.sampler, row.steps, row.n) for row in rows] == [("ddpm", 4, 6), ("ddim", 2, 6)]
+    assert all(row.distance >= 0 and 0 <= row.agreement <= 1 and row.seconds > 0 for row in rows)
+    real = features(net, data.images)
+    assert rows[0].floor == rows[1].floor == frechet_distance(features(net, data.images[:6]), real)
+
+
+def run_evaluation(**changes):
+    arguments = dict(n=4, runs=(("ddim", 1),), progress=False) | changes
+    return list(evaluate.evaluate(tiny.model(), squares(4), squares(4), Classifier().eval(), **arguments))
+
+
+def load_a_model(folder):
+    save(tiny.model(), folder / "m.safetensors")
+    load_classifier(folder / "m.safetensors")
+
+
+FEATURES = torch.zeros(4, 3)
+BAD = {
+    "one row": (lambda f: frechet_distance(FEATURES[:1], FEATURES), r"a: expected features \[at least 2, 3\], got"),
+    "one dimension": (lambda f: frechet_distance(FEATURES, FEATURES[0]), r"b: expected features .*, got \(3,\)"),
+    "widths": (lambda f: frechet_distance(FEATURES, FEATURES[:, :2]), r"b: expected features .*, got \(4, 2\)"),
+    "buckets": (lambda f: eps_loss(tiny.model(), tiny.dataset(), buckets=21), "buckets: expected 1..20, got 21"),
+    "shape": (lambda f: eps_loss(tiny.model(), squares(2)), r"data: expected images of shape \(1, 8, 8\), got"),
+    "classifier data": (lambda f: train_classifier(tiny.dataset()), "data: expected labelled 32x32 images, got"),
+    "no classifier": (load_a_model, "m.safetensors: expected a classifier, got format, name"),
+    "model shape": (lambda f: run_evaluation(), r"model: expected images of shape \(1, 32, 32\), got \(1, 8, 8\)"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments_say_what_was_expected(tmp_path, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path)
+
+
+def test_more_samples_than_test_images_have_no_floor():
+    model = Model(UNet(**tiny.NETWORK), tiny.SCHEDULE, "eps", (1, 32, 32))
+    with pytest.raises(ValueError, match=r"n: expected 2..4 \(the floor takes as many test images\), got 5"):
+        list(evaluate.evaluate(model, squares(4), squares(4), Classifier().eval(), n=5))

@@ -1,0 +1,204 @@
+"""Model files: what is saved is what is loaded, and what is no model says so."""
+
+import json
+import os
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffkern import model as models
+from diffkern.model import Model, load, read, save, write_atomically
+from diffkern.unet import UNet
+
+X = torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8)
+T = torch.tensor([3, 17])
+LABELS = torch.tensor([2, -1])
+
+
+def test_a_saved_model_loads_the_same(tmp_path):
+    model = tiny.model()
+    save(model, tmp_path / "m.safetensors")
+    loaded = load(tmp_path / "m.safetensors")
+    assert torch.equal(loaded(X, T, LABELS), model(X, T, LABELS))
+    assert loaded.schedule == model.schedule
+    assert (loaded.prediction, loaded.shape, loaded.classes) == ("eps", (1, 8, 8), model.classes)
+    assert (loaded.name, loaded.learned_variance) == ("tiny", False)
+    assert not loaded.network.training and not any(p.requires_grad for p in loaded.network.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_load_as_their_rounded_float32(tmp_path, dtype):
+    model = tiny.model()
+    save(model, tmp_path / "m.safetensors", dtype=dtype)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "m.safetensors").values()} == {dtype}
+    loaded = load(tmp_path / "m.safetensors").network.state_dict()
+    for key, tensor in model.network.state_dict().items():
+        assert loaded[key].dtype == torch.float32
+        assert torch.equal(loaded[key], tensor.to(dtype).float())
+
+
+def test_loading_keeps_the_memory_format_of_the_network(tmp_path):
+    save(tiny.model(), tmp_path / "m.safetensors")
+    fresh = tiny.model().network.state_dict()
+    for key, tensor in load(tmp_path / "m.safetensors").network.state_dict().items():
+        assert tensor.stride() == fresh[key].stride()
+
+
+def test_an_unconditional_model_with_learned_variance_round_trips(tmp_path):
+    network = UNet(**tiny.NETWORK, learned_variance=True)
+    model = Model(network, tiny.SCHEDULE, "v", (1, 8, 8), None, learned_variance=True)
+    save(model, tmp_path / "m.safetensors")
+    loaded = load(tmp_path / "m.safetensors")
+    assert (loaded.classes, loaded.learned_variance, loaded.prediction) == (None, True, "v")
+    assert loaded(X, T).shape == (2, 2, 8, 8)
+
+
+def test_a_shipped_model_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "MODELS", tmp_path)
+    save(tiny.model(), tmp_path / "tiny.safetensors")
+    assert models.shipped() == ["tiny"]
+    assert load("tiny").name == "tiny"
+    with pytest.raises(FileNotFoundError, match=r"model: expected a shipped model \(tiny\) or .*, got 'fashion'"):
+        load("fashion")
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+
+    def fail_half_way(temporary):
+        temporary.write_bytes(b"ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, fail_half_way)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_a_write_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events = []
+    replace, fsync = os.replace, os.fsync
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("rename"), replace(*paths)))
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("fsync"), fsync(handle)))
+    write_atomically(tmp_path / "file.bin", lambda temporary: temporary.write_bytes(b"new"))
+    assert (tmp_path / "file.bin").read_bytes() == b"new"
+    assert events == ["fsync", "rename", "fsync"]
+
+
+def test_a_written_file_has_the_mode_that_the_umask_asks_for(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        save(tiny.model(), tmp_path / "m.safetensors")
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def saved(tmp_path, *, tensors=None, **changes):
+    """A model file with some of its description or its tensors changed."""
+    path = tmp_path / "m.safetensors"
+    save(tiny.model(), path)
+    description, stored = read(path)
+    description |= changes
+    description = {key: value for key, value in description.items() if value is not ...}
+    stored = tensors(stored) if tensors else stored
+    save_file(stored, path, metadata={"diffkern": json.dumps(description)})
+    return path
+
+
+def without(key):
+    return lambda stored: {name: tensor for name, tensor in stored.items() if name != key}
+
+
+BAD_FILES = {
+    "format": (dict(format=2), "expected a model of format 1, got format 2"),
+    "no format": (dict(format=...), "expected a model of format 1, got format None"),
+    "no network": (dict(network=...), "expected 'network' in the model's description"),
+    "no schedule": (dict(schedule=...), "expected 'schedule' in the model's description"),
+    "unknown option": (dict(network={"width": 3}), "unexpected keyword argument 'width'"),
+    "bad groups": (dict(network={**tiny.NETWORK, "groups": 3}), "groups: expected a divisor of every width"),
+    "bad schedule": (dict(schedule={"kind": "square"}), "config: expected a kind among"),
+    "bad prediction": (dict(prediction="noise"), "prediction: expected one of eps, x0, v, score, got 'noise'"),
+    "bad shape": (dict(shape=[8, 8]), r"shape: expected three positive sizes \(C, H, W\), got \(8, 8\)"),
+    "no classes": (dict(network=tiny.NETWORK), "got 0 missing .* and 1 unexpected .*class_embedding"),
+    "missing tensor": (dict(tensors=without("conv_in.bias")), r"got 1 missing \['conv_in.bias'\]"),
+    "other shape": (
+        dict(tensors=lambda stored: stored | {"conv_in.bias": torch.zeros(9)}),
+        r"conv_in.bias: expected shape \(8,\), got \(9,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_file_that_is_no_model_says_why(tmp_path, changes, message):
+    path = saved(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        load(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_a_corrupt_file_is_refused_wherever_it_was_cut(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save(tiny.model(), path)
+    content = path.read_bytes()
+    for length in (0, 4, 100, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="expected a safetensors file, got"):
+            load(path)
+
+
+def test_a_stranger_s_safetensors_file_is_refused(tmp_path):
+    save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="expected a file written by diffkern"):
+        load(tmp_path / "w.safetensors")
+
+
+def overflowing():
+    model = tiny.model()
+    model.network.conv_in.bias.data[0] = 1e6
+    return model
+
+
+BAD_CALLS = {
+    "load a number": (lambda tmp: load(3), TypeError, "model: expected a name or a path, got int"),
+    "load nothing": (lambda tmp: load(tmp / "none"), FileNotFoundError, "or an existing file, got '.*none'"),
+    "load a folder": (lambda tmp: load(tmp), ValueError, "expected a file, got a directory"),
+    "save a network": (
+        lambda tmp: save(tiny.model().network, tmp / "m"),
+        TypeError,
+        "model: expected a Model, got UNet",
+    ),
+    "save doubles": (lambda tmp: save(tiny.model(), tmp / "m", dtype=torch.float64), ValueError, "dtype: expected"),
+    "save an overflow": (
+        lambda tmp: save(overflowing(), tmp / "m", dtype=torch.float16),
+        ValueError,
+        "model: expected weights that are finite in torch.float16, got others in conv_in.bias",
+    ),
+    "save a linear layer": (
+        lambda tmp: save(Model(torch.nn.Linear(1, 1), tiny.SCHEDULE), tmp / "m"),
+        TypeError,
+        "network: expected a diffkern.unet.UNet to describe, got Linear",
+    ),
+    "no module": (lambda tmp: Model(len, tiny.SCHEDULE), TypeError, "network: expected a torch.nn.Module, got builtin"),
+    "no schedule": (
+        lambda tmp: Model(torch.nn.Linear(1, 1), [0.1]),
+        TypeError,
+        "schedule: expected a Schedule, got list",
+    ),
+    "no device": (lambda tmp: models.checked_device("gpu"), ValueError, "device: expected cpu or cuda, got 'gpu'"),
+    "other device": (lambda tmp: models.checked_device("meta"), ValueError, "device: expected one of cpu.*, got meta"),
+    "absent device": (
+        lambda tmp: models.checked_device("cuda:99"),
+        ValueError,
+        "device: expected one of cpu.*, got cuda:99",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_a_bad_argument_says_what_was_expected(tmp_path, call, error, message):
+    with pytest.raises(error, match=message):
+        call(tmp_path)

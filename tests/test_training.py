@@ -1,0 +1,404 @@
+"""Training: what is drawn, what is averaged, what is saved, and how it ends."""
+
+import json
+import math
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from diffkern import ops, training
+from diffkern.model import load, read, save
+from diffkern.training import CHECKPOINT, PRESETS, Config, Diverged, Trainer, draw, ema_decay, new_model
+
+
+def trainer(data=None, **changes) -> Trainer:
+    data, config = data or tiny.dataset(), tiny.config(**changes)
+    return Trainer(new_model(data, config), data, config)
+
+
+def take(run: Trainer, steps: int) -> list[float]:
+    return [run.step() for _ in range(steps)]
+
+
+def assert_equal(a: Trainer, b: Trainer) -> None:
+    assert (a.steps, a.examples) == (b.steps, b.examples)
+    assert a.tensors().keys() == b.tensors().keys()
+    for key, tensor in a.tensors().items():
+        assert torch.equal(tensor, b.tensors()[key]), key
+
+
+# --- what is drawn ---
+
+
+def test_the_draws_of_an_example_do_not_depend_on_its_batch():
+    whole = draw(np.arange(100), 7, 1000, 0.5)
+    for size in (1, 7, 33):
+        parts = [draw(part, 7, 1000, 0.5) for part in np.split(np.arange(100), range(size, 100, size))]
+        for name in ("seeds", "t", "null", "flip"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+def test_t_is_uniform_and_seeds_are_distinct():
+    n, T = 200_000, 10
+    draws = draw(np.arange(n), 0, T, 0.1)
+    counts = torch.bincount(draws.t, minlength=T).double()
+    chi_squared = ((counts - n / T).square() / (n / T)).sum().item()
+    assert len(counts) == T and chi_squared < 27.9  # 99.9% of chi^2 with 9 degrees of freedom
+    assert len(draws.seeds.unique()) == n
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+def test_labels_are_dropped_at_the_rate_asked_for(p):
+    n = 100_000
+    dropped = draw(np.arange(n), 0, 10, p).null.double().mean().item()
+    assert dropped == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
+
+
+def test_draws_are_those_of_the_noise_standard():
+    w0, w1, w2, w3 = 0x2DCE73E5, 0x1348E23F, 0xFCF8E0EC, 0xA287AADB  # Random123: counter (0, 0, 0, 1), key 0
+    assert training.EXAMPLE_STREAM == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "EXAMPLE_STREAM", 1)
+        draws = draw(np.arange(1), 0, 1000, w3 / 2**32 + 1e-9)
+        assert draws.seeds.item() == w0 | w1 << 32
+        assert draws.t.item() == w2 * 1000 >> 32
+        assert draws.null.item() and not draw(np.arange(1), 0, 1000, w3 / 2**32).null.item()
+
+
+def test_every_epoch_sees_every_image_once_whatever_the_batch():
+    seen = {}
+    for batch_size in (3, 4, 25):
+        run = trainer(batch_size=batch_size)
+        index = torch.cat([run.index(part) for part in np.split(np.arange(40), range(batch_size, 40, batch_size))])
+        assert all(sorted(epoch) == list(range(10)) for epoch in index.view(4, 10).tolist())
+        seen[batch_size] = index.tolist()
+    assert seen[3] == seen[4] == seen[25]
+
+
+def test_a_batch_holds_the_images_labels_and_nulls_that_were_drawn():
+    run = trainer(label_dropout=0.5, batch_size=64)
+    x_0, labels, draws = run.batch()
+    index = run.index(np.arange(64))
+    assert torch.equal(x_0, run.dataset.x_0(index))
+    assert torch.equal(labels, torch.where(draws.null, -1, run.dataset.labels[index]))
+    assert 0 < draws.null.sum() < 64
+
+
+def test_flip_mirrors_about_half_of_the_images():
+    plain, flipped = trainer(batch_size=400), trainer(batch_size=400, flip=True)
+    x, y = plain.batch()[0], flipped.batch()[0]
+    mirrored = (y == x.flip(-1)).flatten(1).all(1)
+    assert (mirrored | (y == x).flatten(1).all(1)).all()
+    assert mirrored.double().mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_loss_is_algorithm_1_written_out():
+    run = trainer()
+    x_0, labels, draws = run.batch()
+    eps = ops.noise(draws.seeds, x_0.shape[1:], step=draws.t, stream=2).double()
+    ab = run.model.schedule.alpha_bar[draws.t][:, None, None, None]
+    x_t = ab.sqrt() * x_0 + (1 - ab).sqrt() * eps
+    expected = (eps - run.network(x_t.float(), draws.t, labels)).square().mean()
+    assert run.loss().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# --- a step ---
+
+
+def test_training_lowers_the_loss():
+    losses = take(trainer(lr=3e-3, batch_size=16), 60)
+    assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:10])
+
+
+def test_the_average_follows_its_recursion():
+    """theta_bar_n = sum of (1 - d_k) prod_{j>k} d_j theta_k + prod d_j theta_0, with d_k = min(d, (1+k)/(10+k))."""
+    run = trainer(ema=0.3)
+    history = [run.network.conv_in.weight.detach().double().clone()]
+    for _ in range(5):
+        run.step()
+        history.append(run.network.conv_in.weight.detach().double().clone())
+    decays = [min(0.3, (1 + k) / (10 + k)) for k in range(1, 6)]
+    expected = history[0] * math.prod(decays)
+    for k, d in enumerate(decays):
+        expected += (1 - d) * math.prod(decays[k + 1 :]) * history[k + 1]
+    average = run.model.network.conv_in.weight
+    torch.testing.assert_close(average.double(), expected, rtol=0, atol=1e-7)
+    assert not torch.equal(average, run.network.conv_in.weight) and not average.requires_grad
+
+
+def test_the_average_s_decay_warms_up_to_its_value():
+    decays = [ema_decay(0.999, step) for step in range(1, 20_000)]
+    assert decays[0] == 2 / 11 and decays == sorted(decays) and decays[-1] == 0.999
+
+
+@pytest.mark.parametrize("lr_schedule", ["constant", "cosine"])
+def test_the_learning_rate_rises_then_keeps_or_falls(lr_schedule):
+    config = Config(steps=100, lr=0.5, warmup=10, lr_schedule=lr_schedule)
+    rates = [config.learning_rate(step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.05, rel=1e-12) and np.argmax(rates) == 9
+    if lr_schedule == "constant":
+        assert set(rates[9:]) == {0.5}
+    else:
+        assert rates[50] == pytest.approx(0.25, rel=1e-12) and rates[100] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_gradient_is_clipped_before_adamw_sees_it():
+    """AdamW's first moment after one step is (1 - beta_1) times the gradient."""
+    run = trainer(grad_clip=1e-3, betas=(0.9, 0.99))
+    run.step()
+    moments = torch.cat([state["exp_avg"].flatten() for state in run.optimizer.state.values()])
+    assert moments.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+def test_dropout_draws_from_the_step_and_not_from_a_state():
+    def two_steps(disturb: bool) -> list[float]:
+        run = trainer(network={**tiny.NETWORK, "dropout": 0.5})
+        first = run.step()
+        if disturb:
+            torch.rand(100)
+        return [first, run.step()]
+
+    assert two_steps(False) == two_steps(True)
+
+
+def test_building_a_model_leaves_torch_s_generator_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    new_model(tiny.dataset(), tiny.config())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- checkpoints ---
+
+
+@pytest.mark.parametrize("network", [tiny.NETWORK, {**tiny.NETWORK, "dropout": 0.3}], ids=["plain", "dropout"])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, network):
+    data = tiny.dataset()
+    whole, first = trainer(data, network=network, lr_schedule="cosine"), trainer(data, network=network, lr_schedule="cosine")
+    losses = take(whole, 6)
+    begun = take(first, 3)
+    first.save(tmp_path / CHECKPOINT)
+    second = Trainer.resume(tmp_path / CHECKPOINT, data)
+    assert second.config == first.config
+    assert_equal(second, first)
+    assert begun + take(second, 3) == losses
+    assert_equal(second, whole)
+
+
+def test_resuming_keeps_the_layout_of_the_moments(tmp_path):
+    """Fused AdamW walks memory: moments in another order than their weights would be mixed up."""
+    run = trainer()
+    run.save(tmp_path / CHECKPOINT)
+    resumed = Trainer.resume(tmp_path / CHECKPOINT, run.dataset)
+    strided = [p for p in resumed.network.parameters() if p.ndim == 4 and not p.is_contiguous()]
+    assert strided
+    for parameter in strided:
+        assert resumed.optimizer.state[parameter]["exp_avg"].stride() == parameter.stride()
+        assert resumed.optimizer.state[parameter]["exp_avg_sq"].stride() == parameter.stride()
+
+
+def test_a_checkpoint_loads_as_its_averaged_model(tmp_path):
+    run = trainer()
+    take(run, 2)
+    run.save(tmp_path / CHECKPOINT)
+    for key, tensor in load(tmp_path / CHECKPOINT).network.state_dict().items():
+        assert torch.equal(tensor, run.model.network.state_dict()[key])
+
+
+def test_options_may_change_on_resuming_and_the_network_may_not(tmp_path):
+    run = trainer()
+    run.save(tmp_path / CHECKPOINT)
+    resumed = Trainer.resume(tmp_path / CHECKPOINT, run.dataset, lr=1e-3, steps=9, seed=0, network={"channels": 8})
+    assert (resumed.config.lr, resumed.config.steps) == (1e-3, 9)
+    for name, value in (("network", {"channels": 16}), ("seed", 1), ("schedule", {"T": 30})):
+        with pytest.raises(ValueError, match=f"{name}: expected that of .*{CHECKPOINT}"):
+            Trainer.resume(tmp_path / CHECKPOINT, run.dataset, **{name: value})
+
+
+def test_other_data_than_the_checkpoint_s_are_refused(tmp_path):
+    trainer().save(tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match=r"data: expected images of shape \(1, 8, 8\), got \(1, 16, 16\)"):
+        Trainer.resume(tmp_path / CHECKPOINT, tiny.dataset(size=16))
+    with pytest.raises(ValueError, match="data: expected the classes .*'class 2'.*, got None"):
+        Trainer.resume(tmp_path / CHECKPOINT, tiny.dataset(classes=None))
+
+
+def test_a_model_without_its_training_is_no_checkpoint(tmp_path):
+    save(tiny.model(), tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match="expected a training checkpoint, got a model"):
+        Trainer.resume(tmp_path / CHECKPOINT, tiny.dataset())
+
+
+# --- a run ---
+
+
+def test_a_run_writes_checkpoint_log_and_samples_and_continues(tmp_path):
+    run = trainer(log_every=2, checkpoint_every=4, sample_every=6)
+    assert run.run(tmp_path, progress=False) is None
+    assert sorted(os.listdir(tmp_path)) == [CHECKPOINT, "log.csv", "samples-0000006.png"]
+    with Image.open(tmp_path / "samples-0000006.png") as image:
+        assert image.size == (10 * 68 + 4, 4 * 82 + 4)
+    header, *lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert header == "step,loss,lr,images_per_second" and [int(line.split(",")[0]) for line in lines] == [2, 4, 6]
+
+    again = Trainer.resume(tmp_path / CHECKPOINT, run.dataset, steps=8)
+    assert again.steps == 6
+    again.run(tmp_path, progress=False)
+    assert read(tmp_path / CHECKPOINT)[0]["training"]["steps"] == 8
+
+
+def test_the_log_holds_the_mean_loss_and_forgets_what_the_checkpoint_does_not_know(tmp_path):
+    losses = take(trainer(), 4)
+    (tmp_path / "log.csv").write_text("step,loss,lr,images_per_second\n2,1,1,1\n4,1,1,1\n6,1,1,1\n")
+    training.Log(tmp_path / "log.csv", 4)
+    assert (tmp_path / "log.csv").read_text().splitlines()[1:] == ["2,1,1,1", "4,1,1,1"]
+    trainer(steps=4, log_every=2).run(tmp_path, progress=False)
+    lines = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
+    means = [np.mean(losses[:2]), np.mean(losses[2:])]
+    assert [float(line[1]) for line in lines] == pytest.approx(means, abs=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, number):
+    run = trainer(steps=1000)
+    step = run.step
+
+    def interrupted_step():
+        if run.steps == 2:
+            os.kill(os.getpid(), number)
+        return step()
+
+    run.step = interrupted_step
+    handler = signal.getsignal(number)
+    assert run.run(tmp_path, progress=False) is number
+    assert signal.getsignal(number) is handler
+    reference = trainer(steps=1000)
+    take(reference, 3)
+    assert_equal(Trainer.resume(tmp_path / CHECKPOINT, run.dataset), reference)
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    run = trainer(steps=1000)
+
+    def impatient():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    run.step = impatient
+    with pytest.raises(KeyboardInterrupt):
+        run.run(tmp_path, progress=False)
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_a_run_outside_the_main_thread_works(tmp_path):
+    run = trainer(steps=1)
+    thread = threading.Thread(target=run.run, args=(tmp_path,), kwargs={"progress": False})
+    thread.start()
+    thread.join()
+    assert read(tmp_path / CHECKPOINT)[0]["training"]["steps"] == 1
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path, where):
+    run = trainer(checkpoint_every=2, steps=100)
+    loss = run.loss
+
+    def diverging_loss():
+        if run.steps < 3:
+            return loss()
+        return loss() * math.nan if where == "loss" else Explode.apply(loss())
+
+    run.loss = diverging_loss
+    with pytest.raises(Diverged, match="loss: expected a finite value, got .* at step 3"):
+        run.run(tmp_path, progress=False)
+    reference = trainer(steps=100, checkpoint_every=2)
+    take(reference, 2)
+    kept = Trainer.resume(tmp_path / CHECKPOINT, run.dataset)
+    assert_equal(kept, reference)
+    take(reference, 1)
+    assert_equal(run, reference)  # the bad step changed nothing
+
+
+class Explode(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.inf
+
+
+# --- configurations ---
+
+
+def test_a_config_survives_json():
+    for config in (Config(), *PRESETS.values()):
+        assert json.dumps(vars(Config(**json.loads(json.dumps(vars(config)))))) == json.dumps(vars(config))
+
+
+def test_the_shipped_recipe_builds_its_network():
+    config = PRESETS["fashion-mnist"]
+    model = new_model(tiny.dataset(classes=10, size=32), config)
+    assert sum(p.numel() for p in model.network.parameters()) == 3_940_801
+    assert model.schedule.config() == {"kind": "linear", "T": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+
+
+BAD_CONFIGS = [
+    (dict(steps=0), ValueError, "steps: expected an int >= 1, got 0"),
+    (dict(steps=1.5), TypeError, "steps: expected an int >= 1, got 1.5"),
+    (dict(batch_size=-1), ValueError, "batch_size: expected an int >= 1, got -1"),
+    (dict(checkpoint_every=0), ValueError, "checkpoint_every: expected an int >= 1, got 0"),
+    (dict(log_every=0), ValueError, "log_every: expected an int >= 1, got 0"),
+    (dict(sample_every=-1), ValueError, "sample_every: expected an int >= 0, got -1"),
+    (dict(warmup=-1), ValueError, "warmup: expected an int >= 0, got -1"),
+    (dict(lr=0), ValueError, "lr: expected a number > 0, got 0"),
+    (dict(lr=math.nan), ValueError, "lr: expected a number > 0, got nan"),
+    (dict(lr="1e-3"), TypeError, "lr: expected a number > 0, got '1e-3'"),
+    (dict(lr_schedule="linear"), ValueError, "lr_schedule: expected one of .*, got 'linear'"),
+    (dict(betas=(0.9,)), ValueError, r"betas: expected two numbers in \[0, 1\), got \(0.9,\)"),
+    (dict(betas=(0.9, 1.0)), ValueError, r"betas: expected two numbers in \[0, 1\), got 1.0"),
+    (dict(weight_decay=-1.0), ValueError, "weight_decay: expected a number >= 0, got -1.0"),
+    (dict(grad_clip=math.inf), ValueError, "grad_clip: expected a number >= 0, got inf"),
+    (dict(ema=1.0), ValueError, r"ema: expected a number in \[0, 1\), got 1.0"),
+    (dict(label_dropout=1.1), ValueError, "label_dropout: expected a probability, got 1.1"),
+    (dict(seed=2**64), ValueError, r"seed: expected an int in \[-2\^63, 2\^64\), got 18446744073709551616"),
+    (dict(network=[]), TypeError, "network: expected a dict, got list"),
+    (dict(schedule="linear"), TypeError, "schedule: expected a dict, got str"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_CONFIGS, ids=[str(row[0]) for row in BAD_CONFIGS])
+def test_a_bad_config_says_what_was_expected(changes, error, message):
+    with pytest.raises(error, match=message):
+        Config(**changes)
+
+
+def with_prediction_v():
+    data, config = tiny.dataset(), tiny.config()
+    model = new_model(data, config)
+    model.prediction = "v"
+    return Trainer(model, data, config)
+
+
+BAD_RUNS = {
+    "prediction": (with_prediction_v, "prediction: expected 'eps', which Algorithm 1 trains, got 'v'"),
+    "variance": (lambda: trainer(network={**tiny.NETWORK, "learned_variance": True}), "learned_variance: expected False"),
+    "groups": (lambda: trainer(network={**tiny.NETWORK, "groups": 5}), "groups: expected a divisor of every width"),
+    "schedule": (lambda: trainer(schedule={"kind": "none"}), "config: expected a kind among"),
+    "size": (lambda: trainer(tiny.dataset(size=7)).step(), "x_t: expected .* divisible by 2, got"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "message"), BAD_RUNS.values(), ids=BAD_RUNS)
+def test_what_cannot_be_trained_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
