@@ -9,13 +9,14 @@ run. The binding keeps to LibTorch's stable ABI: what is built with one torch ru
 import functools
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from typing import Any, NamedTuple
 
 from setuptools import build_meta
 
-OLDEST = (2, 10)  # torch's stable ABI has all that csrc/bindings.cpp uses from here on
+OLDEST = (2, 10)  # whose stable ABI has all that csrc/bindings.cpp uses
 PINNED = "2.13.0"
 
 _PROBE = """
@@ -48,25 +49,28 @@ def target_torch() -> Torch | None:
     if found is None:
         return None
     torch = Torch(*found)
-    if _release(torch.version) < OLDEST:
-        raise SystemExit(f"diffkern: expected torch {_dotted(OLDEST)} or later, got {torch.version}: {_install()}")
+    if _is_old(torch.version):
+        raise SystemExit(f"diffkern: expected torch {_oldest()} or later, got {torch.version}: {_install()}")
     return torch
 
 
 def torch_requirement() -> str:
-    return f"torch>={_dotted(OLDEST)}" if target_torch() else f"torch=={PINNED}"
+    return f"torch>={_oldest()}" if target_torch() else f"torch=={PINNED}"
+
+
+def _is_old(version: str) -> bool:
+    """As pip orders versions: 2.10.0a0 comes before 2.10."""
+    numbers, preliminary = re.match(r"(\d+\.\d+\.\d+)(a|b|rc|\.dev)?", version).groups()
+    major, minor, patch = map(int, numbers.split("."))
+    return (major, minor, patch, preliminary is None) < (*OLDEST, 0, True)
+
+
+def _oldest() -> str:
+    return ".".join(map(str, OLDEST))
 
 
 def _install() -> str:
     return f"run {sys.executable} -m pip install torch=={PINNED}"
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
-
-
-def _dotted(release: tuple[int, ...]) -> str:
-    return ".".join(map(str, release))
 
 
 # --- the hooks ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 from setuptools import setup
 
 import build_backend
@@ -31,8 +30,11 @@ class BuildKernels(BuildExtension):
     """Builds the kernels first, then the binding, linked against them."""
 
     def build_extensions(self) -> None:
+        import pybind11
+
         built = build_kernels()
         (extension,) = self.extensions
+        extension.include_dirs.append(pybind11.get_include())
         extension.extra_objects = [built["library"]]
         extension.depends += [built["library"], str(KERNELS / "build-info.json")]
         extension.define_macros.append(("DIFFKERN_CUDA_ARCHITECTURES", f'"{built["cuda_architectures"]}"'))
@@ -65,7 +67,6 @@ setup(
             "diffkern._C",
             ["csrc/bindings.cpp"],
             depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/**/*.h")),
-            include_dirs=[pybind11.get_include()],
             define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
             extra_compile_args=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Wall"],
             extra_link_args=["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [],

@@ -14,6 +14,8 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -413,6 +415,100 @@ Tensor noise_loss_backward(const Tensor& grad_loss, const Tensor& out, const Ten
   return grad_out;
 }
 
+// --- attention ------------------------------------------------------------------------------------------------------
+
+Tensor as_dtype(const Tensor& x, ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);  // which would cost a microsecond to do nothing
+}
+
+// float32 with the channels of a token together: what the kernels read.
+Tensor as_heads(const Tensor& x) {
+  const Tensor f32 = as_dtype(x, ScalarType::Float);
+  return f32.stride(3) == 1 ? f32 : torch::stable::contiguous(f32);
+}
+
+HeadsView heads_view(const Tensor& x) {
+  return {static_cast<float*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// Laid out as [N, tokens, heads, d], as the projections around attention have it.
+Tensor empty_heads(const Tensor& like) {
+  return torch::stable::transpose(
+      empty_of({like.size(0), like.size(2), like.size(1), like.size(3)}, ScalarType::Float, like), 1, 2);
+}
+
+// q, k and v are as_heads already.
+AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
+  AttentionParams params{};
+  params.q = heads_view(q);
+  params.k = heads_view(k);
+  params.v = heads_view(v);
+  params.samples = q.size(0);
+  params.heads = q.size(1);
+  params.queries = q.size(2);
+  params.keys = k.size(2);
+  params.channels = q.size(3);
+  params.scale = float(scale.value_or(1 / std::sqrt(double(q.size(3)))));
+  return params;
+}
+
+void check_attention(const Tensor& q, const Tensor& k, const Tensor& v) {
+  check(q.dim() == 4, "q: expected [N, heads, tokens, d], got shape ", show(sizes_of(q)));
+  check(k.dim() == 4, "k: expected [N, heads, tokens, d], got shape ", show(sizes_of(k)));
+  dtype_of("q", q.scalar_type());
+  check_like("k", k, q, {q.size(0), q.size(1), k.size(2), q.size(3)});
+  check_like("v", v, q, sizes_of(k));
+  check(q.size(2) > 0 && q.size(3) > 0, "q: expected at least one token and one channel, got shape ",
+        show(sizes_of(q)));
+  check(k.size(2) > 0, "k: expected at least one token, got shape ", show(sizes_of(k)));
+}
+
+// Work items a thread must have to be worth waking, of so many products each: about 10 us.
+int64_t grain(int64_t products) { return std::max(int64_t(1), 500'000 / products); }
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
+  check_attention(q, k, v);
+  const Tensor q_heads = as_heads(q), k_heads = as_heads(k), v_heads = as_heads(v);
+  Tensor out = empty_heads(q);
+  Tensor lse = empty_of({q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q);
+  AttentionParams params = attention_params(q_heads, k_heads, v_heads, scale);
+  params.out = heads_view(out);
+  params.lse = lse.mutable_data_ptr<float>();
+  run_cpu(params, cpu::level().kernels.attention, params.samples * params.heads * attention_blocks(params.queries),
+          grain(2 * kAttentionBlock * params.keys * params.channels));
+  return {as_dtype(out, q.scalar_type()), lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                      std::optional<double> scale) {
+  check_attention(q, k, v);
+  check_like("grad_out", grad_out, q, sizes_of(q));
+  check_like("out", out, q, sizes_of(q));
+  check_shape("lse", lse, {q.size(0), q.size(1), q.size(2)});
+  check_dtype("lse", lse, ScalarType::Float);
+  check(lse.is_contiguous(), "lse: expected a contiguous tensor");
+  const Tensor q_heads = as_heads(q), k_heads = as_heads(k), v_heads = as_heads(v);
+  const Tensor out_heads = as_heads(out), grad_out_heads = as_heads(grad_out);
+  Tensor grad_q = empty_heads(q), grad_k = empty_heads(k), grad_v = empty_heads(k);
+  AttentionParams params = attention_params(q_heads, k_heads, v_heads, scale);
+  const int64_t spans = attention_spans(params.keys), elements = params.queries * params.channels;
+  Tensor parts = empty_of({spans > 1 ? spans * q.numel() : 0}, ScalarType::Float, q);
+  params.out = heads_view(out_heads);
+  params.lse = lse.mutable_data_ptr<float>();
+  params.grad_out = heads_view(grad_out_heads);
+  params.grad_q = heads_view(grad_q);
+  params.grad_k = heads_view(grad_k);
+  params.grad_v = heads_view(grad_v);
+  params.grad_q_parts = (spans > 1 ? parts : grad_q).mutable_data_ptr<float>();
+  const auto& kernels = cpu::level().kernels;
+  run_cpu(params, kernels.attention_backward, params.samples * params.heads * spans,
+          grain(5 * elements * std::min(params.keys, attention_span(params.keys))));
+  if (spans > 1) run_cpu(params, kernels.attention_sum_grad_q, chunks(q.numel()), kChunkGrain);
+  const ScalarType dtype = q.scalar_type();
+  return {as_dtype(grad_q, dtype), as_dtype(grad_k, dtype), as_dtype(grad_v, dtype)};
+}
+
 }  // namespace
 
 // --- registration ---------------------------------------------------------------------------------------------------
@@ -428,6 +524,10 @@ STABLE_TORCH_LIBRARY(DIFFKERN_LIBRARY, library) {
       "reverse_step_(Tensor(a!) x, Tensor out, Tensor table, Tensor step, Tensor seeds, Tensor? out_uncond, "
       "float guidance, bool clip, bool learned_variance, Tensor[] history, Tensor(b!)? x0_hat) -> ()");
   library.def("noise_loss(Tensor out, Tensor seeds, Tensor t, Tensor? weights) -> Tensor");
+  library.def("attention(Tensor q, Tensor k, Tensor v, float? scale) -> (Tensor, Tensor)");
+  library.def(
+      "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float? scale) -> "
+      "(Tensor, Tensor, Tensor)");
   library.def("noise_loss_backward(Tensor grad_loss, Tensor out, Tensor seeds, Tensor t, Tensor? weights) -> Tensor");
 }
 
@@ -441,7 +541,11 @@ STABLE_TORCH_LIBRARY(DIFFKERN_LIBRARY, library) {
   library.impl("noise_loss", TORCH_BOX(&noise_loss));               \
   library.impl("noise_loss_backward", TORCH_BOX(&noise_loss_backward));
 
-STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CPU, library) { DIFFKERN_IMPLEMENT(library) }
+STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CPU, library) {
+  DIFFKERN_IMPLEMENT(library)
+  library.impl("attention", TORCH_BOX(&attention));
+  library.impl("attention_backward", TORCH_BOX(&attention_backward));
+}
 STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CUDA, library) { DIFFKERN_IMPLEMENT(library) }
 
 // --- what is no tensor op -------------------------------------------------------------------------------------------

@@ -74,6 +74,33 @@ struct NoiseLossParams {
   const float* grad_loss;  // [N], backward only
 };
 
+// float32 [N, heads, tokens, d], the channels of a token together.
+struct HeadsView {
+  float* data;
+  int64_t sample_stride, head_stride, token_stride;
+};
+
+// out = softmax(q k^T scale) v
+struct AttentionParams {
+  HeadsView q, k, v, out;
+  int64_t samples, heads, queries, keys, channels;
+  float scale;
+  float* lse;                                  // [N, heads, queries]: ln sum_key exp(scale q . k)
+  HeadsView grad_out, grad_q, grad_k, grad_v;  // backward only, as are the terms of grad_q,
+  float* grad_q_parts;                         // [spans, N, queries, heads, d]: grad_q itself where there is one span
+};
+
+// A work item: forward a block of queries of one head, backward a span of its keys.
+constexpr int64_t kAttentionBlock = 64;
+inline constexpr int64_t attention_blocks(int64_t queries) { return (queries + kAttentionBlock - 1) / kAttentionBlock; }
+inline constexpr int64_t attention_span(int64_t keys) {  // whole blocks of keys, four spans at most
+  const int64_t quarter = (keys + 4 * kAttentionBlock - 1) / (4 * kAttentionBlock) * kAttentionBlock;
+  return quarter < 2 * kAttentionBlock ? 2 * kAttentionBlock : quarter;
+}
+inline constexpr int64_t attention_spans(int64_t keys) {
+  return (keys + attention_span(keys) - 1) / attention_span(keys);
+}
+
 // Order-free hashes of a function of one word over runs of codes: the proof that every machine has the same one.
 struct WordHashParams {
   bool angle;      // cos and sin of the phase, or the radius

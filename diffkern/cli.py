@@ -47,7 +47,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     for name in ("out", "gif", "npz"):
         _check_file(name, getattr(arguments, name))
     model = load(arguments.model, arguments.device)
-    seeds = _seeds(arguments.seeds) if arguments.seeds else list(range(arguments.n))
+    seeds = _seeds(arguments.seeds) if arguments.seeds else list(range(arguments.n or 16))
     if arguments.n is not None and arguments.seeds and len(seeds) != arguments.n:
         raise ValueError(f"n: expected {len(seeds)}, one for each of --seeds, got {arguments.n}")
     labels = _labels(arguments.labels, model, len(seeds))

@@ -9,10 +9,12 @@ Shapes are ``[N, ...]``: N samples of any shape, images as a rule. Errors name t
 what came: RuntimeError for shapes, dtypes, devices and indices, TypeError and ValueError for options.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import _C  # noqa: F401  registers the ops
 from .reference import COLUMNS as COLUMNS
@@ -50,12 +52,18 @@ def _as_index(name: str, index: int | Tensor, device: torch.device) -> Tensor:
     return torch.tensor(index.__index__(), dtype=torch.int64, device=device)
 
 
-def _without_gradient(op: str, **tensors: Tensor | None) -> None:
+def _without_gradient(op: str, **tensors: Tensor | Sequence[Tensor] | None) -> None:
     """Refuses what would silently cut a gradient."""
     if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
+        for name, value in tensors.items():
+            if any(tensor.requires_grad for tensor in ([value] if isinstance(value, Tensor) else value or ())):
                 raise RuntimeError(f"{name}: expected no gradient through {op}, got a tensor that requires grad")
+
+
+def _differentiable_once(op: str) -> None:
+    """For an op's gradient, which has none itself and must not pass for a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"create_graph: expected False, for {op} can be differentiated once, got True")
 
 
 # --- noise -------------------------------------------------------------------------------------------------------
@@ -124,6 +132,11 @@ def _(x_0, t, seeds, table, return_eps):
     return torch.empty_like(x_0), torch.empty_like(x_0) if return_eps else x_0.new_empty(0)
 
 
+@torch.library.register_fake("diffkern::q_sample_")
+def _(x_0, t, seeds, table):
+    return None
+
+
 # --- the reverse step --------------------------------------------------------------------------------------------
 
 
@@ -162,7 +175,7 @@ def reverse_step(
     history           J tensors like x
     return_x0         also return x0_hat, like x
     """
-    _without_gradient("reverse_step", x=x, out=out, out_uncond=out_uncond)
+    _without_gradient("reverse_step", x=x, out=out, out_uncond=out_uncond, history=history)
     step, seeds = _as_index("step", step, x.device), as_seeds(seeds, x.device)
     x_next, x0_hat = _ops.reverse_step(
         x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, return_x0
@@ -185,7 +198,7 @@ def reverse_step_(
     x0_hat: Tensor | None = None,
 ) -> None:
     """:func:`reverse_step` in place: x becomes x_next, and ``x0_hat``, a tensor like x, receives the prediction."""
-    _without_gradient("reverse_step_", x=x, out=out, out_uncond=out_uncond)
+    _without_gradient("reverse_step_", x=x, out=out, out_uncond=out_uncond, history=history, x0_hat=x0_hat)
     step, seeds = _as_index("step", step, x.device), as_seeds(seeds, x.device)
     _ops.reverse_step_(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, x0_hat)
 
@@ -193,6 +206,11 @@ def reverse_step_(
 @torch.library.register_fake("diffkern::reverse_step")
 def _(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, return_x0):
     return torch.empty_like(x), torch.empty_like(x) if return_x0 else x.new_empty(0)
+
+
+@torch.library.register_fake("diffkern::reverse_step_")
+def _(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, x0_hat):
+    return None
 
 
 # --- the training loss -------------------------------------------------------------------------------------------
@@ -226,11 +244,62 @@ def _noise_loss_save(ctx, inputs, output):
 
 
 def _noise_loss_gradient(ctx, grad_loss):
+    _differentiable_once("noise_loss")
     return _ops.noise_loss_backward(grad_loss.contiguous(), *ctx.saved_tensors), None, None, None
 
 
 torch.library.register_autograd("diffkern::noise_loss", _noise_loss_gradient, setup_context=_noise_loss_save)
 
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """softmax(q k^T scale) v, block by block, without a tokens x tokens matrix (Dao et al. 2022). Differentiable.
+
+    q      [N, heads, tokens, d], of any strides
+    k, v   [N, heads, tokens of their own, d]
+    scale  None is 1/sqrt(d) (Vaswani et al. 2017, eq. 1)
+
+    Returns [N, heads, tokens, d], in memory [N, tokens, heads, d] for the projection that follows. On the CPU the
+    arithmetic is float32, and a sample's bits depend neither on its batch nor on the number of threads.
+    """
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if q.is_cuda:  # as long as there is no CUDA kernel
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    out, _ = _ops.attention(q, k, v, scale)
+    return out
+
+
+def _empty_heads(like: Tensor) -> Tensor:
+    n, heads, tokens, d = like.shape
+    return like.new_empty(n, tokens, heads, d).transpose(1, 2)
+
+
+@torch.library.register_fake("diffkern::attention")
+def _(q, k, v, scale):
+    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("diffkern::attention_backward")
+def _(grad_out, q, k, v, out, lse, scale):
+    return _empty_heads(q), _empty_heads(k), _empty_heads(v)
+
+
+def _attention_save(ctx, inputs, output):
+    q, k, v, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse)
+
+
+def _attention_gradient(ctx, grad_out, _):
+    _differentiable_once("attention")
+    return *_ops.attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
+
+
+torch.library.register_autograd("diffkern::attention", _attention_gradient, setup_context=_attention_save)
+
 # --- the network -------------------------------------------------------------------------------------------------
 
-from .reference import attention, group_norm_silu  # noqa: E402, F401
+from .reference import group_norm_silu  # noqa: E402, F401

@@ -21,6 +21,12 @@ from diffkern.model import load, read, save
 from diffkern.sampling import sample
 from diffkern.training import CHECKPOINT
 
+
+def environment() -> dict[str, str]:
+    """In which a child process finds the package that runs here."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
 QUIET = ["--no-progress"]
 TRAIN = [
     *("--batch-size", "4", "--warmup", "2", "--sample-every", "0", "--log-every", "2", "--size", "8"),
@@ -136,7 +142,8 @@ def test_a_preset_is_the_recipe_and_options_change_it(folder, monkeypatch):
 
 def test_sigterm_saves_and_leaves_with_its_status(folder, pictures):
     command = [sys.executable, "-m", "diffkern", "train", "--data", pictures, "--out", "run", "--steps", "1000000"]
-    with subprocess.Popen([*command, *TRAIN, "--threads", "1"], stderr=subprocess.PIPE, text=True) as process:
+    command += [*TRAIN, "--threads", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
         try:
             deadline = time.monotonic() + 120
             log = folder / "run" / "log.csv"
@@ -206,9 +213,8 @@ def test_help_and_version_leave_with_0(capsys):
 
 
 def test_the_module_is_the_command():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-m", "diffkern", "sample"], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-m", "diffkern", "sample"], capture_output=True, text=True, env=environment(), timeout=120
     )
     assert (done.returncode, done.stderr) == (2, "diffkern: error: the following arguments are required: --model\n")
 
@@ -222,7 +228,7 @@ BAD_COMMANDS = {
     "no model": (["sample"], "the following arguments are required: --model"),
     "no such option": ([*SAMPLE, "--colour"], "unrecognized arguments: --colour"),
     "an abbreviation": ([*SAMPLE, "--guid", "2"], "unrecognized arguments: --guid 2"),
-    "no such model": (["sample", "--model", "cats"], r"model: expected a shipped model \(.*\) or an existing file, got"),
+    "no such model": (["sample", "--model", "cats"], r"model: expected a shipped model \(.*\) or an existing"),
     "a broken model": (["sample", "--model", "broken.safetensors"], "broken.safetensors: expected a safetensors file"),
     "a folder": (["sample", "--model", "."], "expected a file, got a directory"),
     "n 0": ([*SAMPLE, "--n", "0"], "argument --n: expected at least 1, got 0"),
@@ -263,7 +269,7 @@ BAD_COMMANDS = {
     "network text": ([*FIT, "--network", "big"], r"network: expected a JSON object, got 'big' \(Expecting value"),
     "network list": ([*FIT, "--network", "[1]"], r"network: expected a JSON object, got '\[1\]'"),
     "network option": ([*FIT, "--network", '{"width": 1}'], "unexpected keyword argument 'width'"),
-    "a foreign checkpoint": (["train", "--data", "pictures", "--out", "foreign"], "expected a training checkpoint, got"),
+    "a foreign checkpoint": (["train", "--data", "pictures", "--out", "foreign"], "expected a training checkpoint"),
     "export nothing": (["export", "none", "--out", "m.safetensors"], "model: expected a shipped model"),
     "export suffix": (["export", "m.safetensors", "--out", "m.pt"], "out: expected a file name that ends in .safeten"),
     "export folder": (["export", "m.safetensors", "--out", "no/m.safetensors"], "out: expected a file in an existing"),

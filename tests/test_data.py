@@ -89,7 +89,9 @@ def test_images_without_sub_folders_have_no_labels(tmp_path):
     paint(tmp_path / "1.png", (10, 20, 30))
     data = load_dataset(tmp_path, size=4)
     assert data.labels is None and data.classes is None
-    assert torch.equal(data.images, torch.tensor([10, 20, 30], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 4, 4))
+    assert torch.equal(
+        data.images, torch.tensor([10, 20, 30], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 4, 4)
+    )
 
 
 def test_the_centre_is_cut_out_and_scaled(tmp_path):
@@ -110,7 +112,9 @@ def test_a_rotated_photograph_stands_upright(tmp_path):
     assert image_folder(tmp_path, size=8).images[0, 0, :, 0].tolist() == [0] * 4 + [255] * 4
 
 
-@pytest.mark.parametrize(("channels", "mode", "colour"), [(1, "RGB", (90, 90, 90)), (3, "L", 90), (3, "RGBA", (90,) * 4)])
+@pytest.mark.parametrize(
+    ("channels", "mode", "colour"), [(1, "RGB", (90, 90, 90)), (3, "L", 90), (3, "RGBA", (90,) * 4)]
+)
 def test_any_mode_becomes_the_channels_asked_for(tmp_path, channels, mode, colour):
     paint(tmp_path / "1.png", colour, mode=mode)
     data = image_folder(tmp_path, size=8, channels=channels)
@@ -179,7 +183,7 @@ def mismatched(folder):
 
 PIXELS = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
 BAD_DATA = {
-    "no folder": (lambda f: load_dataset(f / "x"), "data: expected 'fashion-mnist' or an existing directory, got '.*x'"),
+    "no folder": (lambda f: load_dataset(f / "x"), "data: expected 'fashion-mnist' or an existing directory, got"),
     "no image folder": (lambda f: image_folder(f / "x"), "expected an existing directory, got none"),
     "no IDX files": (fashion_mnist, "expected train-images-idx3-ubyte or .*gz, got neither .*dataset-fashion-mnist"),
     "no such split": (lambda f: fashion_mnist(f, split="val"), "split: expected 'train' or 'test', got 'val'"),
@@ -190,11 +194,11 @@ BAD_DATA = {
     "a broken image": (broken, r"1.png: expected an image, got"),
     "size 0": (lambda f: image_folder(f, size=0), "size: expected a positive number of pixels, got 0"),
     "two channels": (lambda f: image_folder(f, channels=2), "channels: expected 1 or 3, got 2"),
-    "floats": (lambda f: Dataset(PIXELS.float()), r"images: expected uint8 \[K, C, H, W\] with K > 0, got torch.float32"),
+    "floats": (lambda f: Dataset(PIXELS.float()), r"images: expected uint8 \[K, C, H, W\] .*, got torch.float32"),
     "no batch": (lambda f: Dataset(PIXELS[0]), r"images: expected uint8 \[K, C, H, W\].*\(1, 4, 4\)"),
     "empty": (lambda f: Dataset(PIXELS[:0]), r"with K > 0, got torch.uint8 \(0, 1, 4, 4\)"),
     "labels alone": (lambda f: Dataset(PIXELS, torch.zeros(2).long()), "expected both labels and classes, or neither"),
-    "float labels": (lambda f: Dataset(PIXELS, torch.zeros(2), ("a",)), r"labels: expected int64 \[2\], got torch.float32"),
+    "float labels": (lambda f: Dataset(PIXELS, torch.zeros(2), ("a",)), r"labels: expected int64 \[2\], got .*float32"),
     "negative label": (
         lambda f: Dataset(PIXELS, torch.tensor([0, -1]), ("a",)),
         r"labels: expected 0..0, got -1..0",

@@ -87,13 +87,13 @@ def plain_png(folder):
 
 BAD = {
     "two channels": (lambda f: to_uint8(torch.zeros(1, 2, 4, 4)), ValueError, r"x: expected \[N, 1 or 3, H, W\], got"),
-    "no batch": (lambda f: to_uint8(torch.zeros(1, 4, 4)), ValueError, r"x: expected \[N, 1 or 3, H, W\], got \(1, 4, 4\)"),
+    "no batch": (lambda f: to_uint8(torch.zeros(1, 4, 4)), ValueError, r"x: expected .*, got \(1, 4, 4\)"),
     "no image": (lambda f: grid(torch.zeros(0, 1, 4, 4)), ValueError, "x: expected at least one image, got none"),
     "labels": (lambda f: grid(solid(0, 1), ["a"]), ValueError, "labels: expected 2, one an image, got 1"),
     "columns": (lambda f: grid(solid(0), columns=0), ValueError, "columns: expected at least 1, got 0"),
     "scale": (lambda f: grid(solid(0), scale=-1), ValueError, "scale: expected at least 1, got -1"),
     "no frames": (lambda f: save_gif([], f / "a.gif"), ValueError, "frames: expected at least one, got none"),
-    "objects": (lambda f: save_npz(f / "a.npz", x=np.array([{}])), TypeError, "x: expected numbers or text, got Python"),
+    "objects": (lambda f: save_npz(f / "a.npz", x=np.array([{}])), TypeError, "x: expected numbers or text, got"),
     "no settings": (plain_png, ValueError, "plain.png: expected a PNG written by diffkern"),
 }  # fmt: skip
 

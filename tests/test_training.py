@@ -180,7 +180,10 @@ def test_building_a_model_leaves_torch_s_generator_alone():
 @pytest.mark.parametrize("network", [tiny.NETWORK, {**tiny.NETWORK, "dropout": 0.3}], ids=["plain", "dropout"])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, network):
     data = tiny.dataset()
-    whole, first = trainer(data, network=network, lr_schedule="cosine"), trainer(data, network=network, lr_schedule="cosine")
+    whole, first = (
+        trainer(data, network=network, lr_schedule="cosine"),
+        trainer(data, network=network, lr_schedule="cosine"),
+    )
     losses = take(whole, 6)
     begun = take(first, 3)
     first.save(tmp_path / CHECKPOINT)
@@ -391,7 +394,7 @@ def with_prediction_v():
 
 BAD_RUNS = {
     "prediction": (with_prediction_v, "prediction: expected 'eps', which Algorithm 1 trains, got 'v'"),
-    "variance": (lambda: trainer(network={**tiny.NETWORK, "learned_variance": True}), "learned_variance: expected False"),
+    "variance": (lambda: trainer(network={**tiny.NETWORK, "learned_variance": True}), "variance: expected False"),
     "groups": (lambda: trainer(network={**tiny.NETWORK, "groups": 5}), "groups: expected a divisor of every width"),
     "schedule": (lambda: trainer(schedule={"kind": "none"}), "config: expected a kind among"),
     "size": (lambda: trainer(tiny.dataset(size=7)).step(), "x_t: expected .* divisible by 2, got"),

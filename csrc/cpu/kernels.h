@@ -13,6 +13,9 @@
   X(noise_loss_partial, NoiseLossParams)    \
   X(noise_loss_total, NoiseLossParams)      \
   X(noise_loss_backward, NoiseLossParams)   \
+  X(attention, AttentionParams)             \
+  X(attention_backward, AttentionParams)    \
+  X(attention_sum_grad_q, AttentionParams)  \
   X(word_hash, WordHashParams)
 
 namespace diffkern::cpu {

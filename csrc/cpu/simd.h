@@ -35,7 +35,7 @@ struct Lanes<f32v> {
   using U = u32v;
 };
 
-DIFFKERN_FN f32v broadcast(float a) { return f32v{} + a; }
+DIFFKERN_FN f32v broadcast(float a) { return a - f32v{}; }  // 0 + a would be an addition: it turns -0 into 0
 
 DIFFKERN_FN f32v load(const float* p) {
   f32v a;
@@ -49,9 +49,12 @@ DIFFKERN_FN f32v to_float(i32v a) { return __builtin_convertvector(a, f32v); }
 DIFFKERN_FN i32v as_int(f32v a) { return (i32v)a; }
 DIFFKERN_FN f32v as_float(i32v a) { return (f32v)a; }
 
+// load(p, count) and store(p, a, count) touch the first `count` values only; what is not loaded is 0.
 #if defined(__AVX512F__)
 
 DIFFKERN_FN f32v sqrt(f32v a) { return (f32v)_mm512_sqrt_ps((__m512)a); }
+DIFFKERN_FN f32v load(const float* p, int count) { return (f32v)_mm512_maskz_loadu_ps((1u << count) - 1, p); }
+DIFFKERN_FN void store(float* p, f32v a, int count) { _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)a); }
 DIFFKERN_FN f32v max(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
 DIFFKERN_FN f32v multiply_add(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
@@ -67,6 +70,11 @@ DIFFKERN_FN float reduce_max(f32v a) { return _mm512_reduce_max_ps((__m512)a); }
 #elif defined(__AVX2__)
 
 DIFFKERN_FN f32v sqrt(f32v a) { return (f32v)_mm256_sqrt_ps((__m256)a); }
+DIFFKERN_FN __m256i first_lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+DIFFKERN_FN f32v load(const float* p, int count) { return (f32v)_mm256_maskload_ps(p, first_lanes(count)); }
+DIFFKERN_FN void store(float* p, f32v a, int count) { _mm256_maskstore_ps(p, first_lanes(count), (__m256)a); }
 DIFFKERN_FN f32v max(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
 DIFFKERN_FN f32v multiply_add(f32v a, f32v b, f32v c) { return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
@@ -86,6 +94,12 @@ DIFFKERN_FN f32v sqrt(f32v a) {
   return f32v{sqrt(a[0]), sqrt(a[1]), sqrt(a[2]), sqrt(a[3])};
 #endif
 }
+DIFFKERN_FN f32v load(const float* p, int count) {
+  f32v a{};
+  std::memcpy(&a, p, count * sizeof *p);
+  return a;
+}
+DIFFKERN_FN void store(float* p, f32v a, int count) { std::memcpy(p, &a, count * sizeof *p); }
 DIFFKERN_FN f32v max(f32v a, f32v b) { return a > b ? a : b; }
 DIFFKERN_FN f32v multiply_add(f32v a, f32v b, f32v c) { return a * b + c; }  // rounds twice
 DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {

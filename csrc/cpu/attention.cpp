@@ -1,0 +1,177 @@
+// softmax(q k^T scale) v without the tokens x tokens matrix (Milakov & Gimelshein 2018; Dao et al. 2022).
+//
+// Forward: a work item is a block of queries of one head. The block is transposed once, and its scores with a block of
+// keys are kept as s[key][query]: queries lie along the registers, so that the softmax over keys needs no sum across
+// lanes, and both products broadcast what they need straight from memory (gemm.h). No key, no value and no probability
+// is ever copied.
+//
+// Backward (Dao et al. 2022, algorithm 4): a work item is a span of keys of one head, taken in blocks. It makes the
+// probabilities again from lse, sums its rows of dk and dv over the queries, and its part of dq; the parts are added up
+// in the order of the spans afterwards. Spans depend on the number of keys alone.
+//
+// Sums may be contracted here (CMakeLists.txt): their bits depend on the level anyway, by its width.
+
+#include "../math/exp.h"
+#include "../math/log.h"
+#include "gemm.h"
+#include "kernels.h"
+
+namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
+
+namespace {
+
+constexpr int64_t kBlock = kAttentionBlock;  // tokens that lie along the registers
+constexpr int64_t kKeys = 128;               // that a forward block of queries meets at a time
+constexpr int64_t kQueries = 96;             // that a backward block of keys meets at a time
+
+// Rows of tokens of one head.
+struct Rows {
+  float* data;
+  int64_t stride;
+  Rows from(int64_t token) const { return {data + token * stride, stride}; }
+};
+
+Rows rows_of(const HeadsView& x, int64_t sample, int64_t head) {
+  return {x.data + sample * x.sample_stride + head * x.head_stride, x.token_stride};
+}
+
+// Up to kBlock tokens along the registers, data[channel][token]; the channels one after another, so many at a time.
+struct Transposed {
+  float* data;
+  int64_t channels;
+};
+
+// s[i][j] = scale rows[i] . block[j]. Where all channels are in `transposed` at once, the block is put there if `fresh`.
+void scores(Rows rows, int64_t row_count, Rows block, int64_t block_count, int64_t channels, float scale,
+            Transposed transposed, bool fresh, float* s) {
+  for (int64_t c = 0; c < channels; c += transposed.channels) {
+    const int64_t depth = channels - c < transposed.channels ? channels - c : transposed.channels;
+    if (fresh || channels > transposed.channels)
+      transpose(block.data + c, block.stride, block_count, depth, scale, transposed.data, kBlock);
+    multiply({.rows = row_count, .columns = whole_registers(block_count), .depth = depth,
+              .a = rows.data + c, .a_row = rows.stride, .a_depth = 1,
+              .b = transposed.data, .b_depth = kBlock,
+              .c = s, .c_row = kBlock, .add = c > 0});
+  }
+}
+
+// Of each query of a block, over the keys so far.
+struct Softmax {
+  float max[kBlock], sum[kBlock];  // of its scores, and of exp(score - max)
+  float shrink[kBlock];            // exp(max before the last keys - max)
+};
+
+// s[key][query] <- exp(s - max), for so many queries more keys.
+void online_softmax(Softmax& state, float* s, int64_t keys, int64_t queries) {
+  for (int64_t i = 0; i < queries; i += kLanes) {
+    const f32v before = load(state.max + i);
+    f32v largest = before, sum{};
+    for (int64_t j = 0; j < keys; ++j) largest = max(load(s + j * kBlock + i), largest);
+    for (int64_t j = 0; j < keys; ++j) {
+      const f32v p = exp(load(s + j * kBlock + i) - largest);
+      store(s + j * kBlock + i, p);
+      sum = sum + p;
+    }
+    const f32v shrink = exp(before - largest);
+    store(state.max + i, largest);
+    store(state.sum + i, multiply_add(load(state.sum + i), shrink, sum));
+    store(state.shrink + i, shrink);
+  }
+}
+
+float dot(const float* a, const float* b, int64_t count) {
+  f32v sum{};
+  for (; count > kLanes; count -= kLanes, a += kLanes, b += kLanes) sum = multiply_add(load(a), load(b), sum);
+  return reduce_add(multiply_add(load(a, int(count)), load(b, int(count)), sum));
+}
+
+}  // namespace
+
+void attention(const AttentionParams& p, int64_t begin, int64_t end) {
+  alignas(64) float q_t[512 * kBlock], s[kKeys * kBlock], inverse[kBlock], lse[kBlock];
+  const int64_t blocks = attention_blocks(p.queries);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t sample = item / blocks / p.heads, head = item / blocks % p.heads, first = item % blocks * kBlock;
+    const int64_t queries = p.queries - first < kBlock ? p.queries - first : kBlock;
+    const Rows q = rows_of(p.q, sample, head).from(first), out = rows_of(p.out, sample, head).from(first);
+    Softmax state;
+    for (int64_t i = 0; i < queries; i += kLanes) {
+      store(state.max + i, broadcast(-__builtin_inff()));
+      store(state.sum + i, f32v{});
+    }
+    for (int64_t key = 0; key < p.keys; key += kKeys) {
+      const int64_t keys = p.keys - key < kKeys ? p.keys - key : kKeys;
+      const bool last = key + keys == p.keys;
+      const Rows k = rows_of(p.k, sample, head).from(key), v = rows_of(p.v, sample, head).from(key);
+      scores(k, keys, q, queries, p.channels, p.scale, {q_t, 512}, key == 0, s);
+      online_softmax(state, s, keys, queries);
+      for (int64_t i = 0; last && i < queries; i += kLanes) {
+        const f32v sum = load(state.sum + i);
+        store(inverse + i, 1.0f / sum);
+        store(lse + i, load(state.max + i) + log(sum));
+      }
+      multiply({.rows = queries, .columns = p.channels, .depth = keys,
+                .a = s, .a_row = 1, .a_depth = kBlock,
+                .b = v.data, .b_depth = v.stride,
+                .c = out.data, .c_row = out.stride, .add = key > 0, .before = state.shrink,
+                .after = last ? inverse : nullptr});
+    }
+    std::memcpy(p.lse + (sample * p.heads + head) * p.queries + first, lse, queries * sizeof(float));
+  }
+}
+
+void attention_backward(const AttentionParams& p, int64_t begin, int64_t end) {
+  alignas(64) float k_t[256 * kBlock], v_t[256 * kBlock], prob[kQueries * kBlock], grad_s[kQueries * kBlock];
+  const int64_t span = attention_span(p.keys), spans = attention_spans(p.keys);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t sample = item / spans / p.heads, head = item / spans % p.heads, first = item % spans * span;
+    const int64_t last = first + span < p.keys ? first + span : p.keys;
+    HeadsView part = p.grad_q;
+    part.data = p.grad_q_parts + item % spans * p.samples * p.queries * p.heads * p.channels;
+    for (int64_t key = first; key < last; key += kBlock) {
+      const int64_t keys = last - key < kBlock ? last - key : kBlock;
+      const Rows k = rows_of(p.k, sample, head).from(key), grad_k = rows_of(p.grad_k, sample, head).from(key);
+      const Rows v = rows_of(p.v, sample, head).from(key), grad_v = rows_of(p.grad_v, sample, head).from(key);
+      for (int64_t query = 0; query < p.queries; query += kQueries) {
+        const int64_t queries = p.queries - query < kQueries ? p.queries - query : kQueries;
+        const Rows q = rows_of(p.q, sample, head).from(query), grad_q = rows_of(part, sample, head).from(query);
+        const Rows out = rows_of(p.out, sample, head).from(query);
+        const Rows grad_out = rows_of(p.grad_out, sample, head).from(query);
+        const float* lse = p.lse + (sample * p.heads + head) * p.queries + query;
+        scores(q, queries, k, keys, p.channels, p.scale, {k_t, 256}, query == 0, prob);
+        scores(grad_out, queries, v, keys, p.channels, 1.0f, {v_t, 256}, query == 0, grad_s);
+        for (int64_t i = 0; i < queries; ++i) {
+          const float delta = dot(grad_out.from(i).data, out.from(i).data, p.channels);
+          for (int64_t j = i * kBlock; j < i * kBlock + keys; j += kLanes) {
+            const f32v p_ij = exp(load(prob + j) - lse[i]);
+            store(prob + j, p_ij);
+            store(grad_s + j, p_ij * (load(grad_s + j) - delta) * p.scale);
+          }
+        }
+        multiply({.rows = keys, .columns = p.channels, .depth = queries,
+                  .a = prob, .a_row = 1, .a_depth = kBlock,
+                  .b = grad_out.data, .b_depth = grad_out.stride,
+                  .c = grad_v.data, .c_row = grad_v.stride, .add = query > 0});
+        multiply({.rows = keys, .columns = p.channels, .depth = queries,
+                  .a = grad_s, .a_row = 1, .a_depth = kBlock,
+                  .b = q.data, .b_depth = q.stride,
+                  .c = grad_k.data, .c_row = grad_k.stride, .add = query > 0});
+        multiply({.rows = queries, .columns = p.channels, .depth = keys,
+                  .a = grad_s, .a_row = kBlock, .a_depth = 1,
+                  .b = k.data, .b_depth = k.stride,
+                  .c = grad_q.data, .c_row = grad_q.stride, .add = key > first});
+      }
+    }
+  }
+}
+
+void attention_sum_grad_q(const AttentionParams& p, int64_t begin, int64_t end) {
+  const int64_t size = p.samples * p.queries * p.heads * p.channels;
+  for (int64_t i = begin * kChunk; i < size && i < end * kChunk; ++i) {
+    float sum = p.grad_q_parts[i];
+    for (int64_t part = 1; part < attention_spans(p.keys); ++part) sum += p.grad_q_parts[part * size + i];
+    p.grad_q.data[i] = sum;
+  }
+}
+
+}  // namespace diffkern::cpu::DIFFKERN_CPU_LEVEL

@@ -1,0 +1,106 @@
+"""The doctor tells what is there, finds what works to be well, and what does not to be broken."""
+
+import math
+import re
+
+import pytest
+import torch
+
+import diffkern
+from diffkern import doctor, ops, reference
+
+
+@pytest.fixture
+def verdict(capsys):
+    """Runs the doctor: (exit status, what it printed)."""
+
+    def run() -> tuple[int, str]:
+        return doctor.main(), capsys.readouterr().out
+
+    return run
+
+
+def test_this_installation_is_well(verdict):
+    status, text = verdict()
+    assert status == 0 and text.endswith("all is well\n")
+    assert "FAILED" not in text
+    for fact in (torch.__version__, diffkern.__version__, f"{torch.get_num_threads()} threads"):
+        assert fact in text
+
+
+def test_every_public_op_is_reported_and_checked(verdict):
+    functions = {name for name in diffkern.__all__ if hasattr(ops, name)}
+    assert functions == set(doctor.OPS) == set(doctor.examples())
+    _, text = verdict()
+    for op in functions:
+        assert re.search(rf"^{op} +(native|torch) ", text, re.MULTILINE)
+        assert re.search(rf"^  cpu: {op} .* ok$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("op", doctor.OPS)
+def test_a_result_that_is_off_is_found(monkeypatch, verdict, op):
+    right = getattr(ops, op)
+
+    def wrong(*args, **options):
+        result = right(*args, **options)
+        if op in doctor.INEXACT:
+            return result * 1.1
+        return torch.nextafter(result.float(), torch.tensor(torch.inf)).to(result.dtype)  # one bit, where it is float32
+
+    monkeypatch.setattr(ops, op, wrong)
+    status, text = verdict()
+    assert status == 1
+    failed = re.findall(r"^  (.*?) +FAILED: another result$", text, re.MULTILINE)
+    assert failed and all(f"cpu: {op} " in name for name in failed)
+    assert text.endswith(f"broken: {len(failed)} of the checks failed\n")
+
+
+def test_an_op_that_raises_is_reported_and_the_rest_still_checked(monkeypatch, verdict):
+    def broken(*args, **options):
+        raise RuntimeError("x: expected this, got that\nand more")
+
+    monkeypatch.setattr(ops, "q_sample", broken)
+    status, text = verdict()
+    assert status == 1 and text.count("FAILED") == 1
+    assert re.search(r"cpu: q_sample .* FAILED: x: expected this, got that\n", text)
+
+
+def test_a_wrong_philox_is_found(monkeypatch, verdict):
+    monkeypatch.setattr(reference, "philox4x32", lambda counter, key: counter)
+    status, text = verdict()
+    assert status == 1 and "Random123's known answers" in text
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_each_level_is_well(run_at_level, level):
+    done = run_at_level(level, "from diffkern.doctor import main; raise SystemExit(main())")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"level {level}, " in done.stdout
+
+
+def test_an_unknown_level_is_named(run_at_level):
+    done = run_at_level("avx1024", "from diffkern.doctor import main; raise SystemExit(main())")
+    assert done.returncode == 1
+    assert "FAILED: DIFFKERN_CPU_LEVEL: expected baseline, avx2 or avx512, got 'avx1024'" in done.stdout
+
+
+def test_the_known_noise_is_box_mullers():
+    """From Random123's words, in float64."""
+    for _, _, words, known in doctor.NOISE:
+        w = [int(word, 16) for word in words.split()]
+        for i in (0, 2):
+            r, phase = math.sqrt(-2 * math.log((w[i] + 0.5) / 2**32)), 2 * math.pi * w[i + 1] / 2**32
+            for z, exact in zip(known.split()[i : i + 2], (r * math.cos(phase), r * math.sin(phase)), strict=True):
+                assert float.fromhex(z) == pytest.approx(exact, rel=0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "devices", "native"),
+    [("", 0, "not built"), ("80;90", 0, "native (no card)"), ("80;90", 1, "native"), ("", 1, "not built")],
+)
+def test_cuda_ops_are_native_where_there_is_a_kernel(monkeypatch, compiled, devices, native):
+    monkeypatch.setattr(doctor._C, "COMPILED_CUDA_ARCHITECTURES", compiled)
+    monkeypatch.setattr(doctor, "_cuda_devices", lambda: [torch.device("cuda", i) for i in range(devices)])
+    assert doctor.cuda_backend("noise") == native
+    monkeypatch.setattr(ops, "noise", reference.noise)
+    assert doctor.cuda_backend("noise") == doctor.cpu_backend("noise") == "torch"
