@@ -111,6 +111,11 @@ void check_device(const char* name, const Tensor& tensor, const Tensor& like) {
         ": expected device ", show_device(like), ", got ", show_device(tensor));
 }
 
+void check_contiguous(const char* name, const Tensor& tensor) {
+  check(tensor.is_contiguous(), name, ": expected a contiguous tensor, got strides ",
+        show({tensor.strides().begin(), tensor.strides().end()}));
+}
+
 void check_like(const char* name, const Tensor& tensor, const Tensor& like, const Sizes& shape) {
   check_shape(name, tensor, shape);
   check_dtype(name, tensor, like.scalar_type());
@@ -121,7 +126,7 @@ void check_vector(const char* name, const Tensor& tensor, ScalarType dtype, int6
   check_shape(name, tensor, {length});
   check_dtype(name, tensor, dtype);
   check_device(name, tensor, like);
-  check(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+  check_contiguous(name, tensor);
 }
 
 void check_samples(const char* name, const Tensor& tensor) {
@@ -176,7 +181,7 @@ View view_of(const char* name, const Tensor& tensor) {
       view.sizes[last] *= size;
       view.strides[last] = stride;
     } else {
-      check(view.dims < kMaxDims, name, ": expected at most ", kMaxDims, " separate dimensions a sample");
+      check(view.dims < kMaxDims, name, ": expected at most ", kMaxDims, " separate dimensions a sample, got more");
       view.sizes[view.dims] = size;
       view.strides[view.dims++] = stride;
     }
@@ -277,7 +282,7 @@ void run_q_sample(const Tensor& x_0, const Tensor& t, const Tensor& seeds, const
   check(table.dim() == 2 && table.size(1) == 2, "table: expected shape (T, 2), got ", show(sizes_of(table)));
   check_dtype("table", table, ScalarType::Float);
   check_device("table", table, x_0);
-  check(table.is_contiguous(), "table: expected a contiguous tensor");
+  check_contiguous("table", table);
   check_vector("seeds", seeds, ScalarType::Long, x_0.size(0), x_0);
   const Index index = index_of("t", t, x_0.size(0), table.size(0), x_0);
 
@@ -313,6 +318,7 @@ void run_reverse_step(const Tensor& x, const Tensor& out, const Tensor& table, c
                       const std::optional<Tensor>& out_uncond, double guidance, bool clip, bool learned_variance,
                       const std::vector<Tensor>& history, const Tensor& x_next, const Tensor* x0_hat) {
   check_samples("x", x);
+  dtype_of("x", x.scalar_type());
   Sizes out_shape = sizes_of(x);
   if (learned_variance) out_shape[1] *= 2;
   check_like("out", out, x, out_shape);
@@ -325,7 +331,7 @@ void run_reverse_step(const Tensor& x, const Tensor& out, const Tensor& table, c
         show(sizes_of(table)));
   check_dtype("table", table, ScalarType::Float);
   check_device("table", table, x);
-  check(table.is_contiguous(), "table: expected a contiguous tensor");
+  check_contiguous("table", table);
   check_vector("seeds", seeds, ScalarType::Long, x.size(0), x);
   const Index index = index_of("step", step, x.size(0), table.size(0), x);
 
@@ -415,6 +421,119 @@ Tensor noise_loss_backward(const Tensor& grad_loss, const Tensor& out, const Ten
   return grad_out;
 }
 
+// --- group_norm_silu ------------------------------------------------------------------------------------------------
+
+using torch::headeronly::MemoryFormat;
+
+// The dense layout that an image is taken in, and its results have: its own, or contiguous.
+MemoryFormat layout_of(const Tensor& x) {
+  if (x.dim() != 4 || x.is_contiguous()) return MemoryFormat::Contiguous;
+  int64_t stride = 1;
+  for (int64_t d : {1, 3, 2, 0}) {
+    if (x.size(d) != 1 && x.stride(d) != stride) return MemoryFormat::Contiguous;
+    stride *= x.size(d);
+  }
+  return MemoryFormat::ChannelsLast;
+}
+
+Tensor as_layout(const Tensor& x, MemoryFormat layout) {
+  return x.is_contiguous() && layout == MemoryFormat::Contiguous ? x : torch::stable::contiguous(x, layout);
+}
+
+const float* check_coefficients(const char* name, const std::optional<Tensor>& tensor, const Sizes& shape,
+                                const Tensor& like) {
+  if (!tensor) return nullptr;
+  check_shape(name, *tensor, shape);
+  check_dtype(name, *tensor, ScalarType::Float);
+  check_device(name, *tensor, like);
+  check(tensor->is_contiguous(), name, ": expected a contiguous tensor");
+  return tensor->const_data_ptr<float>();
+}
+
+// x is as_layout already.
+GroupNormSiluParams group_norm_silu_params(const Tensor& x, MemoryFormat layout, const Tensor& weight,
+                                           const Tensor& bias, int64_t groups, const std::optional<Tensor>& scale_shift,
+                                           const std::optional<Tensor>& add, bool silu) {
+  check_samples("x", x);
+  const int64_t samples = x.size(0), channels = x.size(1);
+  check(channels > 0, "x: expected at least one channel, got shape ", show(sizes_of(x)));
+  check(groups > 0 && channels % groups == 0, "groups: expected a divisor of the ", channels, " channels, got ",
+        groups);
+  GroupNormSiluParams params{};
+  params.x = x.const_data_ptr();
+  params.dtype = dtype_of("x", x.scalar_type());
+  params.channels_last = layout == MemoryFormat::ChannelsLast;
+  params.silu = silu;
+  params.samples = samples;
+  params.channels = channels;
+  params.groups = groups;
+  params.pixels = elements_of(x) / channels;
+  params.weight = check_coefficients("weight", weight, {channels}, x);
+  params.bias = check_coefficients("bias", bias, {channels}, x);
+  params.scale_shift = check_coefficients("scale_shift", scale_shift, {samples, 2 * channels}, x);
+  params.add = check_coefficients("add", add, {samples, channels}, x);
+  return params;
+}
+
+constexpr int64_t kGroupNormGrain = 32768;  // elements a thread must have to be worth waking
+
+void run_group_norm_silu(const Tensor& where, const GroupNormSiluParams& params, CpuKernel<GroupNormSiluParams> cpu,
+                         CudaLauncher<GroupNormSiluParams> cuda) {
+  if (where.is_cuda()) return run_cuda(where, params, cuda);
+  const int64_t elements = params.channels * params.pixels / params.blocks();  // of a work item
+  run_cpu(params, cpu, params.samples * params.blocks(), std::max(int64_t(1), kGroupNormGrain / elements));
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                                   int64_t groups, double eps, const std::optional<Tensor>& scale_shift,
+                                                   const std::optional<Tensor>& add,
+                                                   const std::optional<Tensor>& residual, bool silu) {
+  const MemoryFormat layout = layout_of(x);
+  const Tensor dense = as_layout(x, layout);
+  GroupNormSiluParams params = group_norm_silu_params(dense, layout, weight, bias, groups, scale_shift, add, silu);
+  if (residual) check_like("residual", *residual, x, sizes_of(x));
+  const Tensor added = residual ? as_layout(*residual, layout) : dense;
+  Tensor y = torch::stable::empty_like(dense);
+  Tensor mean = empty_of({params.samples, groups}, ScalarType::Float, x);
+  Tensor rstd = empty_of({params.samples, groups}, ScalarType::Float, x);
+  params.eps = float(eps);
+  params.residual = residual ? added.const_data_ptr() : nullptr;
+  params.y = y.data_ptr();
+  params.mean = mean.mutable_data_ptr<float>();
+  params.rstd = rstd.mutable_data_ptr<float>();
+  if (x.numel() > 0)
+    run_group_norm_silu(x, params, cpu::level().kernels.group_norm_silu, nullptr);
+  else
+    for (Tensor statistic : {mean, rstd}) torch::stable::zero_(statistic);
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(const Tensor& grad_y, const Tensor& x, const Tensor& mean,
+                                                            const Tensor& rstd, const Tensor& weight,
+                                                            const Tensor& bias, int64_t groups,
+                                                            const std::optional<Tensor>& scale_shift,
+                                                            const std::optional<Tensor>& add, bool silu) {
+  const MemoryFormat layout = layout_of(x);
+  const Tensor dense = as_layout(x, layout);
+  GroupNormSiluParams params = group_norm_silu_params(dense, layout, weight, bias, groups, scale_shift, add, silu);
+  check_like("grad_y", grad_y, x, sizes_of(x));
+  const Tensor dense_grad_y = as_layout(grad_y, layout);
+  Tensor grad_x = torch::stable::empty_like(dense);
+  Tensor grad_offset = empty_of({params.samples, params.channels}, ScalarType::Float, x);
+  Tensor grad_slope = empty_of({params.samples, params.channels}, ScalarType::Float, x);
+  params.mean = const_cast<float*>(check_coefficients("mean", mean, {params.samples, groups}, x));
+  params.rstd = const_cast<float*>(check_coefficients("rstd", rstd, {params.samples, groups}, x));
+  params.grad_y = dense_grad_y.const_data_ptr();
+  params.grad_x = grad_x.data_ptr();
+  params.grad_offset = grad_offset.mutable_data_ptr<float>();
+  params.grad_slope = grad_slope.mutable_data_ptr<float>();
+  if (x.numel() > 0)
+    run_group_norm_silu(x, params, cpu::level().kernels.group_norm_silu_backward, nullptr);
+  else
+    for (Tensor sum : {grad_offset, grad_slope}) torch::stable::zero_(sum);
+  return {grad_x, grad_offset, grad_slope};
+}
+
 // --- attention ------------------------------------------------------------------------------------------------------
 
 Tensor as_dtype(const Tensor& x, ScalarType dtype) {
@@ -487,20 +606,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
   check_like("out", out, q, sizes_of(q));
   check_shape("lse", lse, {q.size(0), q.size(1), q.size(2)});
   check_dtype("lse", lse, ScalarType::Float);
-  check(lse.is_contiguous(), "lse: expected a contiguous tensor");
+  check_contiguous("lse", lse);
   const Tensor q_heads = as_heads(q), k_heads = as_heads(k), v_heads = as_heads(v);
   const Tensor out_heads = as_heads(out), grad_out_heads = as_heads(grad_out);
   Tensor grad_q = empty_heads(q), grad_k = empty_heads(k), grad_v = empty_heads(k);
   AttentionParams params = attention_params(q_heads, k_heads, v_heads, scale);
   const int64_t spans = attention_spans(params.keys), elements = params.queries * params.channels;
-  Tensor parts = empty_of({spans > 1 ? spans * q.numel() : 0}, ScalarType::Float, q);
+  Tensor parts = empty_of({(spans - 1) * q.numel()}, ScalarType::Float, q);
   params.out = heads_view(out_heads);
   params.lse = lse.mutable_data_ptr<float>();
   params.grad_out = heads_view(grad_out_heads);
   params.grad_q = heads_view(grad_q);
   params.grad_k = heads_view(grad_k);
   params.grad_v = heads_view(grad_v);
-  params.grad_q_parts = (spans > 1 ? parts : grad_q).mutable_data_ptr<float>();
+  params.grad_q_parts = parts.mutable_data_ptr<float>();
   const auto& kernels = cpu::level().kernels;
   run_cpu(params, kernels.attention_backward, params.samples * params.heads * spans,
           grain(5 * elements * std::min(params.keys, attention_span(params.keys))));
@@ -524,6 +643,12 @@ STABLE_TORCH_LIBRARY(DIFFKERN_LIBRARY, library) {
       "reverse_step_(Tensor(a!) x, Tensor out, Tensor table, Tensor step, Tensor seeds, Tensor? out_uncond, "
       "float guidance, bool clip, bool learned_variance, Tensor[] history, Tensor(b!)? x0_hat) -> ()");
   library.def("noise_loss(Tensor out, Tensor seeds, Tensor t, Tensor? weights) -> Tensor");
+  library.def(
+      "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? scale_shift, Tensor? add, "
+      "Tensor? residual, bool silu) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "group_norm_silu_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, "
+      "int groups, Tensor? scale_shift, Tensor? add, bool silu) -> (Tensor, Tensor, Tensor)");
   library.def("attention(Tensor q, Tensor k, Tensor v, float? scale) -> (Tensor, Tensor)");
   library.def(
       "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float? scale) -> "
@@ -539,7 +664,9 @@ STABLE_TORCH_LIBRARY(DIFFKERN_LIBRARY, library) {
   library.impl("reverse_step", TORCH_BOX(&reverse_step));           \
   library.impl("reverse_step_", TORCH_BOX(&reverse_step_));         \
   library.impl("noise_loss", TORCH_BOX(&noise_loss));               \
-  library.impl("noise_loss_backward", TORCH_BOX(&noise_loss_backward));
+  library.impl("noise_loss_backward", TORCH_BOX(&noise_loss_backward)); \
+  library.impl("group_norm_silu", TORCH_BOX(&group_norm_silu));         \
+  library.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward));
 
 STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CPU, library) {
   DIFFKERN_IMPLEMENT(library)

@@ -86,8 +86,8 @@ struct AttentionParams {
   int64_t samples, heads, queries, keys, channels;
   float scale;
   float* lse;                                  // [N, heads, queries]: ln sum_key exp(scale q . k)
-  HeadsView grad_out, grad_q, grad_k, grad_v;  // backward only, as are the terms of grad_q,
-  float* grad_q_parts;                         // [spans, N, queries, heads, d]: grad_q itself where there is one span
+  HeadsView grad_out, grad_q, grad_k, grad_v;  // backward only
+  float* grad_q_parts;                         // [spans - 1, N, queries, heads, d]: the first span's part is in grad_q
 };
 
 // A work item: forward a block of queries of one head, backward a span of its keys.
@@ -95,11 +95,43 @@ constexpr int64_t kAttentionBlock = 64;
 inline constexpr int64_t attention_blocks(int64_t queries) { return (queries + kAttentionBlock - 1) / kAttentionBlock; }
 inline constexpr int64_t attention_span(int64_t keys) {  // whole blocks of keys, four spans at most
   const int64_t quarter = (keys + 4 * kAttentionBlock - 1) / (4 * kAttentionBlock) * kAttentionBlock;
-  return quarter < 2 * kAttentionBlock ? 2 * kAttentionBlock : quarter;
+  return quarter < 4 * kAttentionBlock ? 4 * kAttentionBlock : quarter;
 }
 inline constexpr int64_t attention_spans(int64_t keys) {
   return (keys + attention_span(keys) - 1) / attention_span(keys);
 }
+
+// y = silu(norm(x + add) (1 + scale) + shift) + residual. All tensors of the shape of x have its dtype and layout.
+struct GroupNormSiluParams {
+  const void* x;         // [N, C, H, W], contiguous or channels_last
+  const void* residual;  // [N, C, H, W] or null
+  void* y;               // [N, C, H, W]
+  DType dtype;
+  bool channels_last, silu;
+  int64_t samples, channels, groups, pixels;  // N, C, G, H W
+  float eps;
+  const float* weight;       // [C]
+  const float* bias;         // [C]
+  const float* scale_shift;  // [N, 2, C] or null
+  const float* add;          // [N, C] or null
+  float* mean;               // [N, G], of x + add
+  float* rstd;               // [N, G]
+  // Backward only. z, the argument of silu, is xhat a channel's slope plus its offset, xhat = (x + add - mean) rstd.
+  const void* grad_y;  // [N, C, H, W]
+  void* grad_x;        // [N, C, H, W]
+  float* grad_offset;  // [N, C]: sum over the pixels of grad_z
+  float* grad_slope;   // [N, C]: sum over the pixels of grad_z xhat
+
+  // The CPU's work items: blocks of whole groups that fill whole registers, of 64 channels or a few more.
+  int64_t groups_per_block() const {
+    const int64_t width = channels / groups;
+    int64_t step = 1;
+    while (step * width % 16 != 0) step *= 2;
+    return (64 + step * width - 1) / (step * width) * step;
+  }
+  int64_t blocks() const { return (groups + groups_per_block() - 1) / groups_per_block(); }  // a sample
+};
+constexpr int64_t kMaxGroupsPerBlock = 64;
 
 // Order-free hashes of a function of one word over runs of codes: the proof that every machine has the same one.
 struct WordHashParams {

@@ -7,12 +7,12 @@ import torch
 if torch.__version__ < "2.10":
     raise ImportError(f"diffkern: expected torch 2.10 or later, got {torch.__version__}: run pip install torch==2.13.0")
 try:
-    from . import _C  # noqa: F401
-except ImportError as error:
-    raise ImportError(f"diffkern: the kernels are not built ({error}): run pip install -e . in its source") from None
+    from .ops import attention, group_norm_silu, noise, noise_loss, q_sample, reverse_step
+except (ImportError, RuntimeError) as error:  # absent, or older than ops.py
+    message = f"diffkern: the kernels are not built, or not anew ({error}): run pip install -e . in its source"
+    raise ImportError(message) from None
 
 from .model import Model, load, save
-from .ops import attention, group_norm_silu, noise, noise_loss, q_sample, reverse_step
 from .sampling import sample
 from .schedule import Schedule
 from .unet import UNet
@@ -21,6 +21,7 @@ __all__ = [
     "Model",
     "Schedule",
     "UNet",
+    "__version__",
     "attention",
     "group_norm_silu",
     "load",

@@ -74,19 +74,20 @@ def _cuda_devices() -> list[torch.device]:
 
 
 def cpu_backend(op: str) -> str:
-    return "native" if _is_native(op) else "torch"
+    return "native" if _has_kernel(op, "CPU") else "torch"
 
 
 def cuda_backend(op: str) -> str:
-    if not _is_native(op):
+    if not _has_kernel(op, "CUDA"):
         return "torch"
     if not architectures():
         return "not built"
     return "native" if _cuda_devices() else "native (no card)"
 
 
-def _is_native(op: str) -> bool:
-    return getattr(ops, op) is not getattr(reference, op)
+def _has_kernel(op: str, key: str) -> bool:
+    registered = hasattr(torch.ops.diffkern, op)
+    return registered and torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{op}", key)
 
 
 # --- does it work ------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ what came: RuntimeError for shapes, dtypes, devices and indices, TypeError and V
 """
 
 import math
+import reprlib
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from .reference import COLUMNS as COLUMNS
 _ops = torch.ops.diffkern
 
 Seeds = int | Sequence[int] | Tensor
+NoneType = type(None)
 
 
 def as_seeds(seeds: Seeds, device: torch.device | str | None = None) -> Tensor:
@@ -49,7 +52,23 @@ def _as_index(name: str, index: int | Tensor, device: torch.device) -> Tensor:
         return index
     if isinstance(index, bool) or not hasattr(index, "__index__"):
         raise TypeError(f"{name}: expected an int or an int64 tensor, got {index!r}")
-    return torch.tensor(index.__index__(), dtype=torch.int64, device=device)
+    index = index.__index__()
+    if not -(2**63) <= index < 2**63:
+        raise ValueError(f"{name}: expected an int of 64 bits, got {index}")
+    return torch.tensor(index, dtype=torch.int64, device=device)
+
+
+def _check(expected: str, kind: type | tuple[type, ...], **options: object) -> None:
+    for name, value in options.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {expected}, got {reprlib.repr(value)}")
+
+
+def _same_device(like: Tensor, **tensors: Tensor | None) -> None:
+    """For the fakes: a meta tensor among others would make nothing of everything."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != like.device:
+            raise RuntimeError(f"{name}: expected device {like.device}, got {tensor.device}")
 
 
 def _without_gradient(op: str, **tensors: Tensor | Sequence[Tensor] | None) -> None:
@@ -90,14 +109,18 @@ def noise(
     Philox4x32-10 (Salmon et al. 2011) and Box-Muller from 32-bit uniforms, |z| up to 6.76.
     """
     seeds = as_seeds(seeds, device)
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
-    shape = [shape] if isinstance(shape, int) else list(shape)
+    shape = [shape] if isinstance(shape, int) else shape
+    _check("ints", (list, tuple), shape=shape)
+    for size in shape:
+        _check("ints", (Integral, torch.SymInt), shape=size)
+    _check("an int", int, stream=stream)
+    _check("a torch.dtype", torch.dtype, dtype=dtype)
     return _ops.noise(seeds, shape, _as_index("step", step, seeds.device), stream, dtype)
 
 
 @torch.library.register_fake("diffkern::noise")
 def _(seeds, shape, step, stream, dtype):
+    _same_device(seeds, step=step)
     return seeds.new_empty([seeds.shape[0], *shape], dtype=dtype)
 
 
@@ -115,6 +138,8 @@ def q_sample(
     table       float32 [T, 2], sqrt(alpha_bar) and sqrt(1 - alpha_bar): ``Schedule.q_table``
     return_eps  also return eps, like x_0
     """
+    _check("a tensor", Tensor, x_0=x_0, table=table)
+    _check("True or False", bool, return_eps=return_eps)
     _without_gradient("q_sample", x_0=x_0)
     t, seeds = _as_index("t", t, x_0.device), as_seeds(seeds, x_0.device)
     x_t, eps = _ops.q_sample(x_0, t, seeds, table, return_eps)
@@ -123,18 +148,20 @@ def q_sample(
 
 def q_sample_(x_0: Tensor, t: int | Tensor, seeds: Seeds, table: Tensor) -> None:
     """:func:`q_sample` in place: x_0 becomes x_t."""
+    _check("a tensor", Tensor, x_0=x_0, table=table)
     _without_gradient("q_sample_", x_0=x_0)
     _ops.q_sample_(x_0, _as_index("t", t, x_0.device), as_seeds(seeds, x_0.device), table)
 
 
 @torch.library.register_fake("diffkern::q_sample")
 def _(x_0, t, seeds, table, return_eps):
+    _same_device(x_0, t=t, seeds=seeds, table=table)
     return torch.empty_like(x_0), torch.empty_like(x_0) if return_eps else x_0.new_empty(0)
 
 
 @torch.library.register_fake("diffkern::q_sample_")
 def _(x_0, t, seeds, table):
-    return None
+    _same_device(x_0, t=t, seeds=seeds, table=table)
 
 
 # --- the reverse step --------------------------------------------------------------------------------------------
@@ -175,6 +202,8 @@ def reverse_step(
     history           J tensors like x
     return_x0         also return x0_hat, like x
     """
+    _check_step(x, out, table, out_uncond, guidance, clip, learned_variance, history)
+    _check("True or False", bool, return_x0=return_x0)
     _without_gradient("reverse_step", x=x, out=out, out_uncond=out_uncond, history=history)
     step, seeds = _as_index("step", step, x.device), as_seeds(seeds, x.device)
     x_next, x0_hat = _ops.reverse_step(
@@ -198,6 +227,8 @@ def reverse_step_(
     x0_hat: Tensor | None = None,
 ) -> None:
     """:func:`reverse_step` in place: x becomes x_next, and ``x0_hat``, a tensor like x, receives the prediction."""
+    _check_step(x, out, table, out_uncond, guidance, clip, learned_variance, history)
+    _check("a tensor or None", (Tensor, NoneType), x0_hat=x0_hat)
     _without_gradient("reverse_step_", x=x, out=out, out_uncond=out_uncond, history=history, x0_hat=x0_hat)
     step, seeds = _as_index("step", step, x.device), as_seeds(seeds, x.device)
     _ops.reverse_step_(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, x0_hat)
@@ -205,12 +236,30 @@ def reverse_step_(
 
 @torch.library.register_fake("diffkern::reverse_step")
 def _(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, return_x0):
+    _same_device(x, out=out, table=table, step=step, seeds=seeds, out_uncond=out_uncond)
+    for h in history:
+        _same_device(x, history=h)
     return torch.empty_like(x), torch.empty_like(x) if return_x0 else x.new_empty(0)
 
 
 @torch.library.register_fake("diffkern::reverse_step_")
 def _(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, x0_hat):
-    return None
+    _same_device(x, out=out, table=table, step=step, seeds=seeds, out_uncond=out_uncond, x0_hat=x0_hat)
+    for h in history:
+        _same_device(x, history=h)
+
+
+def _check_step(x, out, table, out_uncond, guidance, clip, learned_variance, history) -> None:
+    """The types and values that the dispatcher would let pass, or whose names it would not say."""
+    _check("a tensor", Tensor, x=x, out=out, table=table)
+    _check("a tensor or None", (Tensor, NoneType), out_uncond=out_uncond)
+    _check("a number", Real, guidance=guidance)
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance: expected a finite number, got {guidance}")
+    _check("True or False", bool, clip=clip, learned_variance=learned_variance)
+    _check("a list of tensors", (list, tuple), history=history)
+    for h in history:
+        _check("tensors", Tensor, history=h)
 
 
 # --- the training loss -------------------------------------------------------------------------------------------
@@ -225,12 +274,15 @@ def noise_loss(out: Tensor, seeds: Seeds, t: int | Tensor, weights: Tensor | Non
 
     Returns float32 [N]. Differentiable in ``out``.
     """
+    _check("a tensor", Tensor, out=out)
+    _check("a tensor or None", (Tensor, NoneType), weights=weights)
     _without_gradient("noise_loss", weights=weights)
     return _ops.noise_loss(out, as_seeds(seeds, out.device), _as_index("t", t, out.device), weights)
 
 
 @torch.library.register_fake("diffkern::noise_loss")
 def _(out, seeds, t, weights):
+    _same_device(out, seeds=seeds, t=t, weights=weights)
     return out.new_empty(out.shape[0], dtype=torch.float32)
 
 
@@ -263,6 +315,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     Returns [N, heads, tokens, d], in memory [N, tokens, heads, d] for the projection that follows. On the CPU the
     arithmetic is float32, and a sample's bits depend neither on its batch nor on the number of threads.
     """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a finite number, got {scale!r}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if q.is_cuda:  # as long as there is no CUDA kernel
@@ -300,6 +357,93 @@ def _attention_gradient(ctx, grad_out, _):
 
 torch.library.register_autograd("diffkern::attention", _attention_gradient, setup_context=_attention_save)
 
-# --- the network -------------------------------------------------------------------------------------------------
+# --- group norm --------------------------------------------------------------------------------------------------
 
-from .reference import group_norm_silu  # noqa: E402, F401
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    eps: float = 1e-5,
+    scale_shift: Tensor | None = None,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """silu(group_norm(x + add) (1 + scale) + shift) + residual (Wu & He 2018), in one pass. Differentiable.
+
+    x             [N, C, ...]; fast where it is contiguous or channels_last, and the result is like it
+    weight, bias  [C]
+    groups        a divisor of C
+    scale_shift   [N, 2C], scale before shift (Dhariwal & Nichol 2021, section 3)
+    add           [N, C]: to every pixel, before the norm (the time embedding of Ho et al. 2020, appendix B)
+    residual      like x: to the result
+    silu          without, the argument of silu is what is returned
+
+    Statistics and arithmetic are float32 or better, also where the mean is far from 0. A sample's bits depend neither
+    on its batch nor on the number of threads.
+    """
+    required, optional = {"x": x, "weight": weight, "bias": bias}, {"scale_shift": scale_shift, "add": add}
+    for name, tensor in {**required, **optional, "residual": residual}.items():
+        if not isinstance(tensor, Tensor) and (name in required or tensor is not None):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if isinstance(groups, bool) or not hasattr(groups, "__index__"):
+        raise TypeError(f"groups: expected an int, got {groups!r}")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: expected a number, got {eps!r}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
+    weight, bias, scale_shift, add = (
+        None if tensor is None else tensor.float().contiguous() for tensor in (weight, bias, scale_shift, add)
+    )
+    y, _, _ = _ops.group_norm_silu(x, weight, bias, groups, eps, scale_shift, add, residual, silu)
+    return y
+
+
+def _empty_like_dense(x: Tensor) -> Tensor:
+    channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@torch.library.register_fake("diffkern::group_norm_silu")
+def _(x, weight, bias, groups, eps, scale_shift, add, residual, silu):
+    mean, rstd = (x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2))
+    return _empty_like_dense(x), mean, rstd
+
+
+@torch.library.register_fake("diffkern::group_norm_silu_backward")
+def _(grad_y, x, mean, rstd, weight, bias, groups, scale_shift, add, silu):
+    grad_offset, grad_slope = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    return _empty_like_dense(x), grad_offset, grad_slope
+
+
+def _group_norm_silu_save(ctx, inputs, output):
+    x, weight, bias, ctx.groups, _, scale_shift, add, _, ctx.silu = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, scale_shift, add)
+
+
+def _group_norm_silu_gradient(ctx, grad_y, *_):
+    _differentiable_once("group_norm_silu")
+    x, mean, rstd, weight, bias, scale_shift, add = ctx.saved_tensors
+    grad_x, grad_offset, grad_slope = _ops.group_norm_silu_backward(
+        grad_y, x, mean, rstd, weight, bias, ctx.groups, scale_shift, add, ctx.silu
+    )
+    # offset = bias (1 + scale) + shift and slope = weight (1 + scale), of each sample and channel
+    grad_weight, grad_bias, grad_scale_shift, grad_add = grad_slope, grad_offset, None, None
+    if scale_shift is not None:
+        one_plus_scale = 1 + scale_shift.chunk(2, dim=1)[0]
+        grad_weight, grad_bias = grad_slope * one_plus_scale, grad_offset * one_plus_scale
+        grad_scale_shift = torch.cat((grad_slope * weight + grad_offset * bias, grad_offset), dim=1)
+    if add is not None:
+        grad_add = grad_x.unsqueeze(-1).sum(tuple(range(2, x.ndim + 1)), dtype=torch.float32)
+    grad_residual = grad_y if ctx.needs_input_grad[7] else None
+    return grad_x, grad_weight.sum(0), grad_bias.sum(0), None, None, grad_scale_shift, grad_add, grad_residual, None
+
+
+torch.library.register_autograd(
+    "diffkern::group_norm_silu", _group_norm_silu_gradient, setup_context=_group_norm_silu_save
+)

@@ -193,13 +193,16 @@ def group_norm_silu(
     *,
     eps: float = 1e-5,
     scale_shift: Tensor | None = None,
+    add: Tensor | None = None,
     residual: Tensor | None = None,
     silu: bool = True,
 ) -> Tensor:
     """See :func:`diffkern.ops.group_norm_silu`."""
+    if add is not None:
+        x = x + add.to(x.dtype).view(*add.shape, *[1] * (x.ndim - 2))
     y = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale_shift is not None:
-        scale, shift = scale_shift.to(x.dtype)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = scale_shift.to(x.dtype).view(*scale_shift.shape, *[1] * (x.ndim - 2)).chunk(2, dim=1)
         y = y * (1 + scale) + shift
     if silu:
         y = F.silu(y)

@@ -96,10 +96,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(self.resampled(group_norm_silu(self.norm1, x)))
         time = self.time_emb_proj(F.silu(emb))
-        if self.scale_shift:
-            h = group_norm_silu(self.norm2, h, scale_shift=time)
-        else:
-            h = group_norm_silu(self.norm2, h + time[:, :, None, None])
+        h = group_norm_silu(self.norm2, h, **{"scale_shift" if self.scale_shift else "add": time})
         h = self.conv2(self.dropout(h))
         x = self.resampled(x)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
@@ -130,11 +127,9 @@ class AttentionBlock(nn.Module):
         return x + out.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
-def group_norm_silu(norm: nn.GroupNorm, x: Tensor, *, silu: bool = True, scale_shift: Tensor | None = None) -> Tensor:
+def group_norm_silu(norm: nn.GroupNorm, x: Tensor, **options) -> Tensor:
     """``ops.group_norm_silu`` with the parameters of a ``GroupNorm``."""
-    return ops.group_norm_silu(
-        x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps, scale_shift=scale_shift, silu=silu
-    )
+    return ops.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps, **options)
 
 
 class Level(nn.Module):

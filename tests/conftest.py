@@ -8,7 +8,9 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads leave a busy machine's cores alone
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,10 +39,10 @@ def run_at_level() -> Callable[[str, str], subprocess.CompletedProcess]:
 
 
 def _why_no_cuda() -> str | None:
-    from diffkern import _C
-
     if not torch.cuda.is_available():
         return "there is no CUDA device"
+    from diffkern import _C
+
     return None if _C.COMPILED_CUDA_ARCHITECTURES else "diffkern was built without CUDA kernels"
 
 

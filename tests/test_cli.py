@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tiny import one_thread  # noqa: F401
 
 from diffkern import cli, training
 from diffkern.cli import main

@@ -102,5 +102,8 @@ def test_cuda_ops_are_native_where_there_is_a_kernel(monkeypatch, compiled, devi
     monkeypatch.setattr(doctor._C, "COMPILED_CUDA_ARCHITECTURES", compiled)
     monkeypatch.setattr(doctor, "_cuda_devices", lambda: [torch.device("cuda", i) for i in range(devices)])
     assert doctor.cuda_backend("noise") == native
-    monkeypatch.setattr(ops, "noise", reference.noise)
-    assert doctor.cuda_backend("noise") == doctor.cpu_backend("noise") == "torch"
+
+
+def test_an_op_without_a_cuda_kernel_is_torchs_there(monkeypatch):
+    monkeypatch.setattr(doctor, "_has_kernel", lambda op, key: key == "CPU")
+    assert (doctor.cpu_backend("noise"), doctor.cuda_backend("noise")) == ("native", "torch")

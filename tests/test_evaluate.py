@@ -6,6 +6,7 @@ import pytest
 import scipy.linalg
 import tiny
 import torch
+from tiny import one_thread  # noqa: F401
 
 from diffkern import evaluate, ops
 from diffkern.data import Dataset

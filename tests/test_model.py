@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import one_thread  # noqa: F401
 
 from diffkern import model as models
 from diffkern.model import Model, load, read, save, write_atomically

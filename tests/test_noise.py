@@ -60,7 +60,7 @@ def test_a_blocks_words_are_those_of_its_seed_step_and_stream():
 # Sums over all 2^32 codes; the NumPy reference was run over all of them once and gave these.
 RADIUS_HASH, ANGLE_HASH = 0x021831C11B97D6C8, 0x9C4B25819DB4BF3C
 RUN = 1 << 20  # codes a partial hash covers
-RADIUS_ULPS, ANGLE_ULPS = 2.3, 2.6  # docs/noise.md has the exact worst over all codes
+RADIUS_ULPS, ANGLE_ULPS = 2.23, 2.38  # the worst over all codes: 2.222 and 2.371
 
 
 def word_hash(codes: np.ndarray, *weighted: tuple[np.ndarray, np.ndarray]) -> int:

@@ -137,7 +137,9 @@ def test_reverse_step_and_its_twin_have_the_references_bits_in_every_layout(
         options["out_uncond"] = somewhere(options["out_uncond"])
     if not one_row:
         step = laid_out(step, (0,), (3,), 1)
-    for got, wanted in zip(ops.reverse_step(x, out, table, step, seeds, **options, return_x0=True), expected, strict=True):
+    for got, wanted in zip(
+        ops.reverse_step(x, out, table, step, seeds, **options, return_x0=True), expected, strict=True
+    ):
         assert_same_bits(got, wanted)
     x0_hat = somewhere(torch.zeros_like(x))
     assert ops.reverse_step_(x, out, table, step, seeds, **options, x0_hat=x0_hat) is None
@@ -330,14 +332,14 @@ def test_reverse_step_passes_opcheck(options):
         options["learned_variance"],
         options["history"],
     )
-    for x in (x, x.contiguous(memory_format=torch.channels_last)):
+    for layout in (x, x.contiguous(memory_format=torch.channels_last)):
         for return_x0 in (False, True):
             torch.library.opcheck(
-                torch.ops.diffkern.reverse_step.default, (x, out, table, step, seeds, *fields, return_x0)
+                torch.ops.diffkern.reverse_step.default, (layout, out, table, step, seeds, *fields, return_x0)
             )
-        for x0_hat in (None, torch.empty_like(x)):
+        for x0_hat in (None, torch.empty_like(layout)):
             torch.library.opcheck(
-                torch.ops.diffkern.reverse_step_.default, (x, out, table, step, seeds, *fields, x0_hat)
+                torch.ops.diffkern.reverse_step_.default, (layout, out, table, step, seeds, *fields, x0_hat)
             )
 
 

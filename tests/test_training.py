@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tiny import one_thread  # noqa: F401
 
 from diffkern import ops, training
 from diffkern.model import load, read, save

@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from diffkern.data import Dataset
@@ -12,6 +13,16 @@ from diffkern.model import Model
 from diffkern.schedule import Schedule
 from diffkern.training import Config
 from diffkern.unet import UNet
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For the modules that import it: networks this small would only have a second thread wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 NETWORK = {"in_channels": 1, "channels": 8, "channel_mult": [1, 2], "blocks": 1, "attention_levels": [1], "groups": 4}
 SCHEDULE = Schedule.linear(20, 1e-3, 0.3)

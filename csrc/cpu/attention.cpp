@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t kBlock = kAttentionBlock;  // tokens that lie along the registers
 constexpr int64_t kKeys = 128;               // that a forward block of queries meets at a time
 constexpr int64_t kQueries = 96;             // that a backward block of keys meets at a time
+constexpr int64_t kChain = 128;              // channels that a score adds up one by one; more would cost precision
 
 // Rows of tokens of one head.
 struct Rows {
@@ -48,10 +49,12 @@ void scores(Rows rows, int64_t row_count, Rows block, int64_t block_count, int64
     const int64_t depth = channels - c < transposed.channels ? channels - c : transposed.channels;
     if (fresh || channels > transposed.channels)
       transpose(block.data + c, block.stride, block_count, depth, scale, transposed.data, kBlock);
-    multiply({.rows = row_count, .columns = whole_registers(block_count), .depth = depth,
-              .a = rows.data + c, .a_row = rows.stride, .a_depth = 1,
-              .b = transposed.data, .b_depth = kBlock,
-              .c = s, .c_row = kBlock, .add = c > 0});
+    for (int64_t part = 0; part < depth; part += kChain)
+      multiply({.rows = row_count, .columns = whole_registers(block_count),
+                .depth = depth - part < kChain ? depth - part : kChain,
+                .a = rows.data + c + part, .a_row = rows.stride, .a_depth = 1,
+                .b = transposed.data + part * kBlock, .b_depth = kBlock,
+                .c = s, .c_row = kBlock, .add = c + part > 0});
   }
 }
 
@@ -123,11 +126,12 @@ void attention(const AttentionParams& p, int64_t begin, int64_t end) {
 void attention_backward(const AttentionParams& p, int64_t begin, int64_t end) {
   alignas(64) float k_t[256 * kBlock], v_t[256 * kBlock], prob[kQueries * kBlock], grad_s[kQueries * kBlock];
   const int64_t span = attention_span(p.keys), spans = attention_spans(p.keys);
+  const int64_t elements = p.samples * p.queries * p.heads * p.channels;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t sample = item / spans / p.heads, head = item / spans % p.heads, first = item % spans * span;
     const int64_t last = first + span < p.keys ? first + span : p.keys;
     HeadsView part = p.grad_q;
-    part.data = p.grad_q_parts + item % spans * p.samples * p.queries * p.heads * p.channels;
+    if (item % spans > 0) part.data = p.grad_q_parts + (item % spans - 1) * elements;
     for (int64_t key = first; key < last; key += kBlock) {
       const int64_t keys = last - key < kBlock ? last - key : kBlock;
       const Rows k = rows_of(p.k, sample, head).from(key), grad_k = rows_of(p.grad_k, sample, head).from(key);
@@ -166,12 +170,10 @@ void attention_backward(const AttentionParams& p, int64_t begin, int64_t end) {
 }
 
 void attention_sum_grad_q(const AttentionParams& p, int64_t begin, int64_t end) {
-  const int64_t size = p.samples * p.queries * p.heads * p.channels;
-  for (int64_t i = begin * kChunk; i < size && i < end * kChunk; ++i) {
-    float sum = p.grad_q_parts[i];
-    for (int64_t part = 1; part < attention_spans(p.keys); ++part) sum += p.grad_q_parts[part * size + i];
-    p.grad_q.data[i] = sum;
-  }
+  const int64_t elements = p.samples * p.queries * p.heads * p.channels;
+  for (int64_t i = begin * kChunk; i < elements && i < end * kChunk; ++i)
+    for (int64_t part = 0; part < attention_spans(p.keys) - 1; ++part)
+      p.grad_q.data[i] += p.grad_q_parts[part * elements + i];
 }
 
 }  // namespace diffkern::cpu::DIFFKERN_CPU_LEVEL

@@ -16,9 +16,15 @@ struct Float16 {
 typedef uint16_t u16v __attribute__((vector_size(2 * kLanes)));
 
 DIFFKERN_FN i32v load_16_bits(const void* p) {
+#if defined(__AVX512F__)
+  return (i32v)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (i32v)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
   u16v a;
   std::memcpy(&a, p, sizeof a);
   return __builtin_convertvector(a, i32v);
+#endif
 }
 
 DIFFKERN_FN void store_16_bits(void* p, i32v a) {

@@ -6,16 +6,18 @@
 #include "../ops.h"
 
 // A new kernel is one line here and one file beside this one.
-#define DIFFKERN_CPU_KERNELS(X)             \
-  X(noise, NoiseParams)                     \
-  X(q_sample, QSampleParams)                \
-  X(reverse_step, ReverseStepParams)        \
-  X(noise_loss_partial, NoiseLossParams)    \
-  X(noise_loss_total, NoiseLossParams)      \
-  X(noise_loss_backward, NoiseLossParams)   \
-  X(attention, AttentionParams)             \
-  X(attention_backward, AttentionParams)    \
-  X(attention_sum_grad_q, AttentionParams)  \
+#define DIFFKERN_CPU_KERNELS(X)                    \
+  X(noise, NoiseParams)                            \
+  X(q_sample, QSampleParams)                       \
+  X(reverse_step, ReverseStepParams)               \
+  X(noise_loss_partial, NoiseLossParams)           \
+  X(noise_loss_total, NoiseLossParams)             \
+  X(noise_loss_backward, NoiseLossParams)          \
+  X(group_norm_silu, GroupNormSiluParams)          \
+  X(group_norm_silu_backward, GroupNormSiluParams) \
+  X(attention, AttentionParams)                    \
+  X(attention_backward, AttentionParams)           \
+  X(attention_sum_grad_q, AttentionParams)         \
   X(word_hash, WordHashParams)
 
 namespace diffkern::cpu {

@@ -57,6 +57,7 @@ DIFFKERN_FN f32v load(const float* p, int count) { return (f32v)_mm512_maskz_loa
 DIFFKERN_FN void store(float* p, f32v a, int count) { _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)a); }
 DIFFKERN_FN f32v max(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
 DIFFKERN_FN f32v multiply_add(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+DIFFKERN_FN f32v times_power_of_2(f32v a, f32v n) { return (f32v)_mm512_scalef_ps((__m512)a, (__m512)n); }
 DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
   return (u64v)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
 }
@@ -117,6 +118,12 @@ DIFFKERN_FN f32v unpack_high_pairs(f32v a, f32v b) { return f32v{a[2], a[3], b[2
 #endif
 
 #if !defined(__AVX512F__)
+// a 2^n for whole n; 0 below 2^-126, infinity above 2^127
+DIFFKERN_FN f32v times_power_of_2(f32v a, f32v n) {
+  n = n < -127.0f ? -127.0f : n;
+  n = n > 128.0f ? 128.0f : n;
+  return a * as_float((as_int(n + 12582912.0f) << 23) + 0x3F800000);  // the sum's low bits hold n
+}
 DIFFKERN_FN float reduce_add(f32v a) {  // halves onto halves, as AVX-512's does
   float lanes[kLanes];
   store(lanes, a);

@@ -1,0 +1,418 @@
+// y = silu(norm(x + add) (1 + scale) + shift) + residual, norm over groups of channels (Wu & He 2018), and its gradient.
+//
+// A work item is a block of whole groups of one sample. Both layouts are walked as tiles: rows of up to four registers,
+// a constant stride apart. In channels_last memory a row is one pixel and its lanes are neighbouring channels; in
+// contiguous memory rows and lanes alike are pixels of one channel.
+// The order of every sum depends on the shape alone: neither the batch nor the threads change the bits.
+
+#include "../math/silu.h"
+#include "half.h"
+#include "kernels.h"
+
+namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
+
+namespace {
+
+// --- the walk --------------------------------------------------------------------------------------------------------
+
+constexpr int kWidth = 4 * kLanes;  // elements of a row, at most
+constexpr int64_t kRun = 128;       // rows that are summed in float, before their sum goes on in double
+
+struct Block {
+  int64_t sample, first_group, groups, width;  // width: channels a group
+
+  int64_t group_of(int64_t channel) const { return uint32_t(channel) / uint32_t(width) - first_group; }
+};
+
+Block block_of(const GroupNormSiluParams& p, int64_t item) {
+  const int64_t groups = p.groups_per_block(), first = item % p.blocks() * groups, rest = p.groups - first;
+  return {item / p.blocks(), first, groups < rest ? groups : rest, p.channels / p.groups};
+}
+
+struct Tile {
+  int64_t offset, rows, stride;  // in elements
+  int64_t channel;               // of the first lane
+};
+
+// How a row is read and written: n whole registers, or the first lanes of one.
+template <int n>
+struct Whole {
+  static constexpr int registers = n, lanes = n * kLanes;
+  template <class T>
+  f32v get(const T* p) const {
+    return load(p);
+  }
+  template <class T>
+  void put(T* p, f32v a) const {
+    store(p, a);
+  }
+  f32v keep(f32v a) const { return a; }
+};
+
+struct Part {
+  static constexpr int registers = 1;
+  int lanes;
+
+  template <class T>
+  f32v get(const T* p) const {
+    T row[kLanes] = {};
+    std::memcpy(row, p, lanes * sizeof(T));
+    return load(row);
+  }
+  template <class T>
+  void put(T* p, f32v a) const {
+    T row[kLanes];
+    store(row, a);
+    std::memcpy(p, row, lanes * sizeof(T));
+  }
+  f32v keep(f32v a) const {  // 0 in the other lanes
+    for (int l = lanes; l < kLanes; ++l) a[l] = 0;
+    return a;
+  }
+};
+
+// Cuts rows of `width` elements into tiles.
+template <class Visit>
+DIFFKERN_FN void cut(Tile tile, int64_t width, bool across_channels, Visit visit) {
+  auto visit_next = [&](auto row) {
+    visit(tile, row);
+    tile.offset += row.lanes;
+    tile.channel += across_channels ? row.lanes : 0;
+    width -= row.lanes;
+  };
+  while (width >= kWidth) visit_next(Whole<4>{});
+  if (width >= 2 * kLanes) visit_next(Whole<2>{});
+  if (width >= kLanes) visit_next(Whole<1>{});
+  if (width > 0) visit_next(Part{int(width)});
+}
+
+template <class Visit>
+DIFFKERN_FN void for_each_tile(const GroupNormSiluParams& p, const Block& block, Visit visit) {
+  const int64_t first = block.first_group * block.width, channels = block.groups * block.width;
+  const int64_t sample = block.sample * p.channels * p.pixels;
+  if (p.channels_last) return cut({sample + first, p.pixels, p.channels, first}, channels, true, visit);
+  const int64_t rows = p.pixels / kWidth;
+  for (int64_t c = first; c < first + channels; ++c) {
+    const int64_t offset = sample + c * p.pixels;
+    if (rows > 0) visit(Tile{offset, rows, kWidth, c}, Whole<4>{});
+    cut({offset + rows * kWidth, 1, 0, c}, p.pixels % kWidth, false, visit);
+  }
+}
+
+// --- statistics ------------------------------------------------------------------------------------------------------
+
+// Of `count` numbers: their mean, and the sum of their squared distances from it.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+
+  // With those of n more numbers (Chan, Golub & LeVeque 1979).
+  void join(double n, double n_mean, double n_squares) {
+    const double share = n / (count + n), apart = n_mean - mean;
+    squares += n_squares + apart * apart * count * share;
+    mean += apart * share;
+    count += n;
+  }
+};
+
+template <int registers>
+struct Sums {
+  f32v first[registers], second[registers];
+};
+
+// Of the distances from a pivot, and of their squares.
+template <class T, class Row, int n = Row::registers>
+DIFFKERN_FN Sums<n> sum_run(const T* x, int64_t rows, int64_t stride, const Row& row, const f32v (&pivot)[n]) {
+  Sums<n> sums{};
+  for (int64_t r = 0; r < rows; ++r)
+    for (int v = 0; v < n; ++v) {
+      const f32v distance = row.keep(row.get(x + r * stride + v * kLanes) - pivot[v]);
+      sums.first[v] = sums.first[v] + distance;
+      sums.second[v] = multiply_add(distance, distance, sums.second[v]);
+    }
+  return sums;
+}
+
+template <int n>
+DIFFKERN_FN float total(const f32v (&a)[n]) {
+  f32v sum = a[0];
+  for (int v = 1; v < n; ++v) sum = sum + a[v];
+  return reduce_add(sum);
+}
+
+template <int n>
+DIFFKERN_FN void add_lanes(const f32v (&a)[n], double (&to)[n * kLanes]) {
+  float lanes[n * kLanes];
+  for (int v = 0; v < n; ++v) store(lanes + v * kLanes, a[v]);
+  for (int l = 0; l < n * kLanes; ++l) to[l] += lanes[l];
+}
+
+DIFFKERN_FN double added(const GroupNormSiluParams& p, int64_t sample, int64_t channel) {
+  return p.add ? p.add[sample * p.channels + channel] : 0.0;
+}
+
+// The pivot of a run is the mean so far, and of the first run its own mean: no float sum is large beside what it is for,
+// however far the mean from 0.
+
+// A tile whose lanes are pixels of one channel.
+template <class T, class Row, int n = Row::registers>
+void add_pixels(const T* x, const Tile& tile, const Row& row, double add, Moments& group) {
+  for (int64_t first = 0; first < tile.rows; first += kRun) {
+    const int64_t rows = tile.rows - first < kRun ? tile.rows - first : kRun;
+    const T* run = x + first * tile.stride;
+    const double count = double(rows * row.lanes);
+    f32v pivot[n]{};
+    double near = group.mean - add;
+    if (group.count == 0) near = total(sum_run(run, rows, tile.stride, row, pivot).first) / count;
+    for (int v = 0; v < n; ++v) pivot[v] = broadcast(float(near));
+    const Sums<n> sums = sum_run(run, rows, tile.stride, row, pivot);
+    const double distance = total(sums.first), offset = distance / count;
+    group.join(count, float(near) + add + offset, total(sums.second) - distance * offset);
+  }
+}
+
+// A tile whose lanes are channels: every lane for itself.
+template <class T, class Row, int n = Row::registers>
+void add_channels(const T* x, const Tile& tile, const Row& row, const GroupNormSiluParams& p,
+                              const Block& block, Moments* groups) {
+  constexpr int lanes = n * kLanes;
+  int64_t rows = tile.rows < kRun ? tile.rows : kRun;
+  f32v pivot[n]{};
+  const Sums<n> own = sum_run(x, rows, tile.stride, row, pivot);
+  for (int v = 0; v < n; ++v) pivot[v] = own.first[v] * float(1.0 / double(rows));
+
+  double mean[lanes] = {}, squares[lanes] = {};
+  float near[lanes], distance[lanes], square[lanes];
+  for (int64_t first = 0; first < tile.rows; first += rows) {
+    if (rows > tile.rows - first) rows = tile.rows - first;
+    const Sums<n> sums = sum_run(x + first * tile.stride, rows, tile.stride, row, pivot);
+    for (int v = 0; v < n; ++v) {
+      store(near + v * kLanes, pivot[v]);
+      store(distance + v * kLanes, sums.first[v]);
+      store(square + v * kLanes, sums.second[v]);
+    }
+    const double per_row = 1.0 / double(rows), share = double(rows) / double(first + rows);
+    for (int l = 0; l < lanes; ++l) {  // Moments::join
+      const double offset = distance[l] * per_row, apart = near[l] + offset - mean[l];
+      squares[l] += square[l] - distance[l] * offset + apart * apart * double(first) * share;
+      mean[l] += apart * share;
+      near[l] = float(mean[l]);
+    }
+    for (int v = 0; v < n; ++v) pivot[v] = load(near + v * kLanes);
+  }
+  for (int l = 0; l < row.lanes; ++l) {
+    const int64_t c = tile.channel + l;
+    groups[block.group_of(c)].join(double(tile.rows), mean[l] + added(p, block.sample, c), squares[l]);
+  }
+}
+
+// --- coefficients ----------------------------------------------------------------------------------------------------
+
+template <int k>
+struct Coefficients {
+  float of[k];
+};
+
+// center, slope, offset: (x - center) slope + offset is z, the argument of silu.
+DIFFKERN_FN Coefficients<3> affine(const GroupNormSiluParams& p, int64_t sample, int64_t channel, double mean,
+                                   double rstd) {
+  double weight = p.weight[channel], bias = p.bias[channel];
+  if (p.scale_shift) {
+    const float* scale = p.scale_shift + sample * 2 * p.channels + channel;
+    weight *= 1.0 + scale[0];
+    bias = bias * (1.0 + scale[0]) + scale[p.channels];
+  }
+  const double center = mean - added(p, sample, channel), slope = rstd * weight;
+  return {{float(center), float(slope), float(bias + (float(center) - center) * slope)}};
+}
+
+template <int k, int n>
+struct Spread {
+  f32v of[k][n];
+};
+
+// In every lane its channel's coefficients, which are get(channel).
+template <int k, class Row, class Get, int n = Row::registers>
+DIFFKERN_FN Spread<k, n> spread(const GroupNormSiluParams& p, const Tile& tile, const Row& row, Get get) {
+  float lanes[k][n * kLanes] = {};
+  const int channels = p.channels_last ? row.lanes : 1;
+  for (int l = 0; l < channels; ++l) {
+    const Coefficients<k> coefficients = get(tile.channel + l);
+    for (int j = 0; j < k; ++j) lanes[j][l] = coefficients.of[j];
+  }
+  Spread<k, n> all;
+  for (int j = 0; j < k; ++j)
+    for (int v = 0; v < n; ++v)
+      all.of[j][v] = p.channels_last ? load(lanes[j] + v * kLanes) : broadcast(lanes[j][0]);
+  return all;
+}
+
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+template <class T, class Row, int n = Row::registers>
+void normalise(const GroupNormSiluParams& p, const Tile& tile, const Row& row,
+                           const Spread<3, n>& coefficients) {
+  const auto& [center, slope, offset] = coefficients.of;
+  const T* x = static_cast<const T*>(p.x) + tile.offset;
+  const T* residual = p.residual ? static_cast<const T*>(p.residual) + tile.offset : nullptr;
+  T* y = static_cast<T*>(p.y) + tile.offset;
+  const bool activate = p.silu;
+  for (int64_t r = 0; r < tile.rows; ++r)
+    for (int v = 0; v < n; ++v) {
+      const int64_t i = r * tile.stride + v * kLanes;
+      f32v z = multiply_add(row.get(x + i) - center[v], slope[v], offset[v]);
+      if (activate) z = silu(z);
+      if (residual) z = z + row.get(residual + i);
+      row.put(y + i, z);
+    }
+}
+
+template <class T>
+void forward(const GroupNormSiluParams& p, const Block& block) {
+  Moments groups[kMaxGroupsPerBlock];
+  for_each_tile(p, block, [&](const Tile& tile, const auto& row) {
+    const T* x = static_cast<const T*>(p.x) + tile.offset;
+    if (p.channels_last)
+      add_channels(x, tile, row, p, block, groups);
+    else
+      add_pixels(x, tile, row, added(p, block.sample, tile.channel), groups[block.group_of(tile.channel)]);
+  });
+
+  double rstd[kMaxGroupsPerBlock];
+  const int64_t first = block.sample * p.groups + block.first_group;
+  for (int64_t g = 0; g < block.groups; ++g) {
+    rstd[g] = 1.0 / __builtin_sqrt(groups[g].squares / groups[g].count + p.eps);
+    p.mean[first + g] = float(groups[g].mean);
+    p.rstd[first + g] = float(rstd[g]);
+  }
+
+  for_each_tile(p, block, [&](const Tile& tile, const auto& row) {
+    normalise<T>(p, tile, row, spread<3>(p, tile, row, [&](int64_t channel) {
+                   const int64_t g = block.group_of(channel);
+                   return affine(p, block.sample, channel, groups[g].mean, rstd[g]);
+                 }));
+  });
+}
+
+// --- backward --------------------------------------------------------------------------------------------------------
+
+// What both passes begin with: (x - center) and grad_z of one register.
+struct Gradient {
+  f32v distance, grad_z;
+};
+
+DIFFKERN_FN Gradient gradient_of(f32v x, f32v grad_y, f32v center, f32v slope, f32v offset, bool activate) {
+  const f32v distance = x - center;
+  if (!activate) return {distance, grad_y};
+  return {distance, grad_y * silu_slope(multiply_add(distance, slope, offset))};
+}
+
+// Adds up grad_z and grad_z (x - center) of each of the tile's channels.
+template <class T, class Row, int n = Row::registers>
+void add_gradients(const GroupNormSiluParams& p, const Tile& tile, const Row& row, int64_t sample,
+                   const Spread<3, n>& coefficients) {
+  const auto& [center, slope, offset] = coefficients.of;
+  const T* x = static_cast<const T*>(p.x) + tile.offset;
+  const T* grad_y = static_cast<const T*>(p.grad_y) + tile.offset;
+  const bool activate = p.silu;
+  double first_total[n * kLanes] = {}, second_total[n * kLanes] = {};
+  for (int64_t first = 0; first < tile.rows; first += kRun) {
+    Sums<n> sums{};
+    for (int64_t r = first; r < tile.rows && r < first + kRun; ++r)
+      for (int v = 0; v < n; ++v) {
+        const int64_t i = r * tile.stride + v * kLanes;
+        const auto [distance, grad_z] =
+            gradient_of(row.get(x + i), row.get(grad_y + i), center[v], slope[v], offset[v], activate);
+        sums.first[v] = sums.first[v] + grad_z;
+        sums.second[v] = multiply_add(grad_z, distance, sums.second[v]);
+      }
+    if (p.channels_last) {
+      add_lanes(sums.first, first_total);
+      add_lanes(sums.second, second_total);
+    } else {
+      first_total[0] += total(sums.first);
+      second_total[0] += total(sums.second);
+    }
+  }
+  const int channels = p.channels_last ? row.lanes : 1;
+  for (int l = 0; l < channels; ++l) {
+    p.grad_offset[sample * p.channels + tile.channel + l] += float(first_total[l]);
+    p.grad_slope[sample * p.channels + tile.channel + l] += float(second_total[l]);
+  }
+}
+
+// grad_x = slope grad_z + by_distance (x - center) + constant
+template <class T, class Row, int n = Row::registers>
+void write_gradient(const GroupNormSiluParams& p, const Tile& tile, const Row& row,
+                    const Spread<5, n>& coefficients) {
+  const auto& [center, slope, offset, by_distance, constant] = coefficients.of;
+  const T* x = static_cast<const T*>(p.x) + tile.offset;
+  const T* grad_y = static_cast<const T*>(p.grad_y) + tile.offset;
+  T* grad_x = static_cast<T*>(p.grad_x) + tile.offset;
+  const bool activate = p.silu;
+  for (int64_t r = 0; r < tile.rows; ++r)
+    for (int v = 0; v < n; ++v) {
+      const int64_t i = r * tile.stride + v * kLanes;
+      const auto [distance, grad_z] =
+          gradient_of(row.get(x + i), row.get(grad_y + i), center[v], slope[v], offset[v], activate);
+      row.put(grad_x + i, multiply_add(slope[v], grad_z, multiply_add(by_distance[v], distance, constant[v])));
+    }
+}
+
+// With xhat = (x + add - mean) rstd and m(.) the mean over the group's elements:
+// grad_x = rstd (w grad_z - m(w grad_z) - xhat m(w grad_z xhat)), w rstd being the slope.
+template <class T>
+void backward(const GroupNormSiluParams& p, const Block& block) {
+  const int64_t first_channel = block.first_group * block.width, channels = block.groups * block.width;
+  const float* mean = p.mean + block.sample * p.groups + block.first_group;
+  const float* rstd = p.rstd + block.sample * p.groups + block.first_group;
+  float* grad_offset = p.grad_offset + block.sample * p.channels;
+  float* grad_slope = p.grad_slope + block.sample * p.channels;
+  auto affine_of = [&](int64_t channel) {
+    const int64_t g = block.group_of(channel);
+    return affine(p, block.sample, channel, mean[g], rstd[g]);
+  };
+
+  for (int64_t c = first_channel; c < first_channel + channels; ++c) grad_offset[c] = grad_slope[c] = 0;
+  for_each_tile(p, block, [&](const Tile& tile, const auto& row) {
+    add_gradients<T>(p, tile, row, block.sample, spread<3>(p, tile, row, affine_of));
+  });
+
+  double of_one[kMaxGroupsPerBlock] = {}, of_xhat[kMaxGroupsPerBlock] = {};  // rstd m(w grad_z), rstd m(w grad_z xhat)
+  const double share = 1.0 / double(block.width * p.pixels);
+  for (int64_t c = first_channel; c < first_channel + channels; ++c) {
+    const int64_t g = block.group_of(c);
+    grad_slope[c] *= rstd[g];
+    const double weight = affine_of(c).of[1] * share;
+    of_one[g] += weight * grad_offset[c];
+    of_xhat[g] += weight * grad_slope[c];
+  }
+
+  for_each_tile(p, block, [&](const Tile& tile, const auto& row) {
+    write_gradient<T>(p, tile, row, spread<5>(p, tile, row, [&](int64_t channel) {
+                        const int64_t g = block.group_of(channel);
+                        const auto [center, slope, offset] = affine_of(channel).of;
+                        return Coefficients<5>{
+                            {center, slope, offset, float(-of_xhat[g] * rstd[g]), float(-of_one[g])}};
+                      }));
+  });
+}
+
+}  // namespace
+
+void group_norm_silu(const GroupNormSiluParams& p, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) switch (p.dtype) {
+      case DType::f32: forward<float>(p, block_of(p, item)); break;
+      case DType::bf16: forward<BFloat16>(p, block_of(p, item)); break;
+      case DType::f16: forward<Float16>(p, block_of(p, item)); break;
+    }
+}
+
+void group_norm_silu_backward(const GroupNormSiluParams& p, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) switch (p.dtype) {
+      case DType::f32: backward<float>(p, block_of(p, item)); break;
+      case DType::bf16: backward<BFloat16>(p, block_of(p, item)); break;
+      case DType::f16: backward<Float16>(p, block_of(p, item)); break;
+    }
+}
+
+}  // namespace diffkern::cpu::DIFFKERN_CPU_LEVEL

@@ -1,0 +1,305 @@
+"""Bad inputs, each with its error and its whole message: what a user reads who made that mistake."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from diffkern import _C, ops
+
+
+def index(*values: int) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+X = torch.zeros(2, 3, 4, 4)
+SEEDS, Q_TABLE, STEPS = [1, 2], torch.zeros(10, 2), torch.zeros(5, 9)
+
+GOOD = {
+    ops.noise: dict(seeds=SEEDS, shape=(3, 4), step=0),
+    ops.q_sample: dict(x_0=X, t=0, seeds=SEEDS, table=Q_TABLE),
+    ops.q_sample_: dict(x_0=X.clone(), t=0, seeds=SEEDS, table=Q_TABLE),
+    ops.reverse_step: dict(x=X, out=X, table=STEPS, step=0, seeds=SEEDS),
+    ops.reverse_step_: dict(x=X.clone(), out=X, table=STEPS, step=0, seeds=SEEDS),
+    ops.noise_loss: dict(out=X, seeds=SEEDS, t=0),
+    _C.word_hash: dict(function="radius", first_run=0, last_run=0),
+}
+
+# of each op: what is wrong in an otherwise good call, the error, its message
+BAD = {
+    ops.noise: [
+        (dict(seeds="7"), TypeError, "seeds: expected an int, ints or an int64 tensor, got '7'"),
+        (dict(seeds=1.5), TypeError, "seeds: expected an int, ints or an int64 tensor, got 1.5"),
+        (dict(seeds=None), TypeError, "seeds: expected ints, got None"),
+        (dict(seeds=[1, 2.5]), TypeError, "seeds: expected ints, got 2.5"),
+        (dict(seeds=[True]), TypeError, "seeds: expected ints, got True"),
+        (dict(seeds=True), TypeError, "seeds: expected ints, got True"),
+        (dict(seeds=2**64), ValueError, "seeds: expected ints in [-2^63, 2^64), got 18446744073709551616"),
+        (dict(seeds=[-(2**63) - 1]), ValueError, "seeds: expected ints in [-2^63, 2^64), got -9223372036854775809"),
+        (dict(seeds=torch.zeros(2)), TypeError, "seeds: expected an int64 tensor [N], got torch.float32 of shape (2,)"),
+        (
+            dict(seeds=torch.zeros(2, 2, dtype=torch.int64)),
+            TypeError,
+            "seeds: expected an int64 tensor [N], got torch.int64 of shape (2, 2)",
+        ),
+        (
+            dict(seeds=index(1, 2).int()),
+            TypeError,
+            "seeds: expected an int64 tensor [N], got torch.int32 of shape (2,)",
+        ),
+        (dict(seeds={1, 2}), TypeError, "seeds: expected ints, got {1, 2}"),
+        (dict(seeds=b"12"), TypeError, "seeds: expected an int, ints or an int64 tensor, got b'12'"),
+        (dict(seeds=["1"]), TypeError, "seeds: expected ints, got '1'"),
+        (dict(shape="33"), TypeError, "shape: expected ints, got '33'"),
+        (dict(shape=(3, -1)), RuntimeError, "shape: expected no negative size, got (3, -1)"),
+        (dict(shape=(3, 1.5)), TypeError, "shape: expected ints, got 1.5"),
+        (dict(shape=None), TypeError, "shape: expected ints, got None"),
+        (dict(shape=2.0), TypeError, "shape: expected ints, got 2.0"),
+        (dict(shape=-4), RuntimeError, "shape: expected no negative size, got (-4,)"),
+        (dict(step=-1), RuntimeError, "step: expected values in [0, 4294967296), got -1"),
+        (dict(step=2**32), RuntimeError, "step: expected values in [0, 4294967296), got 4294967296"),
+        (dict(step=1.0), TypeError, "step: expected an int or an int64 tensor, got 1.0"),
+        (dict(step=True), TypeError, "step: expected an int or an int64 tensor, got True"),
+        (dict(step=None), TypeError, "step: expected an int or an int64 tensor, got None"),
+        (dict(step="0"), TypeError, "step: expected an int or an int64 tensor, got '0'"),
+        (dict(step=torch.zeros(2)), RuntimeError, "step: expected int64, got float32"),
+        (dict(step=index(1, 2, 3)), RuntimeError, "step: expected shape () or (2,), got (3,)"),
+        (dict(step=index(1, 2).int()), RuntimeError, "step: expected int64, got int32"),
+        (dict(step=index(0, -1)), RuntimeError, "step: expected values in [0, 4294967296), got -1"),
+        (dict(step=index(0, 2**32)), RuntimeError, "step: expected values in [0, 4294967296), got 4294967296"),
+        (dict(step=torch.zeros(2, 1, dtype=torch.int64)), RuntimeError, "step: expected shape () or (2,), got (2, 1)"),
+        (dict(step=2**70), ValueError, "step: expected an int of 64 bits, got 1180591620717411303424"),
+        (dict(step=index(0, 1).to("meta")), RuntimeError, "step: expected device cpu, got meta"),
+        (dict(stream=-1), RuntimeError, "stream: expected a value in [0, 2^32), got -1"),
+        (dict(stream=2**32), RuntimeError, "stream: expected a value in [0, 2^32), got 4294967296"),
+        (dict(stream=1.5), TypeError, "stream: expected an int, got 1.5"),
+        (dict(stream=None), TypeError, "stream: expected an int, got None"),
+        (dict(stream="0"), TypeError, "stream: expected an int, got '0'"),
+        (dict(dtype=torch.float64), RuntimeError, "dtype: expected float32, bfloat16 or float16, got float64"),
+        (dict(dtype=torch.int64), RuntimeError, "dtype: expected float32, bfloat16 or float16, got int64"),
+        (dict(dtype="float32"), TypeError, "dtype: expected a torch.dtype, got 'float32'"),
+        (dict(dtype=None), TypeError, "dtype: expected a torch.dtype, got None"),
+        (dict(dtype=float), TypeError, "dtype: expected a torch.dtype, got <class 'float'>"),
+        (dict(dtype=torch.complex64), RuntimeError, "dtype: expected float32, bfloat16 or float16, got another dtype"),
+    ],
+    ops.q_sample: [
+        (dict(x_0=torch.zeros(3)), RuntimeError, "x_0: expected [N, ...] with at least 2 dimensions, got shape (3,)"),
+        (dict(x_0=X.double()), RuntimeError, "x_0: expected float32, bfloat16 or float16, got float64"),
+        (dict(x_0=X.int()), RuntimeError, "x_0: expected float32, bfloat16 or float16, got int32"),
+        (dict(x_0=X.numpy()), TypeError, "x_0: expected a tensor, got array([[[[0.,...dtype=float32)"),
+        (dict(x_0=None), TypeError, "x_0: expected a tensor, got None"),
+        (dict(x_0=X.to("meta")), RuntimeError, "table: expected device meta, got cpu"),
+        (dict(x_0=torch.zeros(())), RuntimeError, "x_0: expected [N, ...] with at least 2 dimensions, got shape ()"),
+        (dict(x_0=X.cfloat()), RuntimeError, "x_0: expected float32, bfloat16 or float16, got another dtype"),
+        (dict(t=-1), RuntimeError, "t: expected values in [0, 10), got -1"),
+        (dict(t=10), RuntimeError, "t: expected values in [0, 10), got 10"),
+        (dict(t=index(0, 10)), RuntimeError, "t: expected values in [0, 10), got 10"),
+        (dict(t=index(0, 1, 2)), RuntimeError, "t: expected shape () or (2,), got (3,)"),
+        (dict(t=torch.zeros(2)), RuntimeError, "t: expected int64, got float32"),
+        (dict(t=1.0), TypeError, "t: expected an int or an int64 tensor, got 1.0"),
+        (dict(t=True), TypeError, "t: expected an int or an int64 tensor, got True"),
+        (dict(t=None), TypeError, "t: expected an int or an int64 tensor, got None"),
+        (dict(t=index(1, 2).to("meta")), RuntimeError, "t: expected device cpu, got meta"),
+        (dict(t=2**70), ValueError, "t: expected an int of 64 bits, got 1180591620717411303424"),
+        (dict(t=[1, 2]), TypeError, "t: expected an int or an int64 tensor, got [1, 2]"),
+        (dict(seeds=[1]), RuntimeError, "seeds: expected shape (2,), got (1,)"),
+        (dict(seeds=index(1, 2, 3)), RuntimeError, "seeds: expected shape (2,), got (3,)"),
+        (dict(seeds=1), RuntimeError, "seeds: expected shape (2,), got (1,)"),
+        (dict(seeds=torch.zeros(2)), TypeError, "seeds: expected an int64 tensor [N], got torch.float32 of shape (2,)"),
+        (dict(seeds="12"), TypeError, "seeds: expected an int, ints or an int64 tensor, got '12'"),
+        (dict(table=torch.zeros(10)), RuntimeError, "table: expected shape (T, 2), got (10,)"),
+        (dict(table=torch.zeros(10, 3)), RuntimeError, "table: expected shape (T, 2), got (10, 3)"),
+        (dict(table=Q_TABLE.double()), RuntimeError, "table: expected float32, got float64"),
+        (dict(table=torch.zeros(2, 10).t()), RuntimeError, "table: expected a contiguous tensor, got strides (1, 10)"),
+        (dict(table=Q_TABLE.to("meta")), RuntimeError, "table: expected device cpu, got meta"),
+        (dict(table=None), TypeError, "table: expected a tensor, got None"),
+        (dict(table=[[1, 2]]), TypeError, "table: expected a tensor, got [[1, 2]]"),
+        (dict(table=torch.zeros(0, 2)), RuntimeError, "t: expected values in [0, 0), got 0"),
+        (dict(table=torch.zeros(10, 2, 1)), RuntimeError, "table: expected shape (T, 2), got (10, 2, 1)"),
+        (dict(return_eps="yes"), TypeError, "return_eps: expected True or False, got 'yes'"),
+        (dict(return_eps=None), TypeError, "return_eps: expected True or False, got None"),
+        (dict(return_eps=1), TypeError, "return_eps: expected True or False, got 1"),
+        (
+            dict(x_0=torch.zeros(2, 3, 3, 3, 3, 3, 3)[:, ::2, ::2, ::2, ::2, ::2, ::2]),
+            RuntimeError,
+            "x_0: expected at most 5 separate dimensions a sample, got more",
+        ),
+    ],
+    ops.q_sample_: [
+        (
+            dict(x_0=torch.zeros(1, 3, 4, 4).expand(2, 3, 4, 4)),
+            RuntimeError,
+            "x_0: expected a tensor to write to, got an expanded one",
+        ),
+        (
+            dict(x_0=torch.zeros(2, 1, 4, 4).expand(2, 3, 4, 4)),
+            RuntimeError,
+            "x_0: expected a tensor to write to, got an expanded one",
+        ),
+        (dict(x_0=X.double()), RuntimeError, "x_0: expected float32, bfloat16 or float16, got float64"),
+        (dict(t=10), RuntimeError, "t: expected values in [0, 10), got 10"),
+        (dict(seeds=[1]), RuntimeError, "seeds: expected shape (2,), got (1,)"),
+    ],
+    ops.reverse_step: [
+        (dict(x=torch.zeros(3)), RuntimeError, "x: expected [N, ...] with at least 2 dimensions, got shape (3,)"),
+        (dict(x=X.double()), RuntimeError, "x: expected float32, bfloat16 or float16, got float64"),
+        (dict(x=X.half()), RuntimeError, "out: expected float16, got float32"),
+        (dict(x=[1.0]), TypeError, "x: expected a tensor, got [1.0]"),
+        (dict(x=X.to("meta")), RuntimeError, "out: expected device meta, got cpu"),
+        (dict(out=torch.zeros(2, 3, 4)), RuntimeError, "out: expected shape (2, 3, 4, 4), got (2, 3, 4)"),
+        (dict(out=torch.zeros(2, 6, 4, 4)), RuntimeError, "out: expected shape (2, 3, 4, 4), got (2, 6, 4, 4)"),
+        (dict(out=X.half()), RuntimeError, "out: expected float32, got float16"),
+        (dict(out=X.to("meta")), RuntimeError, "out: expected device cpu, got meta"),
+        (dict(out=None), TypeError, "out: expected a tensor, got None"),
+        (dict(out=torch.zeros(1, 3, 4, 4)), RuntimeError, "out: expected shape (2, 3, 4, 4), got (1, 3, 4, 4)"),
+        (dict(learned_variance=True), RuntimeError, "out: expected shape (2, 6, 4, 4), got (2, 3, 4, 4)"),
+        (dict(learned_variance="yes"), TypeError, "learned_variance: expected True or False, got 'yes'"),
+        (dict(learned_variance=None), TypeError, "learned_variance: expected True or False, got None"),
+        (dict(out_uncond=torch.zeros(2, 3, 4)), RuntimeError, "out_uncond: expected shape (2, 3, 4, 4), got (2, 3, 4)"),
+        (dict(out_uncond=X.bfloat16()), RuntimeError, "out_uncond: expected float32, got bfloat16"),
+        (dict(out_uncond=X.to("meta")), RuntimeError, "out_uncond: expected device cpu, got meta"),
+        (dict(out_uncond=2.0), TypeError, "out_uncond: expected a tensor or None, got 2.0"),
+        (dict(guidance="3"), TypeError, "guidance: expected a number, got '3'"),
+        (dict(guidance=math.nan, out_uncond=X), ValueError, "guidance: expected a finite number, got nan"),
+        (dict(guidance=math.inf, out_uncond=X), ValueError, "guidance: expected a finite number, got inf"),
+        (dict(guidance=None), TypeError, "guidance: expected a number, got None"),
+        (dict(guidance=torch.tensor(2.0)), TypeError, "guidance: expected a number, got tensor(2.)"),
+        (dict(guidance=1j), TypeError, "guidance: expected a number, got 1j"),
+        (dict(clip="yes"), TypeError, "clip: expected True or False, got 'yes'"),
+        (dict(clip=None), TypeError, "clip: expected True or False, got None"),
+        (dict(clip=1), TypeError, "clip: expected True or False, got 1"),
+        (dict(table=torch.zeros(9)), RuntimeError, "table: expected shape (steps, 9), got (9,)"),
+        (dict(table=torch.zeros(5, 8)), RuntimeError, "table: expected shape (steps, 9), got (5, 8)"),
+        (dict(table=torch.zeros(5, 10)), RuntimeError, "table: expected shape (steps, 9), got (5, 10)"),
+        (dict(table=STEPS.double()), RuntimeError, "table: expected float32, got float64"),
+        (dict(table=STEPS.to("meta")), RuntimeError, "table: expected device cpu, got meta"),
+        (dict(table=torch.zeros(9, 5).t()), RuntimeError, "table: expected a contiguous tensor, got strides (1, 5)"),
+        (dict(table=torch.zeros(0, 9)), RuntimeError, "step: expected values in [0, 0), got 0"),
+        (dict(table=None), TypeError, "table: expected a tensor, got None"),
+        (dict(step=-1), RuntimeError, "step: expected values in [0, 5), got -1"),
+        (dict(step=5), RuntimeError, "step: expected values in [0, 5), got 5"),
+        (dict(step=index(0, 5)), RuntimeError, "step: expected values in [0, 5), got 5"),
+        (dict(step=index(0, 1, 2)), RuntimeError, "step: expected shape () or (2,), got (3,)"),
+        (dict(step=index(0, 1).int()), RuntimeError, "step: expected int64, got int32"),
+        (dict(step=1.0), TypeError, "step: expected an int or an int64 tensor, got 1.0"),
+        (dict(step=True), TypeError, "step: expected an int or an int64 tensor, got True"),
+        (dict(step=index(1).to("meta")), RuntimeError, "step: expected device cpu, got meta"),
+        (dict(step=[0, 1]), TypeError, "step: expected an int or an int64 tensor, got [0, 1]"),
+        (dict(seeds=[1]), RuntimeError, "seeds: expected shape (2,), got (1,)"),
+        (dict(seeds=index(1, 2, 3)), RuntimeError, "seeds: expected shape (2,), got (3,)"),
+        (dict(seeds=1.5), TypeError, "seeds: expected an int, ints or an int64 tensor, got 1.5"),
+        (dict(seeds=[2**64, 1]), ValueError, "seeds: expected ints in [-2^63, 2^64), got 18446744073709551616"),
+        (dict(seeds=torch.zeros(2)), TypeError, "seeds: expected an int64 tensor [N], got torch.float32 of shape (2,)"),
+        (dict(history=[X]), RuntimeError, "table: expected shape (steps, 10), got (5, 9)"),
+        (
+            dict(history=[torch.zeros(2, 3, 4)], table=torch.zeros(5, 10)),
+            RuntimeError,
+            "history: expected shape (2, 3, 4, 4), got (2, 3, 4)",
+        ),
+        (dict(history=[X.half()], table=torch.zeros(5, 10)), RuntimeError, "history: expected float32, got float16"),
+        (dict(history=[X] * 5, table=torch.zeros(5, 14)), RuntimeError, "history: expected at most 4 tensors, got 5"),
+        (
+            dict(history=X, table=torch.zeros(5, 11)),
+            TypeError,
+            "history: expected a list of tensors, got tensor([[[[0....., 0., 0.]]]])",
+        ),
+        (dict(history=None), TypeError, "history: expected a list of tensors, got None"),
+        (dict(history=3), TypeError, "history: expected a list of tensors, got 3"),
+        (dict(history=[None], table=torch.zeros(5, 10)), TypeError, "history: expected tensors, got None"),
+        (
+            dict(history=[X.to("meta")], table=torch.zeros(5, 10)),
+            RuntimeError,
+            "history: expected device cpu, got meta",
+        ),
+        (dict(return_x0="yes"), TypeError, "return_x0: expected True or False, got 'yes'"),
+        (dict(return_x0=None), TypeError, "return_x0: expected True or False, got None"),
+    ],
+    ops.reverse_step_: [
+        (
+            dict(x=torch.zeros(1, 3, 4, 4).expand(2, 3, 4, 4)),
+            RuntimeError,
+            "x: expected a tensor to write to, got an expanded one",
+        ),
+        (dict(x0_hat=torch.zeros(2, 3, 4)), RuntimeError, "x0_hat: expected shape (2, 3, 4, 4), got (2, 3, 4)"),
+        (dict(x0_hat=X.half()), RuntimeError, "x0_hat: expected float32, got float16"),
+        (
+            dict(x0_hat=torch.zeros(1, 3, 4, 4).expand(2, 3, 4, 4)),
+            RuntimeError,
+            "x0_hat: expected a tensor to write to, got an expanded one",
+        ),
+        (dict(x0_hat=X.to("meta")), RuntimeError, "x0_hat: expected device cpu, got meta"),
+        (dict(x0_hat=True), TypeError, "x0_hat: expected a tensor or None, got True"),
+        (dict(step=5), RuntimeError, "step: expected values in [0, 5), got 5"),
+        (dict(out=torch.zeros(2, 3, 4)), RuntimeError, "out: expected shape (2, 3, 4, 4), got (2, 3, 4)"),
+    ],
+    ops.noise_loss: [
+        (dict(out=torch.zeros(3)), RuntimeError, "out: expected [N, ...] with at least 2 dimensions, got shape (3,)"),
+        (
+            dict(out=torch.zeros(2, 0, 4)),
+            RuntimeError,
+            "out: expected at least one element a sample, got shape (2, 0, 4)",
+        ),
+        (dict(out=X.double()), RuntimeError, "out: expected float32, bfloat16 or float16, got float64"),
+        (dict(out=X.long()), RuntimeError, "out: expected float32, bfloat16 or float16, got int64"),
+        (dict(out=None), TypeError, "out: expected a tensor, got None"),
+        (dict(seeds=[1]), RuntimeError, "seeds: expected shape (2,), got (1,)"),
+        (dict(seeds=1.0), TypeError, "seeds: expected an int, ints or an int64 tensor, got 1.0"),
+        (dict(seeds=index(1, 2, 3)), RuntimeError, "seeds: expected shape (2,), got (3,)"),
+        (dict(t=-1), RuntimeError, "t: expected values in [0, 4294967296), got -1"),
+        (dict(t=2**32), RuntimeError, "t: expected values in [0, 4294967296), got 4294967296"),
+        (dict(t=index(0, -5)), RuntimeError, "t: expected values in [0, 4294967296), got -5"),
+        (dict(t=index(1, 2, 3)), RuntimeError, "t: expected shape () or (2,), got (3,)"),
+        (dict(t=torch.zeros(2)), RuntimeError, "t: expected int64, got float32"),
+        (dict(t=1.5), TypeError, "t: expected an int or an int64 tensor, got 1.5"),
+        (dict(t=None), TypeError, "t: expected an int or an int64 tensor, got None"),
+        (dict(weights=torch.zeros(3)), RuntimeError, "weights: expected shape (2,), got (3,)"),
+        (dict(weights=torch.zeros(2, 1)), RuntimeError, "weights: expected shape (2,), got (2, 1)"),
+        (dict(weights=torch.zeros(2).double()), RuntimeError, "weights: expected float32, got float64"),
+        (dict(weights=torch.zeros(2).half()), RuntimeError, "weights: expected float32, got float16"),
+        (dict(weights=torch.zeros(4)[::2]), RuntimeError, "weights: expected a contiguous tensor, got strides (2,)"),
+        (dict(weights=2.0), TypeError, "weights: expected a tensor or None, got 2.0"),
+        (dict(weights=torch.zeros(2).to("meta")), RuntimeError, "weights: expected device cpu, got meta"),
+        (dict(weights=[1.0, 2.0]), TypeError, "weights: expected a tensor or None, got [1.0, 2.0]"),
+        (dict(weights=torch.zeros(())), RuntimeError, "weights: expected shape (2,), got ()"),
+        (
+            dict(weights=torch.ones(2, requires_grad=True)),
+            RuntimeError,
+            "weights: expected no gradient through noise_loss, got a tensor that requires grad",
+        ),
+    ],
+    _C.word_hash: [
+        (dict(function="sine"), RuntimeError, "function: expected 'radius' or 'angle', got 'sine'"),
+        (dict(first_run=-1), RuntimeError, "runs: expected 0 <= first <= last <= 4096, got -1 and 0"),
+        (dict(first_run=1), RuntimeError, "runs: expected 0 <= first <= last <= 4096, got 1 and 0"),
+        (dict(last_run=4097), RuntimeError, "runs: expected 0 <= first <= last <= 4096, got 0 and 4097"),
+    ],
+}
+ROWS = [pytest.param(op, *row, id=f"{op.__name__}-{'-'.join(row[0])}") for op, rows in BAD.items() for row in rows]
+
+
+@pytest.mark.parametrize("op", GOOD, ids=lambda op: op.__name__)
+def test_the_call_that_the_table_spoils_is_good(op):
+    op(**GOOD[op])
+
+
+@pytest.mark.parametrize(("op", "change", "error", "message"), ROWS)
+def test_bad_input_raises_its_message(op, change, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$") as raised:
+        op(**GOOD[op] | change)
+    assert raised.type is error
+
+
+def test_a_bad_call_leaves_its_target_as_it_was():
+    for op, target in ((ops.q_sample_, "x_0"), (ops.reverse_step_, "x")):
+        for change, error, _ in BAD[op]:
+            if target not in change:
+                arguments = GOOD[op] | {target: torch.ones_like(X)} | change
+                with pytest.raises(error):
+                    op(**arguments)
+                assert torch.equal(arguments[target], torch.ones_like(X))
+
+
+def test_a_layout_without_strides_finds_no_kernel():
+    with pytest.raises(NotImplementedError, match="SparseCPU"):
+        ops.q_sample(**GOOD[ops.q_sample] | dict(x_0=X.to_sparse()))

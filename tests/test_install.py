@@ -1,0 +1,304 @@
+"""What is built and shipped: only the instructions asked for, against the torch that is there, with all its files."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import diffkern
+from diffkern import _C
+
+KERNELS = ROOT / "build" / "kernels"
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+on_x86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="levels are x86_64's")
+
+
+def objects(target: str) -> list[Path]:
+    found = sorted((KERNELS / "CMakeFiles" / f"diffkern_{target}.dir").rglob("*.o"))
+    assert found, f"expected objects in {KERNELS}: run make test, or python setup.py build_ext --inplace"
+    return found
+
+
+def output(*command: str | os.PathLike, **options) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
+
+
+# --- the kernels ---
+
+
+def needs(program: str):
+    return pytest.mark.skipif(shutil.which(program) is None, reason=f"there is no {program}")
+
+
+@needs("nm")
+@pytest.mark.parametrize(
+    "level", ["baseline", pytest.param("avx2", marks=on_x86), pytest.param("avx512", marks=on_x86)]
+)
+def test_a_level_shares_no_symbol_with_another(level):
+    """The linker keeps one of several weak definitions: perhaps the one with AVX-512, for every processor."""
+    defined = re.findall(r"^[0-9a-f]+ (\w) (.*)$", output("nm", "-C", "--defined-only", *objects(level)), re.MULTILINE)
+    assert any(f"{level}::noise(" in name for _, name in defined)
+    assert [name for kind, name in defined if kind in "WVu"] == []
+    shared = [name for kind, name in defined if kind.isupper() and f"diffkern::cpu::{level}::" not in name]
+    assert shared == []
+
+
+@on_x86
+@needs("objdump")
+@pytest.mark.parametrize(
+    ("level", "beyond"),
+    [
+        ("baseline", r"%[yz]mm|%xmm(1[6-9]|2\d|3[01])|%k[0-7]|\tv[a-z]"),
+        ("avx2", r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]"),
+    ],
+)
+def test_a_level_has_no_instruction_beyond_it(level, beyond):
+    code = output("objdump", "-d", "--no-show-raw-insn", *objects(level))
+    assert "mulps" in code
+    assert [line for line in code.splitlines() if re.search(beyond, line)][:5] == []
+
+
+@pytest.mark.skipif(not _C.COMPILED_CUDA_ARCHITECTURES, reason="built without CUDA kernels")
+@pytest.mark.parametrize("source", sorted(path.name for path in ROOT.glob("csrc/cuda/*.cu")))
+def test_no_cuda_kernel_spills_registers(source):
+    """By what ptxas said (-Xptxas -v) of each kernel for each architecture."""
+    (report,) = [object.with_name(object.name + ".ptxas") for object in objects("cuda") if object.stem == source]
+    text = report.read_text()
+    compiled = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", text)
+    architectures = set(_C.COMPILED_CUDA_ARCHITECTURES.split(";"))
+    assert {architecture for _, architecture in compiled} == architectures
+    for architecture in architectures:
+        assert sum(a == architecture for _, a in compiled) == len(compiled) / len(architectures)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    assert len(spills) >= len(compiled)
+    assert {int(count) for pair in spills for count in pair} == {0}
+
+
+# --- the backend: which torch? ---
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """``environment(torch=...)``: the backend, run by the Python of a new environment with that torch in it."""
+
+    def make(torch: str | None = None):
+        builder = venv.EnvBuilder(symlinks=True)
+        builder.create(tmp_path / "venv")
+        python = tmp_path / "venv" / "bin" / "python"
+        if torch is not None:
+            site = Path(output(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+            (site / "torch").mkdir()
+            (site / "torch" / "__init__.py").write_text(torch)
+        monkeypatch.setattr(sys, "executable", str(python))
+        spec = importlib.util.spec_from_file_location("build_backend", ROOT / "build_backend.py")
+        backend = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(backend)
+        return backend
+
+    return make
+
+
+def version(text: str) -> str:
+    return f"__version__ = {text!r}"
+
+
+@pytest.mark.parametrize("torch", ["2.10.0", "2.11.0+cu128", "2.13.0+cpu", "2.11.0a0+b55", "2.100.0", "3.0.0"])
+def test_a_torch_that_is_there_is_built_against_and_kept(environment, torch):
+    backend = environment(version(torch))
+    assert backend.target_torch().version == torch
+    assert backend.get_requires_for_build_editable() == backend.get_requires_for_build_wheel() == []
+    assert backend.torch_requirement() == "torch>=2.10"
+
+
+def test_without_a_torch_the_pinned_one_builds_and_runs(environment):
+    backend = environment()
+    assert backend.target_torch() is None
+    assert backend.get_requires_for_build_editable() == backend.get_requires_for_build_wheel() == ["torch==2.13.0"]
+    assert backend.torch_requirement() == "torch==2.13.0"
+
+
+@pytest.mark.parametrize("torch", ["1.13.1", "2.9.1+cu126", "2.10.0a0+b55", "2.10.0rc1"])
+def test_an_older_torch_is_refused_in_one_line(environment, torch):
+    backend = environment(version(torch))
+    with pytest.raises(SystemExit) as refusal:
+        backend.get_requires_for_build_editable()
+    assert re.fullmatch(
+        rf"diffkern: expected torch 2.10 or later, got {re.escape(torch)}: run \S+ -m pip install torch==2.13.0",
+        str(refusal.value),
+    )
+
+
+def test_a_torch_that_does_not_import_is_refused_in_one_line(environment):
+    backend = environment("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    with pytest.raises(
+        SystemExit, match=r"^diffkern: expected a torch that imports, got .*libcudart.*: run \S+ -m pip"
+    ):
+        backend.build_wheel("nowhere")
+
+
+def test_the_torch_is_seen_through_build_isolation(environment, monkeypatch, tmp_path):
+    """pip's isolation is a sitecustomize on PYTHONPATH that takes site-packages away."""
+    (tmp_path / "isolated" / "torch").mkdir(parents=True)
+    (tmp_path / "isolated" / "torch" / "__init__.py").write_text(version("1.0.0"))
+    (tmp_path / "isolated" / "sitecustomize.py").write_text(
+        "import sys; sys.path = [p for p in sys.path if 'site-' not in p]"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "isolated"))
+    backend = environment(version("2.12.0"))
+    assert backend.target_torch().version == "2.12.0"
+    assert any("site-packages" in entry for entry in backend.target_torch().path)
+
+
+def test_what_a_torch_prints_when_imported_does_no_harm(environment):
+    assert environment("print('hello')\n" + version("2.12.0")).torch_requirement() == "torch>=2.10"
+
+
+def test_a_build_can_import_the_torch_that_it_found(environment, monkeypatch):
+    backend = environment(version("2.12.0"))
+    monkeypatch.setattr(sys, "path", ["/first"])
+    built = backend._with_torch(lambda: list(sys.path))()
+    assert built[0] == "/first" and set(backend.target_torch().path) < set(built)
+
+
+def test_a_build_without_isolation_and_torch_says_what_to_run(environment, monkeypatch):
+    backend = environment()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        SystemExit, match=r"^diffkern: expected torch to build against, got none: run \S+ -m pip install"
+    ):
+        backend.build_editable("nowhere")
+
+
+def test_the_oldest_torch_is_the_same_everywhere(environment):
+    backend = environment()
+    assert f'torch.__version__ < "{backend._oldest()}"' in (ROOT / "diffkern" / "__init__.py").read_text()
+    assert f"torch=={backend.PINNED}" in (ROOT / "diffkern" / "__init__.py").read_text()
+    assert tuple(map(int, torch.__version__.split(".")[:2])) >= backend.OLDEST
+
+
+# --- import ---
+
+
+def python(program: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run in ``folder``, whose packages come before all others."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_package_has_its_public_names_and_no_others():
+    names = {
+        *("noise", "q_sample", "reverse_step", "noise_loss", "group_norm_silu", "attention"),
+        *("Schedule", "UNet", "Model", "load", "save", "sample"),
+    }
+    assert set(diffkern.__all__) == names | {"__version__"}
+    modules = {path.stem for path in (ROOT / "diffkern").glob("*.py")} | {"torch", "metadata"}
+    assert {name for name in vars(diffkern) if not name.startswith("_")} - modules == names - modules
+
+
+def test_the_version_is_that_of_pyproject():
+    (expected,) = re.findall(r'^version = "(.*)"$', PYPROJECT, re.MULTILINE)
+    try:
+        metadata.version("diffkern")
+    except metadata.PackageNotFoundError:
+        expected = "0+uninstalled"
+    assert diffkern.__version__ == expected
+
+
+def test_importing_the_package_imports_nothing_heavy_but_torch():
+    done = python("import sys, diffkern; print(*sorted({name.split('.')[0] for name in sys.modules}))")
+    assert done.returncode == 0, done.stderr
+    assert {"torch", "numpy", "diffkern"} <= (loaded := set(done.stdout.split()))
+    assert loaded & {"PIL", "scipy", "diffusers", "setuptools", "pytest", "pybind11", "matplotlib"} == set()
+
+
+def last_line(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 1
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_an_older_torch_at_import_gives_a_line_that_says_what_to_run():
+    program = "import torch; torch.__version__ = torch.torch_version.TorchVersion('2.9.1+cpu'); import diffkern"
+    expected = "ImportError: diffkern: expected torch 2.10 or later, got 2.9.1+cpu: run pip install torch==2.13.0"
+    assert last_line(python(program)) == expected
+
+
+KERNELS_MISSING = r"ImportError: diffkern: the kernels are not built, or not anew \({}\): run pip install -e \. in .*"
+
+
+def test_missing_kernels_give_a_line_that_says_what_to_run(tmp_path):
+    shutil.copytree(ROOT / "diffkern", tmp_path / "diffkern", ignore=shutil.ignore_patterns("*.so", "models"))
+    line = last_line(python("import diffkern", tmp_path))
+    assert re.fullmatch(KERNELS_MISSING.format(".*_C.*"), line)
+
+
+def test_kernels_older_than_the_ops_give_a_line_that_says_what_to_run():
+    stale = "import sys, types; sys.modules['diffkern._C'] = types.ModuleType('diffkern._C'); import diffkern"
+    assert re.fullmatch(KERNELS_MISSING.format("operator diffkern::noise does not exist"), last_line(python(stale)))
+
+
+# --- what is shipped ---
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """Built from a copy of the tree, by the backend, without torch."""
+    tree = tmp_path_factory.mktemp("tree") / "diffkern"
+    ignored = shutil.ignore_patterns(".git", ".venv*", "build", "runs", "*.so", "__pycache__", "*.egg-info", ".*_cache")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    program = f"""
+import sys
+sys.path.insert(0, {str(tree)!r})
+sys.modules["torch"] = None
+import build_backend
+build_backend.target_torch = lambda: None
+print(build_backend.build_sdist({str(tree.parent)!r}))
+"""
+    return tree.parent / output(sys.executable, "-c", program, cwd=tree).splitlines()[-1]
+
+
+def files(*folders: str) -> set[str]:
+    found = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(ROOT)) for path in found if path.suffix not in (".pyc", ".so")}
+
+
+def test_an_sdist_has_all_that_a_build_and_its_tests_need(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = files("csrc", "diffkern", "tests", "benchmarks", "docs") | {
+        *("pyproject.toml", "setup.py", "build_backend.py", "CMakeLists.txt", "Makefile", ".ci/run"),
+        *("LICENSE", "README.md"),
+    }
+    assert needed - names == set()
+    assert {name for name in names if name.endswith((".so", ".pyc"))} == set()
+
+
+@pytest.mark.install
+def test_a_wheel_of_the_sdist_works_in_an_environment_of_its_own(sdist, tmp_path):
+    """Through pip's build isolation, against this environment's torch; installed beside nothing else of ours."""
+    env = os.environ | {"DIFFKERN_CUDA": "OFF"}
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    output(*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, sdist, env=env)
+    (wheel,) = tmp_path.glob("diffkern-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (description,) = [archive.read(name).decode() for name in names if name.endswith("/METADATA")]
+    assert files("diffkern") - names == set()
+    assert "Requires-Dist: torch>=2.10\n" in description
+    venv.create(tmp_path / "venv", symlinks=True)
+    own = tmp_path / "venv" / "bin" / "python"
+    site = Path(output(own, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    shutil.unpack_archive(wheel, site, "zip")
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    report = output(own, "-m", "diffkern", "doctor", cwd=tmp_path)
+    assert f"{site}/diffkern\n" in report and report.endswith("all is well\n")
