@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cuda/plan.h"
 #include "math/row.h"
 #ifdef DIFFKERN_CUDA
 #include "cuda/kernels.h"
@@ -468,6 +469,8 @@ GroupNormSiluParams group_norm_silu_params(const Tensor& x, MemoryFormat layout,
   params.channels = channels;
   params.groups = groups;
   params.pixels = elements_of(x) / channels;
+  check(!on_cuda(x) || channels / groups <= cuda::GroupNormPlan::kMaxWidth, "groups: expected at most ",
+        cuda::GroupNormPlan::kMaxWidth, " channels each on CUDA, got ", channels / groups);
   params.weight = check_coefficients("weight", weight, {channels}, x);
   params.bias = check_coefficients("bias", bias, {channels}, x);
   params.scale_shift = check_coefficients("scale_shift", scale_shift, {samples, 2 * channels}, x);
@@ -479,9 +482,16 @@ constexpr int64_t kGroupNormGrain = 32768;  // elements a thread must have to be
 
 void run_group_norm_silu(const Tensor& where, const GroupNormSiluParams& params, CpuKernel<GroupNormSiluParams> cpu,
                          CudaLauncher<GroupNormSiluParams> cuda) {
-  if (where.is_cuda()) return run_cuda(where, params, cuda);
+  if (on_cuda(where)) return run_cuda(where, params, cuda);
   const int64_t elements = params.channels * params.pixels / params.blocks();  // of a work item
   run_cpu(params, cpu, params.samples * params.blocks(), std::max(int64_t(1), kGroupNormGrain / elements));
+}
+
+// Of which CUDA joins the sums; 0 where one launch does it all.
+int64_t group_norm_chunks(const Tensor& x, const GroupNormSiluParams& params) {
+  if (!on_cuda(x) || x.numel() == 0) return 0;
+  const int64_t chunks = cuda::plan_group_norm(params).chunks;
+  return chunks > 1 ? chunks : 0;
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -501,8 +511,11 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor
   params.y = y.data_ptr();
   params.mean = mean.mutable_data_ptr<float>();
   params.rstd = rstd.mutable_data_ptr<float>();
+  const int64_t chunks = group_norm_chunks(x, params);
+  Tensor partial = empty_of({params.samples, groups, chunks, 2}, ScalarType::Double, x);
+  params.partial_moments = partial.mutable_data_ptr<double>();
   if (x.numel() > 0)
-    run_group_norm_silu(x, params, cpu::level().kernels.group_norm_silu, nullptr);
+    run_group_norm_silu(x, params, cpu::level().kernels.group_norm_silu, DIFFKERN_CUDA_LAUNCHER(group_norm_silu));
   else
     for (Tensor statistic : {mean, rstd}) torch::stable::zero_(statistic);
   return {y, mean, rstd};
@@ -527,8 +540,12 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(const Tensor& grad_y
   params.grad_x = grad_x.data_ptr();
   params.grad_offset = grad_offset.mutable_data_ptr<float>();
   params.grad_slope = grad_slope.mutable_data_ptr<float>();
+  const int64_t chunks = group_norm_chunks(x, params);
+  Tensor partial = empty_of({params.samples, chunks, 2, params.channels}, ScalarType::Float, x);
+  params.partial_sums = partial.mutable_data_ptr<float>();
   if (x.numel() > 0)
-    run_group_norm_silu(x, params, cpu::level().kernels.group_norm_silu_backward, nullptr);
+    run_group_norm_silu(x, params, cpu::level().kernels.group_norm_silu_backward,
+                        DIFFKERN_CUDA_LAUNCHER(group_norm_silu_backward));
   else
     for (Tensor sum : {grad_offset, grad_slope}) torch::stable::zero_(sum);
   return {grad_x, grad_offset, grad_slope};

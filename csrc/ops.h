@@ -121,6 +121,9 @@ struct GroupNormSiluParams {
   void* grad_x;        // [N, C, H, W]
   float* grad_offset;  // [N, C]: sum over the pixels of grad_z
   float* grad_slope;   // [N, C]: sum over the pixels of grad_z xhat
+  // CUDA only, for images that are more than one block's work (cuda/plan.h).
+  double* partial_moments;  // [N, G, chunks, 2]: a chunk's mean and its sum of squared distances from that
+  float* partial_sums;      // [N, chunks, 2, C]: a chunk's grad_offset, and its grad_slope / rstd
 
   // The CPU's work items: blocks of whole groups that fill whole registers, of 64 channels or a few more.
   int64_t groups_per_block() const {

@@ -40,7 +40,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the resolution by a strided convolution; ``padding=0`` pads right and below only, as Ho et al. 2020 did."""
+    """Halves the resolution by a strided convolution; ``padding=0`` pads right and below only (Ho et al. 2020)."""
 
     def __init__(self, channels: int, padding: int):
         super().__init__()

@@ -3,6 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
+
+#include "../ops.h"
 
 namespace diffkern::cuda {
 
@@ -15,6 +18,46 @@ inline Plan plan_elementwise(int64_t samples, int64_t vectors) {
   constexpr int64_t kThreads = 256, kMaxX = int64_t(1) << 20, kMaxY = 65535;
   const int64_t x = (vectors + kThreads - 1) / kThreads;
   return {uint32_t(x < kMaxX ? x : kMaxX), uint32_t(samples < kMaxY ? samples : kMaxY), uint32_t(kThreads)};
+}
+
+// How group_norm_silu is laid over blocks: a block has a chunk of the pixels of a set of whole groups of a sample, small
+// enough for shared memory. One chunk: one launch. More: a launch that sums each, and a launch that joins the sums.
+struct GroupNormPlan {
+  static constexpr int kThreads = 256, kMaxGroups = 16, kMaxWidth = 512;  // of a set, of a group
+  static constexpr int kSlabBytes = 32768, kStagingFloats = 2 * 8 * kThreads;
+
+  int32_t vector;                    // elements of an access: 16 bytes of them, or 1
+  int32_t set_groups, set_channels;  // of a set
+  int32_t sets;                      // of a sample
+  int32_t chunk_pixels, chunks;      // of a set
+  int32_t slab_bytes, shared_bytes;
+  double per_pixel, per_element;  // 1 / the pixels of an image, and of all channels of a group
+};
+
+inline GroupNormPlan plan_group_norm(const GroupNormSiluParams& p) {
+  const int64_t size = p.dtype == DType::f32 ? 4 : 2, vector = 16 / size, width = p.channels / p.groups;
+  int64_t set = 1;  // channels_last: whole sectors of 32 bytes and accesses of 16; else a channel for each of 8 warps
+  auto wide_enough = [&] {
+    const int64_t bytes = set * width * size;
+    return p.channels_last ? bytes >= 32 && bytes % 16 == 0 : set * width >= 8;
+  };
+  while (set < p.groups && !wide_enough()) ++set;
+  const int64_t channels = set * width, capacity = GroupNormPlan::kSlabBytes / (channels * size) / 8 * 8;
+  const int64_t fewest = capacity > 0 ? (p.pixels + capacity - 1) / capacity : 1;
+  const int64_t chunk = ((p.pixels + fewest - 1) / fewest + 7) / 8 * 8, slab = chunk * channels * size;
+  bool vectors = p.channels_last ? p.channels % vector == 0 && channels % vector == 0 : p.pixels % vector == 0;
+  for (const void* tensor : {p.x, p.residual, static_cast<const void*>(p.y), p.grad_y, static_cast<const void*>(p.grad_x)})
+    vectors = vectors && reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
+  return {int32_t(vectors ? vector : 1),
+          int32_t(set),
+          int32_t(channels),
+          int32_t((p.groups + set - 1) / set),
+          int32_t(chunk),
+          int32_t((p.pixels + chunk - 1) / chunk),
+          int32_t(slab),
+          int32_t(4 * (GroupNormPlan::kStagingFloats + 5 * channels) + slab),
+          1.0 / double(p.pixels),
+          1.0 / double(p.pixels * width)};
 }
 
 }  // namespace diffkern::cuda
