@@ -2,6 +2,7 @@
 
 Environment: DIFFKERN_CUDA=OFF leaves the CUDA kernels out, DIFFKERN_CUDA_ARCHITECTURES="80;90" chooses for which cards
 they are (default: all), DIFFKERN_CMAKE_ARGS goes to CMake, MAX_JOBS bounds the parallel compilations.
+DIFFKERN_CUDART=shared builds diffkern._C_emulated instead, for tests of the CUDA half without a card.
 """
 
 import json
@@ -22,7 +23,10 @@ except ModuleNotFoundError:  # enough for metadata and an sdist
     from setuptools.command.build_ext import build_ext as BuildExtension
 
 ROOT = Path(__file__).parent.resolve()
-KERNELS = ROOT / "build" / "kernels"  # knows no torch and no Python: every environment's build uses it
+EMULATED = os.environ.get("DIFFKERN_CUDART", "static") == "shared"
+KERNELS = (
+    ROOT / "build" / ("kernels-emulated" if EMULATED else "kernels")
+)  # knows no torch and no Python: every environment's build uses it
 STABLE_ABI = "0x{:02x}{:02x}{:012x}".format(*build_backend.OLDEST, 0)  # the oldest torch that can load the module
 
 
@@ -41,7 +45,11 @@ class BuildKernels(BuildExtension):
         if built["cuda_architectures"]:
             extension.define_macros.append(("DIFFKERN_CUDA", None))
             extension.library_dirs += built["cuda_library_dirs"].split(";")
-            extension.extra_link_args += ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+            runtime = ["-lcudart"] if EMULATED else ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+            extension.extra_link_args += runtime
+        if EMULATED:
+            extension.define_macros.append(("DIFFKERN_EMULATED_CUDA", None))
+            extension.include_dirs += built["cuda_include_dirs"].split(";")
         super().build_extensions()
 
 
@@ -50,7 +58,8 @@ def build_kernels() -> dict[str, str]:
     options = {
         "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # an isolated build's is another each time
         "DIFFKERN_CUDA": os.environ.get("DIFFKERN_CUDA", "ON"),
-        "DIFFKERN_CUDA_ARCHITECTURES": os.environ.get("DIFFKERN_CUDA_ARCHITECTURES", "all"),
+        "DIFFKERN_CUDA_ARCHITECTURES": os.environ.get("DIFFKERN_CUDA_ARCHITECTURES", "75;80" if EMULATED else "all"),
+        "DIFFKERN_EMULATED": "ON" if EMULATED else "OFF",
     }
     arguments = [f"-D{name}={value}" for name, value in options.items()]
     arguments += os.environ.get("DIFFKERN_CMAKE_ARGS", "").split()
@@ -64,7 +73,7 @@ setup(
     install_requires=[build_backend.torch_requirement(), "numpy", "safetensors", "tqdm", "pillow"],
     ext_modules=[
         CppExtension(
-            "diffkern._C",
+            "diffkern._C_emulated" if EMULATED else "diffkern._C",
             ["csrc/bindings.cpp"],
             depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/**/*.h")),
             define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],

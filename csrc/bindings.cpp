@@ -38,6 +38,7 @@
 // For tests, the same file is built once more over a runtime that interprets CUDA kernels on the CPU: its ops have a
 // library of their own and give CPU tensors to the CUDA launchers.
 #ifdef DIFFKERN_EMULATED_CUDA
+#include <cuda_runtime_api.h>
 #define DIFFKERN_LIBRARY diffkern_emulated
 #else
 #define DIFFKERN_LIBRARY diffkern
@@ -139,6 +140,40 @@ void check_writable(const char* name, const Tensor& tensor) {
     check(tensor.size(d) < 2 || tensor.stride(d) != 0, name, ": expected a tensor to write to, got an expanded one");
 }
 
+// --- memory: every pointer that a kernel gets comes from here --------------------------------------------------------
+
+#ifdef DIFFKERN_EMULATED_CUDA
+// The interpreter faults an access that lies in no memory it was lent; a launch lends it that of its op's tensors.
+struct Lent {
+  std::vector<std::pair<void*, size_t>> ranges;
+
+  void add(const Tensor& tensor) {
+    int64_t elements = tensor.numel() > 0;
+    for (int64_t d = 0; d < tensor.dim() && elements > 0; ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
+    if (elements > 0) ranges.emplace_back(tensor.data_ptr(), elements * tensor.element_size());
+  }
+  void open() const {
+    for (const auto& [data, bytes] : ranges) cudaHostRegister(data, bytes, cudaHostRegisterDefault);
+  }
+  void close() {
+    for (const auto& range : ranges) cudaHostUnregister(range.first);
+    ranges.clear();
+  }
+};
+thread_local Lent lent;
+#endif
+
+template <class T>
+T* memory(const Tensor& tensor) {
+#ifdef DIFFKERN_EMULATED_CUDA
+  lent.add(tensor);
+#endif
+  if constexpr (std::is_const_v<T>)
+    return static_cast<T*>(tensor.const_data_ptr());
+  else
+    return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
 // An index for each sample, or one for all.
 struct Index {
   const int64_t* data;
@@ -152,7 +187,7 @@ Index index_of(const char* name, const Tensor& tensor, int64_t samples, int64_t 
   const bool one = tensor.dim() == 0 || (tensor.dim() == 1 && tensor.size(0) == 1);
   check(one || (tensor.dim() == 1 && tensor.size(0) == samples), name, ": expected shape () or (", samples,
         ",), got ", show(sizes_of(tensor)));
-  const Index index{tensor.const_data_ptr<int64_t>(), one ? 0 : tensor.stride(0)};
+  const Index index{memory<const int64_t>(tensor), one ? 0 : tensor.stride(0)};
   if (!on_cuda(tensor))
     for (int64_t n = 0; n < (one ? int64_t(1) : samples); ++n) {
       const int64_t value = index.data[n * index.stride];
@@ -173,7 +208,7 @@ DType dtype_of(const char* name, ScalarType dtype) {
 }
 
 View view_of(const char* name, const Tensor& tensor) {
-  View view{tensor.data_ptr(), dtype_of(name, tensor.scalar_type()), 0, tensor.stride(0), {}, {}};
+  View view{memory<void>(tensor), dtype_of(name, tensor.scalar_type()), 0, tensor.stride(0), {}, {}};
   for (int64_t d = 1; d < tensor.dim(); ++d) {
     const int64_t size = tensor.size(d), stride = tensor.stride(d);
     if (size == 1) continue;
@@ -236,12 +271,14 @@ template <class Params>
 void run_cuda(const Tensor& where, const Params& params, CudaLauncher<Params> launch) {
   check(launch != nullptr, "a CUDA tensor came, but diffkern was built without CUDA kernels: no nvcc was found");
   const char* error;
-  if constexpr (kEmulated) {
-    error = launch(params, nullptr);
-  } else {
-    const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
-    error = launch(params, current_stream(where.get_device_index()));
-  }
+#ifdef DIFFKERN_EMULATED_CUDA
+  lent.open();
+  error = launch(params, nullptr);
+  lent.close();
+#else
+  const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
+  error = launch(params, current_stream(where.get_device_index()));
+#endif
   check(error == nullptr, "CUDA: ", error ? error : "");
 }
 
@@ -269,7 +306,7 @@ Tensor noise(const Tensor& seeds, const Sizes& shape, const Tensor& step, int64_
   sizes.insert(sizes.end(), shape.begin(), shape.end());
   dtype_of("dtype", dtype);
   Tensor z = empty_of(sizes, dtype, seeds);
-  const NoiseParams params{view_of("z", z), samples,  elements_of(z), seeds.const_data_ptr<int64_t>(),
+  const NoiseParams params{view_of("z", z), samples,  elements_of(z), memory<const int64_t>(seeds),
                            t.data,          t.stride, uint32_t(stream)};
   run_on_chunks(z, params, cpu::level().kernels.noise, DIFFKERN_CUDA_LAUNCHER(noise));
   return z;
@@ -292,10 +329,10 @@ void run_q_sample(const Tensor& x_0, const Tensor& t, const Tensor& seeds, const
                              eps ? view_of("eps", *eps) : View{},
                              x_0.size(0),
                              elements_of(x_0),
-                             seeds.const_data_ptr<int64_t>(),
+                             memory<const int64_t>(seeds),
                              index.data,
                              index.stride,
-                             table.const_data_ptr<float>(),
+                             memory<const float>(table),
                              table.size(0)};
   run_on_chunks(x_0, params, cpu::level().kernels.q_sample, DIFFKERN_CUDA_LAUNCHER(q_sample));
 }
@@ -345,8 +382,8 @@ void run_reverse_step(const Tensor& x, const Tensor& out, const Tensor& table, c
   for (const Tensor& h : history) params.history[params.history_count++] = view_of("history", h);
   params.samples = x.size(0);
   params.elements = elements_of(x);
-  params.seeds = seeds.const_data_ptr<int64_t>();
-  params.table = table.const_data_ptr<float>();
+  params.seeds = memory<const int64_t>(seeds);
+  params.table = memory<const float>(table);
   params.rows = table.size(0);
   params.columns = columns;
   params.step = index.data;
@@ -393,10 +430,10 @@ NoiseLossParams noise_loss_params(const Tensor& out, const Tensor& seeds, const 
   params.out = view_of("out", out);
   params.samples = out.size(0);
   params.elements = elements_of(out);
-  params.seeds = seeds.const_data_ptr<int64_t>();
+  params.seeds = memory<const int64_t>(seeds);
   params.t = index.data;
   params.t_stride = index.stride;
-  params.weights = weights ? weights->const_data_ptr<float>() : nullptr;
+  params.weights = weights ? memory<const float>(*weights) : nullptr;
   return params;
 }
 
@@ -404,8 +441,8 @@ Tensor noise_loss(const Tensor& out, const Tensor& seeds, const Tensor& t, const
   NoiseLossParams params = noise_loss_params(out, seeds, t, weights);
   Tensor loss = empty_of({params.samples}, ScalarType::Float, out);
   Tensor partial = empty_of({params.samples, chunks(params.elements)}, ScalarType::Double, out);
-  params.partial = partial.mutable_data_ptr<double>();
-  params.loss = loss.mutable_data_ptr<float>();
+  params.partial = memory<double>(partial);
+  params.loss = memory<float>(loss);
   run_on_chunks(out, params, cpu::level().kernels.noise_loss_partial, DIFFKERN_CUDA_LAUNCHER(noise_loss));
   if (!on_cuda(out)) cpu::level().kernels.noise_loss_total(params, 0, params.samples);
   return loss;
@@ -416,7 +453,7 @@ Tensor noise_loss_backward(const Tensor& grad_loss, const Tensor& out, const Ten
   NoiseLossParams params = noise_loss_params(out, seeds, t, weights);
   check_vector("grad_loss", grad_loss, ScalarType::Float, out.size(0), out);
   Tensor grad_out = torch::stable::empty_like(out);
-  params.grad_loss = grad_loss.const_data_ptr<float>();
+  params.grad_loss = memory<const float>(grad_loss);
   params.grad_out = view_of("grad_out", grad_out);
   run_on_chunks(out, params, cpu::level().kernels.noise_loss_backward, DIFFKERN_CUDA_LAUNCHER(noise_loss_backward));
   return grad_out;
@@ -448,7 +485,7 @@ const float* check_coefficients(const char* name, const std::optional<Tensor>& t
   check_dtype(name, *tensor, ScalarType::Float);
   check_device(name, *tensor, like);
   check(tensor->is_contiguous(), name, ": expected a contiguous tensor");
-  return tensor->const_data_ptr<float>();
+  return memory<const float>(*tensor);
 }
 
 // x is as_layout already.
@@ -461,7 +498,7 @@ GroupNormSiluParams group_norm_silu_params(const Tensor& x, MemoryFormat layout,
   check(groups > 0 && channels % groups == 0, "groups: expected a divisor of the ", channels, " channels, got ",
         groups);
   GroupNormSiluParams params{};
-  params.x = x.const_data_ptr();
+  params.x = memory<const void>(x);
   params.dtype = dtype_of("x", x.scalar_type());
   params.channels_last = layout == MemoryFormat::ChannelsLast;
   params.silu = silu;
@@ -507,13 +544,13 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor
   Tensor mean = empty_of({params.samples, groups}, ScalarType::Float, x);
   Tensor rstd = empty_of({params.samples, groups}, ScalarType::Float, x);
   params.eps = float(eps);
-  params.residual = residual ? added.const_data_ptr() : nullptr;
-  params.y = y.data_ptr();
-  params.mean = mean.mutable_data_ptr<float>();
-  params.rstd = rstd.mutable_data_ptr<float>();
+  params.residual = residual ? memory<const void>(added) : nullptr;
+  params.y = memory<void>(y);
+  params.mean = memory<float>(mean);
+  params.rstd = memory<float>(rstd);
   const int64_t chunks = group_norm_chunks(x, params);
   Tensor partial = empty_of({params.samples, groups, chunks, 2}, ScalarType::Double, x);
-  params.partial_moments = partial.mutable_data_ptr<double>();
+  params.partial_moments = memory<double>(partial);
   if (x.numel() > 0)
     run_group_norm_silu(x, params, cpu::level().kernels.group_norm_silu, DIFFKERN_CUDA_LAUNCHER(group_norm_silu));
   else
@@ -536,13 +573,13 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(const Tensor& grad_y
   Tensor grad_slope = empty_of({params.samples, params.channels}, ScalarType::Float, x);
   params.mean = const_cast<float*>(check_coefficients("mean", mean, {params.samples, groups}, x));
   params.rstd = const_cast<float*>(check_coefficients("rstd", rstd, {params.samples, groups}, x));
-  params.grad_y = dense_grad_y.const_data_ptr();
-  params.grad_x = grad_x.data_ptr();
-  params.grad_offset = grad_offset.mutable_data_ptr<float>();
-  params.grad_slope = grad_slope.mutable_data_ptr<float>();
+  params.grad_y = memory<const void>(dense_grad_y);
+  params.grad_x = memory<void>(grad_x);
+  params.grad_offset = memory<float>(grad_offset);
+  params.grad_slope = memory<float>(grad_slope);
   const int64_t chunks = group_norm_chunks(x, params);
   Tensor partial = empty_of({params.samples, chunks, 2, params.channels}, ScalarType::Float, x);
-  params.partial_sums = partial.mutable_data_ptr<float>();
+  params.partial_sums = memory<float>(partial);
   if (x.numel() > 0)
     run_group_norm_silu(x, params, cpu::level().kernels.group_norm_silu_backward,
                         DIFFKERN_CUDA_LAUNCHER(group_norm_silu_backward));
@@ -564,7 +601,7 @@ Tensor as_heads(const Tensor& x) {
 }
 
 HeadsView heads_view(const Tensor& x) {
-  return {static_cast<float*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+  return {memory<float>(x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 // Laid out as [N, tokens, heads, d], as the projections around attention have it.
@@ -609,7 +646,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   Tensor lse = empty_of({q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q);
   AttentionParams params = attention_params(q_heads, k_heads, v_heads, scale);
   params.out = heads_view(out);
-  params.lse = lse.mutable_data_ptr<float>();
+  params.lse = memory<float>(lse);
   run_cpu(params, cpu::level().kernels.attention, params.samples * params.heads * attention_blocks(params.queries),
           grain(2 * kAttentionBlock * params.keys * params.channels));
   return {as_dtype(out, q.scalar_type()), lse};
@@ -631,12 +668,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
   const int64_t spans = attention_spans(params.keys), elements = params.queries * params.channels;
   Tensor parts = empty_of({(spans - 1) * q.numel()}, ScalarType::Float, q);
   params.out = heads_view(out_heads);
-  params.lse = lse.mutable_data_ptr<float>();
+  params.lse = memory<float>(lse);
   params.grad_out = heads_view(grad_out_heads);
   params.grad_q = heads_view(grad_q);
   params.grad_k = heads_view(grad_k);
   params.grad_v = heads_view(grad_v);
-  params.grad_q_parts = parts.mutable_data_ptr<float>();
+  params.grad_q_parts = memory<float>(parts);
   const auto& kernels = cpu::level().kernels;
   run_cpu(params, kernels.attention_backward, params.samples * params.heads * spans,
           grain(5 * elements * std::min(params.keys, attention_span(params.keys))));

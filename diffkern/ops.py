@@ -32,7 +32,8 @@ def as_seeds(seeds: Seeds, device: torch.device | str | None = None) -> Tensor:
     if isinstance(seeds, Tensor):
         if seeds.dtype != torch.int64 or seeds.ndim > 1:
             raise TypeError(f"seeds: expected an int64 tensor [N], got {seeds.dtype} of shape {tuple(seeds.shape)}")
-        return seeds.reshape(-1).contiguous().to(device)
+        seeds = seeds if seeds.ndim == 1 and seeds.is_contiguous() else seeds.reshape(-1).contiguous()
+        return seeds if device is None or seeds.device == device else seeds.to(device)
     if isinstance(seeds, (str, bytes, float)):
         raise TypeError(f"seeds: expected an int, ints or an int64 tensor, got {seeds!r}")
     values = list(seeds) if isinstance(seeds, Sequence | range) else [seeds]

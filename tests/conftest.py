@@ -1,6 +1,7 @@
 """What all tests share: how many threads, CPU levels in processes of their own, and which tests need what."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,27 +36,45 @@ def run_at_level() -> Callable[[str, str], subprocess.CompletedProcess]:
     return run
 
 
-# --- CUDA ---
+# --- CUDA: on a card, or interpreted ---
 
 
-def _why_no_cuda() -> str | None:
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    from diffkern import _C
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cuda-backend",
+        choices=("auto", "gpu", "ptxemu"),
+        default="auto",
+        help="what runs the tests of the CUDA kernels: a card, or the interpreter that DIFFKERN_PTXEMU names",
+    )
 
-    return None if _C.COMPILED_CUDA_ARCHITECTURES else "diffkern was built without CUDA kernels"
+
+def cuda_backend(config: pytest.Config) -> tuple[str | None, str]:
+    """("gpu" or "ptxemu" or None, why none)."""
+    wanted = config.getoption("--cuda-backend")
+    if wanted != "ptxemu" and torch.cuda.is_available():
+        from diffkern import _C
+
+        return ("gpu", "") if _C.COMPILED_CUDA_ARCHITECTURES else (None, "diffkern was built without CUDA kernels")
+    if wanted == "gpu":
+        return None, "there is no CUDA device"
+    if shutil.which("nvcc") is None:
+        return None, "there is neither a CUDA device nor an nvcc"
+    runtime = Path(os.environ.get("DIFFKERN_PTXEMU", "/nowhere"), "cudart", "libcudart.so.13")
+    if not runtime.exists():
+        return None, "there is no CUDA device, and DIFFKERN_PTXEMU does not name the folder of a built ptxemu"
+    return "ptxemu", ""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = _why_no_cuda()
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    backend, reason = cuda_backend(config)
     for item in items:
-        if reason and item.get_closest_marker("cuda"):
+        if backend is None and item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
-    ran = sum("cuda" in report.keywords for report in reports)
-    reason = _why_no_cuda()
-    where = f"not run, {reason}" if reason else f"{ran} run on {torch.cuda.get_device_name()}"
-    terminalreporter.write_line(f"tests on a CUDA device: {where}")
+    ran = sum("cuda" in report.keywords for report in reports if report.when == "call")
+    backend, reason = cuda_backend(config)
+    where = {None: f"not run: {reason}", "gpu": f"{ran} run on a card", "ptxemu": f"{ran} run, interpreted"}[backend]
+    terminalreporter.write_line(f"tests of the CUDA kernels: {where}")

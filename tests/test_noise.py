@@ -1,6 +1,8 @@
 """The noise: known answers, the same bits everywhere, and normal."""
 
 import math
+import re
+from pathlib import Path
 
 import levels
 import numpy as np
@@ -110,21 +112,25 @@ def every_kind_of_code() -> np.ndarray:
     return np.concatenate((ends, ~ends, np.arange(0, 2**32, 2039).astype(np.uint32)))
 
 
-def test_radius_is_within_the_stated_ulps_of_float64():
-    codes = every_kind_of_code()
+def ulps_of(codes: np.ndarray) -> dict[str, float]:
+    """The largest errors of the reference over these codes, against float64."""
     u, upper = (codes + 0.5) * 2.0**-32, (~codes + 0.5) * 2.0**-32
-    exact = np.sqrt(-2 * np.where(codes < 2**31, np.log(u), np.log1p(-upper)))
-    assert ulps(reference.radius(codes), exact) < RADIUS_ULPS
-
-
-def test_cosine_and_sine_are_within_the_stated_ulps_of_float64():
-    codes = every_kind_of_code()
+    logarithm = np.where(codes < 2**31, np.log(u), np.log1p(-upper))
     t = (codes << np.uint32(2)).view(np.int32) * (np.pi / 2 * 2.0**-32)  # reduced exactly
     quarter = (codes + np.uint32(1 << 29)) >> np.uint32(30)
     sin, cos = np.sin(t), np.cos(t)
     got_cos, got_sin = reference.cos_sin(codes)
-    assert ulps(got_cos, np.choose(quarter, [cos, -sin, -cos, sin])) < ANGLE_ULPS
-    assert ulps(got_sin, np.choose(quarter, [sin, cos, -sin, -cos])) < ANGLE_ULPS
+    return {
+        "radius": ulps(reference.radius(codes), np.sqrt(-2 * logarithm)),
+        "cosine": ulps(got_cos, np.choose(quarter, [cos, -sin, -cos, sin])),
+        "sine": ulps(got_sin, np.choose(quarter, [sin, cos, -sin, -cos])),
+    }
+
+
+def test_radius_cosine_and_sine_are_within_the_stated_ulps_of_float64():
+    errors = ulps_of(every_kind_of_code())
+    assert errors["radius"] < RADIUS_ULPS
+    assert errors["cosine"] < ANGLE_ULPS and errors["sine"] < ANGLE_ULPS
 
 
 def test_tails_are_full_and_no_uniform_rounds_to_one():
@@ -132,6 +138,44 @@ def test_tails_are_full_and_no_uniform_rounds_to_one():
     exact = [math.sqrt(66 * math.log(2)), math.sqrt(-2 * math.log1p(-(2.0**-33)))]
     np.testing.assert_allclose(extremes[:2], exact, rtol=1e-7)
     assert extremes[0] > 6.7637 and extremes[2] > extremes[1] > 0
+
+
+# --- docs/noise.md ---
+
+PAGE = (Path(__file__).parents[1] / "docs" / "noise.md").read_text()
+
+
+def page_program() -> dict[str, object]:
+    """The names that the page's NumPy program defines."""
+    names: dict[str, object] = {}
+    exec(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1], names)
+    return names
+
+
+def test_the_program_of_the_page_gives_the_kernels_bits():
+    noise = page_program()["noise"]
+    for seed, elements, step, stream in ((0, 7, 0, 0), (-3, 5000, 999, 1), (2**64 - 1, 1, 2**32 - 1, 2**32 - 1)):
+        expected = ops.noise(seed, (elements,), step=step, stream=stream)[0].numpy()
+        np.testing.assert_array_equal(noise(seed, elements, step, stream).view(np.int32), expected.view(np.int32))
+
+
+def test_the_known_answers_of_the_page_are_the_kernels_and_the_programs():
+    noise = page_program()["noise"]
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| `([0-9a-f ]+)` \|$", PAGE, re.MULTILINE)
+    assert len(rows) == 7
+    for seed, step, stream, normals in rows:
+        bits = hexadecimal(normals)
+        address = dict(step=int(step), stream=int(stream))
+        np.testing.assert_array_equal(noise(int(seed), 6, **address).view(np.uint32), bits)
+        np.testing.assert_array_equal(ops.noise(int(seed), (6,), **address)[0].numpy().view(np.uint32), bits)
+
+
+def test_the_hashes_and_worst_errors_that_the_page_states_are_those():
+    for name, value in (("radius", RADIUS_HASH), ("angle", ANGLE_HASH)):
+        assert f'| `word_hash("{name}")` | `{value:016x}` |' in PAGE
+    rows = re.findall(r"^\| (radius|cosine|sine) \| ([0-9.]+) ulp \| (\d+) \|$", PAGE, re.MULTILINE)
+    errors = {name: ulps_of(np.array([int(word)], np.uint32))[name] for name, _, word in rows}
+    assert {name: f"{error:.3f}" for name, error in errors.items()} == {name: ulp for name, ulp, _ in rows}
 
 
 # --- addressing ---

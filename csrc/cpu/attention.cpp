@@ -42,7 +42,7 @@ struct Transposed {
   int64_t channels;
 };
 
-// s[i][j] = scale rows[i] . block[j]. Where all channels are in `transposed` at once, the block is put there if `fresh`.
+// s[i][j] = scale rows[i] . block[j]. If the block fits in `transposed` whole, it is put there only when `fresh`.
 void scores(Rows rows, int64_t row_count, Rows block, int64_t block_count, int64_t channels, float scale,
             Transposed transposed, bool fresh, float* s) {
   for (int64_t c = 0; c < channels; c += transposed.channels) {

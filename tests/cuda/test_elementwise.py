@@ -1,0 +1,138 @@
+"""Noise and updates by the CUDA kernels are the CPU's bits."""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.cuda
+
+CPU = torch.ops.diffkern
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# aligned vectors; an odd size; less than a vector; several chunks and a tail
+SHAPES = ((3, 8, 8), (3, 7, 5), (1, 1, 1), (2, 40, 33))
+N, ROWS = 3, 10
+
+
+def same_bits(ours: Tensor, theirs: Tensor) -> None:
+    ours = ours.cpu()
+    assert ours.shape == theirs.shape and ours.stride() == theirs.stride()
+    bits = torch.int32 if ours.dtype == torch.float32 else torch.int16
+    torch.testing.assert_close(ours.view(bits), theirs.view(bits), rtol=0, atol=0)
+
+
+@pytest.fixture
+def on(cuda):
+    """Runs an op on the CPU and by its CUDA kernel, and returns both results, each as a tuple."""
+
+    def to_cuda(argument):
+        if isinstance(argument, Tensor):
+            return argument.to(cuda.device)
+        return [to_cuda(a) for a in argument] if isinstance(argument, list) else argument
+
+    def run(name: str, *arguments) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        results = (
+            getattr(cuda.ops, name)(*(to_cuda(a) for a in arguments)),
+            getattr(CPU, name)(*arguments),
+        )
+        return tuple(r if isinstance(r, tuple) else (r,) for r in results)
+
+    return run
+
+
+def seeds_and_steps() -> tuple[Tensor, Tensor]:
+    return torch.tensor([0, -1, 2**62 + 12345]), torch.tensor([0, 5, ROWS - 1])
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int, layout: str = "contiguous") -> Tensor:
+    x = torch.randn(N, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last)
+    if layout == "unaligned":  # a step of one element past an aligned start
+        return torch.cat([x.flatten(), x.new_zeros(1)]).roll(1)[1:].view(x.shape)
+    if layout == "transposed":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    return x
+
+
+def table(history: int = 0) -> Tensor:
+    rows = torch.rand(ROWS, 9 + history, generator=torch.Generator().manual_seed(1))
+    rows[:, 8] = torch.arange(ROWS) * 100  # t
+    rows[-1, 5] = 0  # sigma: the last row adds no noise
+    return rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_noise_is_the_cpus(on, shape, dtype):
+    seeds, step = seeds_and_steps()
+    ours, theirs = on("noise", seeds, list(shape), step, 1, dtype)
+    same_bits(*ours, *theirs)
+
+
+def test_a_million_normals_are_the_cpus(on):
+    ours, theirs = on("noise", torch.tensor([31337]), [1 << 20], torch.tensor(999), 0, torch.float32)
+    same_bits(*ours, *theirs)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "unaligned", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_noising_is_the_cpus(on, shape, dtype, layout):
+    seeds, t = seeds_and_steps()
+    q_table = torch.rand(ROWS, 2, generator=torch.Generator().manual_seed(2))
+    ours, theirs = on("q_sample", random(shape, dtype, 3, layout), t, seeds, q_table, True)
+    for a, b in zip(ours, theirs, strict=True):
+        same_bits(a, b)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "unaligned", "transposed"])
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_reverse_step_is_the_cpus(on, dtype, learned, guided, layout):
+    for shape in SHAPES:
+        seeds, step = seeds_and_steps()
+        twice = (2 * shape[0], *shape[1:]) if learned else shape
+        x, out, uncond = random(shape, dtype, 3, layout), random(twice, dtype, 4, layout), random(twice, dtype, 5)
+        history = [random(shape, dtype, 6), random(shape, dtype, 7, layout)]
+        ours, theirs = on(
+            "reverse_step", x, out, table(2), step, seeds, uncond if guided else None, 2.5, True, learned, history, True
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            same_bits(a, b)
+
+
+def test_one_row_serves_all_samples(on):
+    seeds, _ = seeds_and_steps()
+    x, out = random((3, 8, 8), torch.float32, 3), random((3, 8, 8), torch.float32, 4)
+    ours, theirs = on("reverse_step", x, out, table(), torch.tensor(4), seeds, None, 1.0, False, False, [], False)
+    same_bits(ours[0], theirs[0])
+
+
+def test_a_row_outside_the_table_gives_nan_in_its_sample_alone(cuda):
+    seeds, _ = seeds_and_steps()
+    x, out = random((3, 8, 8), torch.float32, 3), random((3, 8, 8), torch.float32, 4)
+    step = torch.tensor([0, ROWS, -1])
+    arguments = [a.to(cuda.device) for a in (x, out, table(), step, seeds)]
+    x_next, x0_hat = cuda.ops.reverse_step(*arguments, None, 1.0, True, False, [], True)
+    for result in (x_next, x0_hat):
+        assert result[0].isfinite().all() and result[1:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_noise_loss_and_its_gradient_are_the_cpus(on, shape, dtype):
+    seeds, t = seeds_and_steps()
+    out, weights, grad = random(shape, dtype, 3), torch.tensor([1.0, 0.5, 2.0]), torch.tensor([1.0, -2.0, 0.25])
+    (ours,), (theirs,) = on("noise_loss", out, seeds, t, weights)
+    torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-6, atol=1e-7)  # float32 sums in another order
+    ours, theirs = on("noise_loss_backward", grad, out, seeds, t, weights)
+    same_bits(*ours, *theirs)
+
+
+def test_an_empty_batch_launches_nothing(on):
+    empty = torch.empty(0, 3, 8, 8)
+    none = torch.empty(0, dtype=torch.int64)
+    ours, theirs = on("reverse_step", empty, empty, table(), none, none, None, 1.0, True, False, [], True)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
