@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffkern.unet import UNet
 
 NETWORKS = {
-    "1.6 M parameters, 16 x 32x32": (
+    "3.9 M parameters, 16 x 32x32": (
         16,
         dict(in_channels=1, channels=32, channel_mult=(1, 2, 4), attention_levels=(2,), groups=8, norm_eps=1e-5),
     ),

@@ -524,11 +524,12 @@ void run_group_norm_silu(const Tensor& where, const GroupNormSiluParams& params,
   run_cpu(params, cpu, params.samples * params.blocks(), std::max(int64_t(1), kGroupNormGrain / elements));
 }
 
-// Of which CUDA joins the sums; 0 where one launch does it all.
-int64_t group_norm_chunks(const Tensor& x, const GroupNormSiluParams& params) {
-  if (!on_cuda(x) || x.numel() == 0) return 0;
+// Room for the sums of the chunks that CUDA joins, so many of them for a chunk; none where one launch does it all.
+std::optional<Tensor> empty_partial(const Tensor& x, const GroupNormSiluParams& params, int64_t sums,
+                                    ScalarType dtype) {
+  if (!on_cuda(x) || x.numel() == 0) return std::nullopt;
   const int64_t chunks = cuda::plan_group_norm(params).chunks;
-  return chunks > 1 ? chunks : 0;
+  return chunks > 1 ? std::optional(empty_of({chunks * sums}, dtype, x)) : std::nullopt;
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -548,9 +549,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor
   params.y = memory<void>(y);
   params.mean = memory<float>(mean);
   params.rstd = memory<float>(rstd);
-  const int64_t chunks = group_norm_chunks(x, params);
-  Tensor partial = empty_of({params.samples, groups, chunks, 2}, ScalarType::Double, x);
-  params.partial_moments = memory<double>(partial);
+  const auto partial = empty_partial(x, params, 2 * params.samples * groups, ScalarType::Double);
+  if (partial) params.partial_moments = memory<double>(*partial);
   if (x.numel() > 0)
     run_group_norm_silu(x, params, cpu::level().kernels.group_norm_silu, DIFFKERN_CUDA_LAUNCHER(group_norm_silu));
   else
@@ -577,9 +577,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(const Tensor& grad_y
   params.grad_x = memory<void>(grad_x);
   params.grad_offset = memory<float>(grad_offset);
   params.grad_slope = memory<float>(grad_slope);
-  const int64_t chunks = group_norm_chunks(x, params);
-  Tensor partial = empty_of({params.samples, chunks, 2, params.channels}, ScalarType::Float, x);
-  params.partial_sums = memory<float>(partial);
+  const auto partial = empty_partial(x, params, 2 * params.samples * params.channels, ScalarType::Float);
+  if (partial) params.partial_sums = memory<float>(*partial);
   if (x.numel() > 0)
     run_group_norm_silu(x, params, cpu::level().kernels.group_norm_silu_backward,
                         DIFFKERN_CUDA_LAUNCHER(group_norm_silu_backward));
@@ -594,20 +593,23 @@ Tensor as_dtype(const Tensor& x, ScalarType dtype) {
   return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);  // which would cost a microsecond to do nothing
 }
 
-// float32 with the channels of a token together: what the kernels read.
+// What the kernels read and write: float32 on the CPU.
+ScalarType heads_dtype(const Tensor& x) { return on_cuda(x) ? x.scalar_type() : ScalarType::Float; }
+
+// Of that dtype, with the channels of a token together: what the kernels read.
 Tensor as_heads(const Tensor& x) {
-  const Tensor f32 = as_dtype(x, ScalarType::Float);
-  return f32.stride(3) == 1 ? f32 : torch::stable::contiguous(f32);
+  const Tensor heads = as_dtype(x, heads_dtype(x));
+  return heads.stride(3) == 1 ? heads : torch::stable::contiguous(heads);
 }
 
 HeadsView heads_view(const Tensor& x) {
-  return {memory<float>(x), x.stride(0), x.stride(1), x.stride(2)};
+  return {memory<void>(x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 // Laid out as [N, tokens, heads, d], as the projections around attention have it.
 Tensor empty_heads(const Tensor& like) {
   return torch::stable::transpose(
-      empty_of({like.size(0), like.size(2), like.size(1), like.size(3)}, ScalarType::Float, like), 1, 2);
+      empty_of({like.size(0), like.size(2), like.size(1), like.size(3)}, heads_dtype(like), like), 1, 2);
 }
 
 // q, k and v are as_heads already.
@@ -616,6 +618,7 @@ AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor&
   params.q = heads_view(q);
   params.k = heads_view(k);
   params.v = heads_view(v);
+  params.dtype = dtype_of("q", q.scalar_type());
   params.samples = q.size(0);
   params.heads = q.size(1);
   params.queries = q.size(2);
@@ -647,8 +650,11 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   AttentionParams params = attention_params(q_heads, k_heads, v_heads, scale);
   params.out = heads_view(out);
   params.lse = memory<float>(lse);
-  run_cpu(params, cpu::level().kernels.attention, params.samples * params.heads * attention_blocks(params.queries),
-          grain(2 * kAttentionBlock * params.keys * params.channels));
+  if (!on_cuda(q))
+    run_cpu(params, cpu::level().kernels.attention, params.samples * params.heads * attention_blocks(params.queries),
+            grain(2 * kAttentionBlock * params.keys * params.channels));
+  else if (q.numel() > 0)
+    run_cuda(q, params, DIFFKERN_CUDA_LAUNCHER(attention));
   return {as_dtype(out, q.scalar_type()), lse};
 }
 
@@ -665,14 +671,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
   const Tensor out_heads = as_heads(out), grad_out_heads = as_heads(grad_out);
   Tensor grad_q = empty_heads(q), grad_k = empty_heads(k), grad_v = empty_heads(k);
   AttentionParams params = attention_params(q_heads, k_heads, v_heads, scale);
-  const int64_t spans = attention_spans(params.keys), elements = params.queries * params.channels;
-  Tensor parts = empty_of({(spans - 1) * q.numel()}, ScalarType::Float, q);
   params.out = heads_view(out_heads);
   params.lse = memory<float>(lse);
   params.grad_out = heads_view(grad_out_heads);
   params.grad_q = heads_view(grad_q);
   params.grad_k = heads_view(grad_k);
   params.grad_v = heads_view(grad_v);
+  if (on_cuda(q)) {
+    Tensor delta = empty_of(sizes_of(lse), ScalarType::Float, q);
+    params.delta = memory<float>(delta);
+    if (q.numel() > 0) run_cuda(q, params, DIFFKERN_CUDA_LAUNCHER(attention_backward));
+    return {grad_q, grad_k, grad_v};
+  }
+  const int64_t spans = attention_spans(params.keys), elements = params.queries * params.channels;
+  Tensor parts = empty_of({(spans - 1) * q.numel()}, ScalarType::Float, q);
   params.grad_q_parts = memory<float>(parts);
   const auto& kernels = cpu::level().kernels;
   run_cpu(params, kernels.attention_backward, params.samples * params.heads * spans,
@@ -720,13 +732,11 @@ STABLE_TORCH_LIBRARY(DIFFKERN_LIBRARY, library) {
   library.impl("noise_loss", TORCH_BOX(&noise_loss));               \
   library.impl("noise_loss_backward", TORCH_BOX(&noise_loss_backward)); \
   library.impl("group_norm_silu", TORCH_BOX(&group_norm_silu));         \
-  library.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward));
-
-STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CPU, library) {
-  DIFFKERN_IMPLEMENT(library)
-  library.impl("attention", TORCH_BOX(&attention));
+  library.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward)); \
+  library.impl("attention", TORCH_BOX(&attention));                     \
   library.impl("attention_backward", TORCH_BOX(&attention_backward));
-}
+
+STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CPU, library) { DIFFKERN_IMPLEMENT(library) }
 STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CUDA, library) { DIFFKERN_IMPLEMENT(library) }
 
 // --- what is no tensor op -------------------------------------------------------------------------------------------

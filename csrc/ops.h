@@ -74,20 +74,22 @@ struct NoiseLossParams {
   const float* grad_loss;  // [N], backward only
 };
 
-// float32 [N, heads, tokens, d], the channels of a token together.
+// [N, heads, tokens, d], the channels of a token together.
 struct HeadsView {
-  float* data;
+  void* data;
   int64_t sample_stride, head_stride, token_stride;
 };
 
 // out = softmax(q k^T scale) v
 struct AttentionParams {
   HeadsView q, k, v, out;
+  DType dtype;  // of them and their gradients: float32 on the CPU
   int64_t samples, heads, queries, keys, channels;
   float scale;
   float* lse;                                  // [N, heads, queries]: ln sum_key exp(scale q . k)
   HeadsView grad_out, grad_q, grad_k, grad_v;  // backward only
   float* grad_q_parts;                         // [spans - 1, N, queries, heads, d]: the first span's part is in grad_q
+  float* delta;                                // [N, heads, queries]: grad_out . out. CUDA only, which has no parts
 };
 
 // A work item: forward a block of queries of one head, backward a span of its keys.

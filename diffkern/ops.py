@@ -16,7 +16,6 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import _C  # noqa: F401  registers the ops
 from .reference import COLUMNS as COLUMNS
@@ -313,8 +312,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     k, v   [N, heads, tokens of their own, d]
     scale  None is 1/sqrt(d) (Vaswani et al. 2017, eq. 1)
 
-    Returns [N, heads, tokens, d], in memory [N, tokens, heads, d] for the projection that follows. On the CPU the
-    arithmetic is float32, and a sample's bits depend neither on its batch nor on the number of threads.
+    Returns [N, heads, tokens, d], in memory [N, tokens, heads, d] for the projection that follows. Sums are float32,
+    and so is all arithmetic on the CPU. CUDA multiplies bfloat16 and float16 on tensor cores, with probabilities rounded
+    to the dtype, where d is a multiple of 8 up to 512. A sample's bits depend neither on its batch nor on the number of
+    threads.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
@@ -323,8 +324,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
         raise TypeError(f"scale: expected a finite number, got {scale!r}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    if q.is_cuda:  # as long as there is no CUDA kernel
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
     out, _ = _ops.attention(q, k, v, scale)
     return out
 
@@ -386,10 +385,12 @@ def group_norm_silu(
     Statistics and arithmetic are float32 or better, also where the mean is far from 0. A sample's bits depend neither
     on its batch nor on the number of threads.
     """
-    required, optional = {"x": x, "weight": weight, "bias": bias}, {"scale_shift": scale_shift, "add": add}
-    for name, tensor in {**required, **optional, "residual": residual}.items():
-        if not isinstance(tensor, Tensor) and (name in required or tensor is not None):
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    for name, tensor in (("scale_shift", scale_shift), ("add", add), ("residual", residual)):
+        if not isinstance(tensor, Tensor | None):
+            raise TypeError(f"{name}: expected a tensor or None, got {type(tensor).__name__}")
     if isinstance(groups, bool) or not hasattr(groups, "__index__"):
         raise TypeError(f"groups: expected an int, got {groups!r}")
     if not isinstance(eps, (int, float)):

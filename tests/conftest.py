@@ -6,14 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads leave a busy machine's cores alone
 import torch  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
+from interpreted import load_interpreted  # noqa: E402
 
 # Small tensors gain nothing by more threads; a test of threads sets its own number and this one again.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -63,6 +63,17 @@ def cuda_backend(config: pytest.Config) -> tuple[str | None, str]:
     if not runtime.exists():
         return None, "there is no CUDA device, and DIFFKERN_PTXEMU does not name the folder of a built ptxemu"
     return "ptxemu", ""
+
+
+@pytest.fixture(scope="session")
+def cuda(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """``ops``: the raw ops (torch.ops.diffkern's, or their interpreted twins); ``device``: where their tensors live."""
+    from diffkern import _C  # noqa: F401  registers the ops that the interpreted ones are held against
+
+    if cuda_backend(request.config)[0] == "gpu":
+        return SimpleNamespace(ops=torch.ops.diffkern, device=torch.device("cuda"))
+    ops = load_interpreted(Path(os.environ["DIFFKERN_PTXEMU"]))
+    return SimpleNamespace(ops=ops, device=torch.device("cpu"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -387,7 +387,7 @@ BAD = {
     "x not a tensor": (lambda: norm([1.0]), TypeError, "x: expected a tensor, got list"),
     "weight not a tensor": (lambda: norm(weight=None), TypeError, "weight: expected a tensor, got NoneType"),
     "bias not a tensor": (lambda: norm(bias=1.0), TypeError, "bias: expected a tensor, got float"),
-    "residual not a tensor": (lambda: norm(residual=1), TypeError, "residual: expected a tensor, got int"),
+    "residual not a tensor": (lambda: norm(residual=1), TypeError, "residual: expected a tensor or None, got int"),
     "weight too long": (
         lambda: norm(weight=torch.ones(13)),
         RuntimeError,

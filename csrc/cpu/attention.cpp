@@ -33,7 +33,7 @@ struct Rows {
 };
 
 Rows rows_of(const HeadsView& x, int64_t sample, int64_t head) {
-  return {x.data + sample * x.sample_stride + head * x.head_stride, x.token_stride};
+  return {static_cast<float*>(x.data) + sample * x.sample_stride + head * x.head_stride, x.token_stride};
 }
 
 // Up to kBlock tokens along the registers, data[channel][token]; the channels one after another, so many at a time.
@@ -171,9 +171,10 @@ void attention_backward(const AttentionParams& p, int64_t begin, int64_t end) {
 
 void attention_sum_grad_q(const AttentionParams& p, int64_t begin, int64_t end) {
   const int64_t elements = p.samples * p.queries * p.heads * p.channels;
+  float* const grad_q = static_cast<float*>(p.grad_q.data);
   for (int64_t i = begin * kChunk; i < elements && i < end * kChunk; ++i)
     for (int64_t part = 0; part < attention_spans(p.keys) - 1; ++part)
-      p.grad_q.data[i] += p.grad_q_parts[part * elements + i];
+      grad_q[i] += p.grad_q_parts[part * elements + i];
 }
 
 }  // namespace diffkern::cpu::DIFFKERN_CPU_LEVEL

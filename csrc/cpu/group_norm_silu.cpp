@@ -1,4 +1,4 @@
-// y = silu(norm(x + add) (1 + scale) + shift) + residual, norm over groups of channels (Wu & He 2018), and its gradient.
+// y = silu(norm(x + add) (1 + scale) + shift) + residual, norm over groups of channels (Wu & He 2018); its gradient.
 //
 // A work item is a block of whole groups of one sample. Both layouts are walked as tiles: rows of up to four registers,
 // a constant stride apart. In channels_last memory a row is one pixel and its lanes are neighbouring channels; in
@@ -150,8 +150,8 @@ DIFFKERN_FN double added(const GroupNormSiluParams& p, int64_t sample, int64_t c
   return p.add ? p.add[sample * p.channels + channel] : 0.0;
 }
 
-// The pivot of a run is the mean so far, and of the first run its own mean: no float sum is large beside what it is for,
-// however far the mean from 0.
+// The pivot of a run is the mean so far, and of the first run its own mean: no float sum is large beside what it is
+// for, however far the mean from 0.
 
 // A tile whose lanes are pixels of one channel.
 template <class T, class Row, int n = Row::registers>

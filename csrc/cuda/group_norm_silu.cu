@@ -1,4 +1,4 @@
-// y = silu(norm(x + add) (1 + scale) + shift) + residual, norm over groups of channels (Wu & He 2018), and its gradient.
+// y = silu(norm(x + add) (1 + scale) + shift) + residual, norm over groups of channels (Wu & He 2018); its gradient.
 //
 // A block has a chunk of the pixels of a set of whole groups (plan.h), forward in shared memory. Where an image is one
 // chunk, one launch does it all and reads x once; else a first launch sums the chunks, and a second joins the sums.
@@ -429,10 +429,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
         for (int pixel = column.first; pixel < tile.pixels; pixel += column.step) {
           const int64_t at = L::at(p, tile, column.channel, pixel);
           float grad_x[n];
-          for_each_gradient<T, n, last>(
-              p, at, coefficient, [&](int i, int l, float distance, float grad_z) {
-                grad_x[i] = multiply_add(coefficient[1][l], grad_z, multiply_add(by_distance[l], distance, constant[l]));
-              });
+          for_each_gradient<T, n, last>(p, at, coefficient, [&](int i, int l, float distance, float grad_z) {
+            grad_x[i] = multiply_add(coefficient[1][l], grad_z, multiply_add(by_distance[l], distance, constant[l]));
+          });
           L::store(p.grad_x, at, grad_x);
         }
       });

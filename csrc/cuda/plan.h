@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
 
 #include "../ops.h"
 
@@ -20,8 +19,8 @@ inline Plan plan_elementwise(int64_t samples, int64_t vectors) {
   return {uint32_t(x < kMaxX ? x : kMaxX), uint32_t(samples < kMaxY ? samples : kMaxY), uint32_t(kThreads)};
 }
 
-// How group_norm_silu is laid over blocks: a block has a chunk of the pixels of a set of whole groups of a sample, small
-// enough for shared memory. One chunk: one launch. More: a launch that sums each, and a launch that joins the sums.
+// How group_norm_silu is laid over blocks: a block has a chunk of the pixels of a set of whole groups of a sample,
+// small enough for shared memory. One chunk: one launch. More: a launch that sums each, and a launch that joins the sums.
 struct GroupNormPlan {
   static constexpr int kThreads = 256, kMaxGroups = 16, kMaxWidth = 512;  // of a set, of a group
   static constexpr int kSlabBytes = 32768, kStagingFloats = 2 * 8 * kThreads;
@@ -46,7 +45,8 @@ inline GroupNormPlan plan_group_norm(const GroupNormSiluParams& p) {
   const int64_t fewest = capacity > 0 ? (p.pixels + capacity - 1) / capacity : 1;
   const int64_t chunk = ((p.pixels + fewest - 1) / fewest + 7) / 8 * 8, slab = chunk * channels * size;
   bool vectors = p.channels_last ? p.channels % vector == 0 && channels % vector == 0 : p.pixels % vector == 0;
-  for (const void* tensor : {p.x, p.residual, static_cast<const void*>(p.y), p.grad_y, static_cast<const void*>(p.grad_x)})
+  const void* const tensors[] = {p.x, p.residual, p.y, p.grad_y, p.grad_x};
+  for (const void* tensor : tensors)
     vectors = vectors && reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
   return {int32_t(vectors ? vector : 1),
           int32_t(set),

@@ -1,0 +1,291 @@
+// What the forward and the backward of attention share on tensor cores: chunks of 64 tokens x 64 channels that stream
+// through a ring in shared memory, and the two products of a warp with a chunk.
+//
+// A chunk's row is 128 bytes. Its 16-byte piece j lies at place j ^ (row % 8), so that the eight rows of a matrix that
+// ldmatrix reads, and the eight pieces of a row that a copy writes, are in different banks.
+
+#pragma once
+
+#include <initializer_list>
+
+#include "../ops.h"
+#include "attention_plan.h"
+#include "elements.cuh"
+#include "mma.cuh"
+
+namespace diffkern::cuda {
+
+// attention_any.cu: every dtype, stride and number of channels, without tensor cores.
+const char* attention_any(const AttentionParams&, Stream);
+const char* attention_backward_any(const AttentionParams&, Stream);
+
+constexpr int kPiece = 8;                             // 16-bit values in 16 bytes
+constexpr int kChunkBytes = kTokens * kChannels * 2;  // of 64 tokens
+
+// The tokens of one head.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  int count;
+};
+
+template <class T>
+DIFFKERN_FN Rows<T> rows_of(const HeadsView& x, int64_t sample, int64_t head, int64_t count) {
+  return {static_cast<T*>(x.data) + sample * x.sample_stride + head * x.head_stride, x.token_stride, int(count)};
+}
+
+// Which rows of which head a block owns. Blocks of one head follow each other: its keys and values stay in the L2 cache.
+struct Place {
+  int64_t sample, head;
+  int first;
+};
+
+DIFFKERN_FN Place place_of(int64_t block, int64_t heads, int64_t tokens, int rows) {
+  const int64_t per_head = (tokens + rows - 1) / rows, item = block / per_head;
+  return {item / heads, item % heads, int(block % per_head) * rows};
+}
+
+// The address of piece `piece` of row `row` of a chunk.
+DIFFKERN_FN uint32_t at(uint32_t chunk, int row, int piece) { return chunk + (row * 8 + (piece ^ (row & 7))) * 16; }
+
+// Starts to copy `tokens` tokens from `first`, 64 channels from `channel`; zeros where there are none.
+template <int tokens, int threads, class T>
+DIFFKERN_FN void fetch(uint32_t chunk, const Rows<T>& rows, int first, int channel, int channels) {
+  static_assert(tokens * 8 % threads == 0);
+  const int piece = threadIdx.x % 8;
+  const bool wide = channel + piece * kPiece < channels;
+#pragma unroll
+  for (int i = 0; i < tokens * 8 / threads; ++i) {
+    const int row = threadIdx.x / 8 + i * (threads / 8);
+    const bool inside = wide && first + row < rows.count;
+    const T* from = rows.data + (inside ? (first + row) * rows.stride + channel + piece * kPiece : 0);
+    copy_16_bytes(at(chunk, row, piece), from, inside);
+  }
+}
+
+// All channels of the rows that a block owns, chunk after chunk.
+template <class Tiling, class T>
+DIFFKERN_FN void fetch_owned(uint32_t owned, const Rows<T>& rows, int first, int channels) {
+  for (int channel = 0; channel < channels; channel += kChannels)
+    fetch<Tiling::rows, Tiling::threads>(owned + channel * Tiling::rows * 2, rows, first, channel, channels);
+}
+
+// The chunks in the order in which a kernel uses them, two copies ahead of it: for each 64 tokens, for each part, all
+// channels. Bit i of kOrder says whether part i is of the second tensor.
+template <class Tiling, class T, int kParts, int kOrder>
+class Ring {
+ public:
+  __device__ __forceinline__ Ring(uint32_t slots, const Rows<T>& first, const Rows<T>& second, int channels)
+      : slots_(slots), first_(first), second_(second), channels_(channels) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) fetch_next();
+  }
+
+  // The next chunk, there for all threads. One before it may be overwritten from now on: the last, or of those that are
+  // held the last but one.
+  __device__ __forceinline__ uint32_t next() {
+    wait_for_copies<kAhead - 1>();
+    __syncthreads();
+    fetch_next();
+    const uint32_t chunk = slots_ + read_ * kChunkBytes;
+    read_ = read_ + 1 == Tiling::slots ? 0 : read_ + 1;
+    return chunk;
+  }
+
+ private:
+  __device__ __forceinline__ void fetch_next() {
+    if (token_ < first_.count) {
+      const bool second = kOrder >> part_ & 1;
+      const Rows<T> rows = {second ? second_.data : first_.data, second ? second_.stride : first_.stride, first_.count};
+      fetch<kTokens, Tiling::threads>(slots_ + written_ * kChunkBytes, rows, token_, channel_, channels_);
+      written_ = written_ + 1 == Tiling::slots ? 0 : written_ + 1;
+      channel_ += kChannels;
+      if (channel_ >= channels_) {
+        channel_ = 0;
+        if (++part_ == kParts) {
+          part_ = 0;
+          token_ += kTokens;
+        }
+      }
+    }
+    commit_copies();  // also where there is nothing left, so that the number of groups says which chunk is there
+  }
+
+  uint32_t slots_;
+  Rows<T> first_, second_;
+  int channels_;
+  int token_ = 0, part_ = 0, channel_ = 0, written_ = 0, read_ = 0;
+};
+
+// Where a warp stands in its block.
+template <class Tiling>
+struct Warp {
+  int lane = threadIdx.x % 32;
+  int row = threadIdx.x / 32 / Tiling::column_warps * (16 * Tiling::row_tiles);  // its first
+  int column_warp = threadIdx.x / 32 % Tiling::column_warps;
+  int g = lane / 4, q = lane % 4;
+};
+
+// The share of 64 tokens, or of 64 channels, that a warp has: kShare / 8 products side by side.
+template <class Tiling>
+constexpr int kShare = 64 / Tiling::column_warps;
+
+template <class Tiling>
+using Scores = float[Tiling::row_tiles][kShare<Tiling> / 8][4];
+
+// A warp's rows of 64 columns, as four A's.
+template <class Tiling>
+using Operand = uint32_t[Tiling::row_tiles][4][4];
+
+// s += owned chunk^T, over the 64 channels of a chunk or those that there are.
+template <class T, class Tiling>
+DIFFKERN_FN void multiply_transposed(Scores<Tiling>& s, uint32_t owned, uint32_t chunk, int channels) {
+  const Warp<Tiling> warp;
+  const int token = warp.column_warp * kShare<Tiling> + warp.lane % 8 + warp.lane / 16 * 8;
+#pragma unroll
+  for (int k = 0; k < kChannels / 16; ++k) {
+    if (k * 16 >= channels) break;
+    uint32_t a[Tiling::row_tiles][4];
+#pragma unroll
+    for (int m = 0; m < Tiling::row_tiles; ++m)
+      load_matrices(a[m], at(owned, warp.row + m * 16 + warp.lane % 16, 2 * k + warp.lane / 16));
+#pragma unroll
+    for (int n = 0; n < kShare<Tiling> / 8; n += 2) {
+      uint32_t b[4];
+      load_matrices(b, at(chunk, token + n * 8, 2 * k + warp.lane / 8 % 2));
+#pragma unroll
+      for (int m = 0; m < Tiling::row_tiles; ++m) {
+        multiply_add<T>(s[m][n], a[m], b[0], b[1]);
+        multiply_add<T>(s[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// sum += p chunk, over 64 tokens, for the warp's share of the 64 channels of a chunk or of those that there are.
+template <class T, class Tiling>
+DIFFKERN_FN void multiply(Scores<Tiling>& sum, const Operand<Tiling>& p, uint32_t chunk, int channels) {
+  const Warp<Tiling> warp;
+  const int share = warp.column_warp * kShare<Tiling>;
+#pragma unroll
+  for (int n = 0; n < kShare<Tiling> / 8; n += 2) {
+    if (share + n * 8 >= channels) break;
+#pragma unroll
+    for (int k = 0; k < kTokens / 16; ++k) {
+      uint32_t b[4];
+      load_matrices_transposed(b, at(chunk, k * 16 + warp.lane % 16, share / 8 + n + warp.lane / 16));
+#pragma unroll
+      for (int m = 0; m < Tiling::row_tiles; ++m) {
+        multiply_add<T>(sum[m][n], p[m][k], b[0], b[1]);
+        multiply_add<T>(sum[m][n + 1], p[m][k], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Calls visit(m, row, half) for each row of the warp that the lane has a part of: values 2 half, 2 half + 1 of its
+// products of row tile m are of block row `row`.
+template <class Tiling, class Visit>
+DIFFKERN_FN void for_each_row(Visit visit) {
+  const Warp<Tiling> warp;
+#pragma unroll
+  for (int m = 0; m < Tiling::row_tiles; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) visit(m, warp.row + m * 16 + half * 8 + warp.g, half);
+}
+
+// Rounds the warp's share of 64 columns and puts it into a chunk, from where it can be read in other shapes.
+template <class T, class Tiling>
+DIFFKERN_FN void put(uint32_t chunk, const Scores<Tiling>& s) {
+  const Warp<Tiling> warp;
+  for_each_row<Tiling>([&](int m, int row, int half) {
+#pragma unroll
+    for (int n = 0; n < kShare<Tiling> / 8; ++n)
+      asm volatile("st.shared.u32 [%0], %1;"
+                   :: "r"(at(chunk, row, warp.column_warp * (kShare<Tiling> / 8) + n) + warp.q * 4),
+                      "r"(pack<T>(s[m][n][2 * half], s[m][n][2 * half + 1])) : "memory");
+  });
+}
+
+// The scores of a warp's rows as an operand. Where several warps share them they meet in `exchange`, at a barrier.
+template <class T, class Tiling>
+DIFFKERN_FN void as_operand(Operand<Tiling>& to, const Scores<Tiling>& s, uint32_t exchange) {
+  const Warp<Tiling> warp;
+  if constexpr (Tiling::column_warps == 1) {
+#pragma unroll
+    for (int m = 0; m < Tiling::row_tiles; ++m)
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          to[m][k][i] = pack<T>(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
+  } else {
+    put<T, Tiling>(exchange, s);
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < Tiling::row_tiles; ++m)
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        load_matrices(to[m][k], at(exchange, warp.row + m * 16 + warp.lane % 16, 2 * k + warp.lane / 16));
+  }
+}
+
+// Writes a block's rows, which it has put into its chunks `owned`, 16 bytes a thread.
+template <class Tiling, class T>
+DIFFKERN_FN void write_rows(const Rows<T>& rows, uint32_t owned, int first, int channels) {
+  __syncthreads();
+  for (int channel = 0; channel < channels; channel += kChannels) {
+    const int piece = threadIdx.x % 8;
+    if (channel + piece * kPiece >= channels) return;
+#pragma unroll
+    for (int i = 0; i < Tiling::rows * 8 / Tiling::threads; ++i) {
+      const int row = threadIdx.x / 8 + i * (Tiling::threads / 8);
+      if (first + row >= rows.count) break;
+      write_16_bytes(rows.data + (first + row) * rows.stride + channel + piece * kPiece,
+                     at(owned + channel * Tiling::rows * 2, row, piece));
+    }
+  }
+}
+
+DIFFKERN_FN float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+
+DIFFKERN_FN float infinity() { return __int_as_float(0x7F800000); }
+
+// Whether all rows are of aligned 16-byte pieces, as the copies are.
+inline bool in_pieces(int64_t channels, std::initializer_list<HeadsView> views) {
+  bool holds = channels % kPiece == 0 && channels <= kMaxChannels;
+  for (const HeadsView& x : views)
+    holds = holds && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.sample_stride % kPiece == 0 &&
+            x.head_stride % kPiece == 0 && x.token_stride % kPiece == 0;
+  return holds;
+}
+
+enum class TensorCores { none, bf16, f16, f16_turing };
+
+// What the current device has for 16-bit rows.
+inline TensorCores tensor_cores_for(DType dtype, bool pieces) {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (!pieces || dtype == DType::f32) return TensorCores::none;
+  if (major < 8) return dtype == DType::f16 ? TensorCores::f16_turing : TensorCores::none;
+  return dtype == DType::f16 ? TensorCores::f16 : TensorCores::bf16;
+}
+
+// Launches a kernel, which may want more shared memory than the 48 KiB that need no asking for.
+inline const char* launch_planned(void (*kernel)(AttentionParams), const AttentionPlan& plan, const AttentionParams& p,
+                                  Stream stream) {
+  if (plan.blocks > INT32_MAX) return "attention: more blocks of tokens than one launch can have";
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  kernel<<<uint32_t(plan.blocks), plan.threads, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(p);
+  return launch_error();
+}
+
+}  // namespace diffkern::cuda

@@ -1,0 +1,81 @@
+// How attention is laid over warps, blocks and shared memory: pure functions of the sizes and the card.
+//
+// A block of threads owns some rows (queries forward, queries or keys backward), keeps their operands in shared memory and
+// meets the tokens of the other side 64 at a time. Its warps are row_warps x column_warps: those of one row share its
+// scores, and its sums lie across their registers, so that 16 rows of 512 channels fit without a spill.
+
+#pragma once
+
+#include <cstdint>
+
+namespace diffkern::cuda {
+
+constexpr int kTokens = 64;    // that a block meets at a time
+constexpr int kChannels = 64;  // that a chunk in shared memory is wide: 128 bytes, so that a row is every bank once
+constexpr int kAhead = 2;      // chunks on their way while one is in use
+constexpr int kMaxChannels = 512;
+
+// owners: operands of a block's own rows that it keeps, q forward, two backward.
+template <int width_, int row_warps_, int column_warps_, int row_tiles_, int owners_>
+struct Tiling {
+  static constexpr int width = width_;  // channels, rounded up
+  static constexpr int row_warps = row_warps_, column_warps = column_warps_;
+  static constexpr int row_tiles = row_tiles_;  // of 16 rows a warp has
+  static constexpr int rows = 16 * row_tiles * row_warps;
+  static constexpr int threads = 32 * row_warps * column_warps;
+  static constexpr int chunks = width / kChannels;
+  // Backward meets each chunk twice: where two are all, they stay, and the ring has room for them and the next two.
+  static constexpr bool held = owners_ > 1 && chunks == 1;
+  static constexpr int slots = held ? 2 + kAhead : 1 + kAhead;
+
+  // Elements of 16 bits in shared memory, in this order; then float32 that the warps tell each other.
+  static constexpr int owned = owners_ * rows * width;
+  static constexpr int ring = slots * kTokens * kChannels;
+  static constexpr int scores = column_warps > 1 ? rows * kTokens : 0;
+  static constexpr int floats = owners_ > 1 ? 2 * kTokens : column_warps > 1 ? rows * column_warps : 0;
+  static constexpr int shared_bytes = 2 * (owned + ring + scores) + 4 * floats;
+};
+
+// Turing has 64 KiB of shared memory, the smallest card after it 99 KiB. Forward, a warp takes 32 rows where there are so
+// many: a matrix of keys or values that it reads from shared memory then serves two products.
+template <bool turing, class Run>
+auto with_forward_tiling(int64_t queries, int64_t channels, Run run) {
+  if (channels <= 64) return queries > 64 ? run(Tiling<64, 4, 1, 2, 1>{}) : run(Tiling<64, 4, 1, 1, 1>{});
+  if (channels <= 128) return queries > 64 ? run(Tiling<128, 4, 1, 2, 1>{}) : run(Tiling<128, 4, 1, 1, 1>{});
+  if (channels <= 256) return run(Tiling<256, 4, 1, 1, 1>{});
+  return run(Tiling<512, turing ? 2 : 4, 2, 1, 1>{});
+}
+
+template <bool turing, class Run>
+auto with_backward_tiling(int64_t channels, Run run) {
+  if (channels <= 64) return run(Tiling<64, 4, 1, 1, 2>{});
+  if (channels <= 128) return run(Tiling<128, turing ? 2 : 4, 2, 1, 2>{});
+  if (channels <= 256) return run(Tiling<256, turing ? 2 : 4, 2, 1, 2>{});
+  return run(Tiling<512, turing ? 1 : 2, 4, 1, 2>{});
+}
+
+struct AttentionPlan {
+  int64_t blocks;
+  int32_t rows, threads, shared_bytes;  // of a block
+};
+
+// heads: of all samples
+template <class Tiling>
+AttentionPlan plan_of(int64_t tokens, int64_t heads) {
+  return {(tokens + Tiling::rows - 1) / Tiling::rows * heads, Tiling::rows, Tiling::threads, Tiling::shared_bytes};
+}
+
+template <bool turing>
+AttentionPlan plan_attention(int64_t queries, int64_t heads, int64_t channels) {
+  return with_forward_tiling<turing>(queries, channels, [&](auto tiling) {
+    return plan_of<decltype(tiling)>(queries, heads);
+  });
+}
+
+// tokens: the rows', keys for their gradients and queries for theirs
+template <bool turing>
+AttentionPlan plan_attention_backward(int64_t tokens, int64_t heads, int64_t channels) {
+  return with_backward_tiling<turing>(channels, [&](auto tiling) { return plan_of<decltype(tiling)>(tokens, heads); });
+}
+
+}  // namespace diffkern::cuda
