@@ -29,7 +29,7 @@ lint: $(VENV)/.ruff
 
 clean:
 	rm -rf .venv build dist diffkern.egg-info
-	rm -f diffkern/_C.*.so $(VENV)/.diffkern
+	rm -f diffkern/_C*.so $(VENV)/.diffkern
 
 # --- the environment: a stamp for each thing installed ---
 
