@@ -313,9 +313,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     scale  None is 1/sqrt(d) (Vaswani et al. 2017, eq. 1)
 
     Returns [N, heads, tokens, d], in memory [N, tokens, heads, d] for the projection that follows. Sums are float32,
-    and so is all arithmetic on the CPU. CUDA multiplies bfloat16 and float16 on tensor cores, with probabilities rounded
-    to the dtype, where d is a multiple of 8 up to 512. A sample's bits depend neither on its batch nor on the number of
-    threads.
+    and so is all arithmetic on the CPU. CUDA multiplies bfloat16 and float16 on tensor cores, with probabilities
+    rounded to the dtype, where d is a multiple of 8 up to 512. A sample's bits depend neither on its batch nor on the
+    number of threads.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):

@@ -9,11 +9,10 @@ void noise(const NoiseParams& p, int64_t begin, int64_t end) {
   Buffer buffer;
   for (int64_t item = begin; item < end; ++item) {
     const Chunk chunk = chunk_of(item, p.elements);
-    const uint64_t seed = uint64_t(p.seeds[chunk.sample]);
-    const uint32_t step = uint32_t(p.step[chunk.sample * p.step_stride]);
+    const NoiseAddress address(uint64_t(p.seeds[chunk.sample]), uint32_t(p.step[chunk.sample * p.step_stride]), p.stream);
     float* z = target(p.z, chunk, buffer);
     for (int i = 0; i < chunk.padded(); i += kNormals) {
-      const Normals normal = normals(seed, step, p.stream, chunk.first + i);
+      const Normals normal = normals(address, chunk.first + i);
       for (int j = 0; j < 4; ++j) store(z + i + j * kLanes, normal.z[j]);
     }
     commit(p.z, chunk, buffer);

@@ -13,8 +13,26 @@ struct Normals {
   f32v z[4];  // in the order of the elements
 };
 
+// What all elements of a sample share. The round keys lie in memory as whole registers, to be operands as they are.
+struct NoiseAddress {
+  struct {
+    u64v first[10], second[10];
+  } keys;
+  u64v step, stream;
+
+  NoiseAddress(uint64_t seed, uint32_t step_word, uint32_t stream_word) {
+    const RoundKeys words = round_keys(seed);
+    for (int round = 0; round < 10; ++round) {
+      keys.first[round] = u64v{} + words.first[round];
+      keys.second[round] = u64v{} + words.second[round];
+    }
+    step = u64v{} + step_word;
+    stream = u64v{} + stream_word;
+  }
+};
+
 // Elements [first, first + kNormals) of a sample; first is a multiple of kNormals.
-DIFFKERN_FN Normals normals(uint64_t seed, uint32_t step, uint32_t stream, int64_t first) {
+DIFFKERN_FN Normals normals(const NoiseAddress& address, int64_t first) {
   // Lane l computes block (l % 4) * (kLanes / 4) + l / 4: the transpose below then leaves the elements in order.
   // Even and odd lanes go through Philox apart, a word in each half register, and are merged after it.
   constexpr int kQuads = kLanes / 4;
@@ -24,10 +42,9 @@ DIFFKERN_FN Normals normals(uint64_t seed, uint32_t step, uint32_t stream, int64
     odd[i] = ((2 * i + 1) % 4) * kQuads + (2 * i + 1) / 4;
   }
   uint64_t block = uint64_t(first) / 4;
-  u64v zero{}, high = zero + (block >> 32), low = zero + (block & 0xFFFFFFFFu), key_step = zero + step,
-       key_stream = zero + stream;
-  Words<u64v> a = philox(Words<u64v>{low + even, high, key_step, key_stream}, seed);
-  Words<u64v> b = philox(Words<u64v>{low + odd, high, key_step, key_stream}, seed);
+  u64v high = u64v{} + (block >> 32), low = u64v{} + (block & 0xFFFFFFFFu);
+  Words<u64v> a = philox(Words<u64v>{low + even, high, address.step, address.stream}, address.keys);
+  Words<u64v> b = philox(Words<u64v>{low + odd, high, address.step, address.stream}, address.keys);
   auto merged = [](u64v a, u64v b) __attribute__((always_inline)) { return (u32v)((a & 0xFFFFFFFFu) | (b << 32)); };
 
   f32v r0 = radius<f32v>(merged(a.w0, b.w0)), r2 = radius<f32v>(merged(a.w2, b.w2));

@@ -9,15 +9,15 @@ void q_sample(const QSampleParams& p, int64_t begin, int64_t end) {
   Buffer x_0_buffer, x_t_buffer, eps_buffer;
   for (int64_t item = begin; item < end; ++item) {
     const Chunk chunk = chunk_of(item, p.elements);
-    const uint64_t seed = uint64_t(p.seeds[chunk.sample]);
     const int64_t t = p.t[chunk.sample * p.t_stride];
+    const NoiseAddress address(uint64_t(p.seeds[chunk.sample]), uint32_t(t), kForwardNoising);
     const float a = p.table[2 * t], s = p.table[2 * t + 1];
 
     const float* x_0 = staged(p.x_0, chunk, x_0_buffer);
     float* x_t = target(p.x_t, chunk, x_t_buffer);
     float* eps = p.eps.data ? target(p.eps, chunk, eps_buffer) : eps_buffer.data;
     for (int i = 0; i < chunk.padded(); i += kNormals) {
-      const Normals normal = normals(seed, uint32_t(t), kForwardNoising, chunk.first + i);
+      const Normals normal = normals(address, chunk.first + i);
       for (int j = 0; j < 4; ++j) {
         const int at = i + j * kLanes;
         store(x_t + at, a * load(x_0 + at) + s * normal.z[j]);

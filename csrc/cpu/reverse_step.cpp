@@ -20,8 +20,7 @@ void steps(const ReverseStepParams& p, int64_t begin, int64_t end) {
     Row row;
     std::memcpy(&row, columns, sizeof row);
     const float* history_k = columns + kRowColumns;
-    const uint64_t seed = uint64_t(p.seeds[chunk.sample]);
-    const bool noisy = row.sigma != 0;
+    const NoiseAddress address(uint64_t(p.seeds[chunk.sample]), uint32_t(row.t), kReverseStep);
 
     Chunk second_half = chunk;
     second_half.first += p.elements;
@@ -34,23 +33,30 @@ void steps(const ReverseStepParams& p, int64_t begin, int64_t end) {
     float* x_next = target(p.x_next, chunk, x_next_buffer);
     float* x0_hat = p.x0_hat.data ? target(p.x0_hat, chunk, x0_buffer) : x0_buffer.data;
 
-    for (int i = 0; i < chunk.padded(); i += kNormals) {
-      Normals normal;
-      if (noisy) normal = normals(seed, uint32_t(row.t), kReverseStep, chunk.first + i);
-      for (int j = 0; j < 4; ++j) {
-        const int at = i + j * kLanes;
-        const f32v x_t = load(x + at);
-        f32v o = load(out + at);
-        if (kGuided) o = guided(p.guidance, o, load(uncond + at));
-        const f32v x0 = predicted_x0(row, x_t, o, limit);
-        f32v next = next_mean(row, x_t, o, x0);
-        for (int h = 0; h < p.history_count; ++h) next = next + history_k[h] * load(history[h] + at);
-        if (noisy)
-          next = next + (kLearned ? learned_sigma(row, load(variance + at)) : broadcast(row.sigma)) * normal.z[j];
-        store(x_next + at, next);
-        if (p.x0_hat.data) store(x0_hat + at, x0);
+    const auto update = [&]<bool kNoisy>() __attribute__((always_inline)) {
+      for (int i = 0; i < chunk.padded(); i += kNormals) {
+        Normals normal;
+        if constexpr (kNoisy) normal = normals(address, chunk.first + i);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          const int at = i + j * kLanes;
+          const f32v x_t = load(x + at);
+          f32v o = load(out + at);
+          if constexpr (kGuided) o = guided(p.guidance, o, load(uncond + at));
+          const f32v x0 = predicted_x0(row, x_t, o, limit);
+          f32v next = next_mean(row, x_t, o, x0);
+          for (int h = 0; h < p.history_count; ++h) next = next + history_k[h] * load(history[h] + at);
+          if constexpr (kNoisy && kLearned) next = next + learned_sigma(row, load(variance + at)) * normal.z[j];
+          if constexpr (kNoisy && !kLearned) next = next + row.sigma * normal.z[j];
+          store(x_next + at, next);
+          if (p.x0_hat.data) store(x0_hat + at, x0);
+        }
       }
-    }
+    };
+    if (row.sigma != 0)
+      update.template operator()<true>();
+    else
+      update.template operator()<false>();
     commit(p.x_next, chunk, x_next_buffer);
     if (p.x0_hat.data) commit(p.x0_hat, chunk, x0_buffer);
   }

@@ -56,6 +56,7 @@ DIFFKERN_FN f32v sqrt(f32v a) { return (f32v)_mm512_sqrt_ps((__m512)a); }
 DIFFKERN_FN f32v load(const float* p, int count) { return (f32v)_mm512_maskz_loadu_ps((1u << count) - 1, p); }
 DIFFKERN_FN void store(float* p, f32v a, int count) { _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)a); }
 DIFFKERN_FN f32v max(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
+DIFFKERN_FN f32v min(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
 DIFFKERN_FN f32v multiply_add(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 DIFFKERN_FN f32v times_power_of_2(f32v a, f32v n) { return (f32v)_mm512_scalef_ps((__m512)a, (__m512)n); }
 DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
@@ -77,6 +78,7 @@ DIFFKERN_FN __m256i first_lanes(int count) {
 DIFFKERN_FN f32v load(const float* p, int count) { return (f32v)_mm256_maskload_ps(p, first_lanes(count)); }
 DIFFKERN_FN void store(float* p, f32v a, int count) { _mm256_maskstore_ps(p, first_lanes(count), (__m256)a); }
 DIFFKERN_FN f32v max(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
+DIFFKERN_FN f32v min(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)b); }
 DIFFKERN_FN f32v multiply_add(f32v a, f32v b, f32v c) { return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
   return (u64v)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
@@ -102,6 +104,7 @@ DIFFKERN_FN f32v load(const float* p, int count) {
 }
 DIFFKERN_FN void store(float* p, f32v a, int count) { std::memcpy(p, &a, count * sizeof *p); }
 DIFFKERN_FN f32v max(f32v a, f32v b) { return a > b ? a : b; }
+DIFFKERN_FN f32v min(f32v a, f32v b) { return a < b ? a : b; }
 DIFFKERN_FN f32v multiply_add(f32v a, f32v b, f32v c) { return a * b + c; }  // rounds twice
 DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
 #if defined(__SSE2__)

@@ -113,7 +113,7 @@ DIFFKERN_FN void normals(uint64_t seed, uint32_t step, uint32_t stream, int64_t 
 #pragma unroll
   for (int i = 0; i < n; i += 4) {
     const uint64_t block = uint64_t(first + i) / 4;
-    const Words<uint64_t> w = philox(Words<uint64_t>{uint32_t(block), block >> 32, step, stream}, seed);
+    const Words<uint64_t> w = philox(Words<uint64_t>{uint32_t(block), block >> 32, step, stream}, round_keys(seed));
     const Rounded r0 = radius<Rounded>(uint32_t(w.w0)), r2 = radius<Rounded>(uint32_t(w.w2));
     const CosSin<Rounded> p1 = cos_sin<Rounded>(uint32_t(w.w1)), p3 = cos_sin<Rounded>(uint32_t(w.w3));
     z[i] = (r0 * p1.cos).value;

@@ -3,7 +3,8 @@
 // Each equation is a template over its float type F and is compiled for both backends:
 //   F = f32v of cpu/simd.h   a register of floats           CPU kernels
 //   F = Rounded              one float, never contracted    CUDA threads
-// An F has + - * and the comparisons, `mask ? a : b`, and the functions sqrt, to_float, as_int and as_float.
+// An F has + - * and the comparisons, `mask ? a : b`, and the functions sqrt, to_float, as_int, as_float, and max and
+// min, which give their second argument where one is NaN.
 // Every operation rounds once: contraction is off on the host, and Rounded asks for it on the device.
 
 #pragma once
@@ -44,6 +45,8 @@ DIFFKERN_FN Rounded operator-(Rounded a) { return -a.value; }
 DIFFKERN_FN bool operator<(Rounded a, Rounded b) { return a.value < b.value; }
 DIFFKERN_FN bool operator>(Rounded a, Rounded b) { return a.value > b.value; }
 DIFFKERN_FN Rounded sqrt(Rounded a) { return __fsqrt_rn(a.value); }
+DIFFKERN_FN Rounded max(Rounded a, Rounded b) { return a.value > b.value ? a : b; }
+DIFFKERN_FN Rounded min(Rounded a, Rounded b) { return a.value < b.value ? a : b; }
 DIFFKERN_FN Rounded to_float(int32_t a) { return __int2float_rn(a); }
 DIFFKERN_FN int32_t as_int(Rounded a) { return __float_as_int(a.value); }
 DIFFKERN_FN Rounded as_float(int32_t a) { return __int_as_float(a); }

@@ -14,19 +14,31 @@ struct Words {
 
 DIFFKERN_FN uint64_t multiply_low_halves(uint64_t a, uint32_t b) { return uint64_t(uint32_t(a)) * b; }
 
-template <class W>
-DIFFKERN_FN Words<W> philox(Words<W> counter, uint64_t key) {
-  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+// The key words of the ten rounds.
+struct RoundKeys {
+  uint32_t first[10], second[10];
+};
+
+DIFFKERN_FN RoundKeys round_keys(uint64_t key) {
+  RoundKeys keys;
+  DIFFKERN_UNROLL
+  for (uint32_t round = 0; round < 10; ++round) {
+    keys.first[round] = uint32_t(key) + round * 0x9E3779B9u;
+    keys.second[round] = uint32_t(key >> 32) + round * 0xBB67AE85u;
+  }
+  return keys;
+}
+
+template <class W, class Keys>
+DIFFKERN_FN Words<W> philox(Words<W> counter, const Keys& keys) {
   auto [c0, c1, c2, c3] = counter;
   DIFFKERN_UNROLL
   for (int round = 0; round < 10; ++round) {
     W p0 = multiply_low_halves(c0, 0xD2511F53u), p1 = multiply_low_halves(c2, 0xCD9E8D57u);
-    c0 = (p1 >> 32) ^ c1 ^ k0;
-    c2 = (p0 >> 32) ^ c3 ^ k1;
+    c0 = (p1 >> 32) ^ c1 ^ keys.first[round];
+    c2 = (p0 >> 32) ^ c3 ^ keys.second[round];
     c1 = p1;
     c3 = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   return {c0, c1, c2, c3};
 }

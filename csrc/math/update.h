@@ -18,9 +18,8 @@ DIFFKERN_FN F guided(float guidance, F conditional, F unconditional) {
 // Clamped to [-limit, limit], which may be infinite; NaN stays NaN.
 template <class F>
 DIFFKERN_FN F predicted_x0(const Row& row, F x, F o, float limit) {
-  F x0 = row.p_x * x + row.p_o * o;
-  x0 = x0 < -limit ? F(F{} - limit) : x0;
-  return x0 > limit ? F(F{} + limit) : x0;
+  const F x0 = row.p_x * x + row.p_o * o;
+  return min(F(F{} + limit), max(F(F{} - limit), x0));
 }
 
 template <class F>

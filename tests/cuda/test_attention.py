@@ -109,10 +109,10 @@ def test_results_lie_in_memory_as_the_projections_have_them(attention, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [24, 136, 264])
+@pytest.mark.parametrize("d", [24, 136])
 def test_strides_change_no_bit(attention, dtype, d):
     """[N, heads, tokens, d], a projection of q, k and v in one, an expanded head: the same values, the same bits."""
-    arguments = inputs((2, 2, 66, 66, d), dtype)
+    arguments = inputs((2, 2, 18, 18, d), dtype)
     expected = attention(*arguments)
     packed = torch.stack([x.transpose(1, 2) for x in arguments], 2)  # [N, tokens, 4, heads, d]
     for laid_out in ([x.contiguous() for x in arguments], [x.transpose(1, 2) for x in packed.unbind(2)]):
@@ -143,7 +143,7 @@ def test_what_lies_around_the_tokens_is_never_used(attention, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [32, 256])
 def test_a_samples_bits_depend_neither_on_its_batch_nor_on_the_run(attention, dtype, d):
-    arguments = inputs((3, 2, 70, 70, d), dtype)
+    arguments = inputs((3, 1, 20, 70, d), dtype)
     together = attention(*arguments)
     for name, again, first in zip(NAMES, attention(*arguments), together, strict=True):
         assert torch.equal(again, first), name
