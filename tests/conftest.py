@@ -13,6 +13,7 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads leave a busy machine's cores alone
 import torch  # noqa: E402
+from interpreted import ROOT as ROOT  # noqa: E402
 from interpreted import load_interpreted  # noqa: E402
 
 # Small tensors gain nothing by more threads; a test of threads sets its own number and this one again.

@@ -190,10 +190,9 @@ def test_the_oldest_torch_is_the_same_everywhere(environment):
 # --- import ---
 
 
-def python(program: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run in ``folder``, whose packages come before all others."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True)
+def python(program: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
 
 
 def test_the_package_has_its_public_names_and_no_others():
@@ -233,18 +232,15 @@ def test_an_older_torch_at_import_gives_a_line_that_says_what_to_run():
     assert last_line(python(program)) == expected
 
 
-KERNELS_MISSING = r"ImportError: diffkern: the kernels are not built, or not anew \({}\): run pip install -e \. in .*"
-
-
-def test_missing_kernels_give_a_line_that_says_what_to_run(tmp_path):
-    shutil.copytree(ROOT / "diffkern", tmp_path / "diffkern", ignore=shutil.ignore_patterns("*.so", "models"))
-    line = last_line(python("import diffkern", tmp_path))
-    assert re.fullmatch(KERNELS_MISSING.format(".*_C.*"), line)
-
-
-def test_kernels_older_than_the_ops_give_a_line_that_says_what_to_run():
-    stale = "import sys, types; sys.modules['diffkern._C'] = types.ModuleType('diffkern._C'); import diffkern"
-    assert re.fullmatch(KERNELS_MISSING.format("operator diffkern::noise does not exist"), last_line(python(stale)))
+@pytest.mark.parametrize(
+    ("kernels", "reason"),
+    [("None", "import of diffkern._C halted.*"), ("types.ModuleType('_C')", "operator diffkern::noise does not exist")],
+    ids=["missing", "older than ops.py"],
+)
+def test_kernels_that_are_not_there_give_a_line_that_says_what_to_run(kernels, reason):
+    line = last_line(python(f"import sys, types; sys.modules['diffkern._C'] = {kernels}; import diffkern"))
+    told = rf"ImportError: diffkern: the kernels are not built, or not anew \({reason}\): run pip install -e \. in .*"
+    assert re.fullmatch(told, line)
 
 
 # --- what is shipped ---

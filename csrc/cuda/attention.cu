@@ -1,10 +1,10 @@
 // softmax(q k^T scale) v without the tokens x tokens matrix (Milakov & Gimelshein 2018; Dao 2023), on tensor cores.
 //
-// A block owns queries of one head and keeps them in shared memory; keys and values come in 64 at a time, 64 channels at
-// a time (attention.cuh). Each warp has 16 queries, or 32: it adds up their scores with 64 keys over the channels, makes
-// probabilities of them where they are, in registers, and these are the left operand of the product with the values.
-// Sums are float32, probabilities are rounded to the inputs' dtype. Up to 256 channels the warp holds its queries' whole
-// sums; beyond, two warps share 16 queries, each with half of the keys' scores and half of the channels' sums.
+// A block owns queries of one head and keeps them in shared memory; keys and values come in 64 at a time, 64 channels
+// at a time (attention.cuh). Each warp has 16 queries, or 32: it adds up their scores with 64 keys over the channels,
+// makes probabilities of them where they are, in registers, and these are the left operand of the product with the
+// values. Sums are float32, probabilities are rounded to the inputs' dtype. Up to 256 channels the warp holds its
+// queries' whole sums; beyond, two warps share 16 queries, each with half of the keys' scores and half of the channels.
 //
 // Bytes: q is read once, out and lse are written once, k and v are read once by each block, from the L2 cache but for
 // the first time. A barrier for each chunk of 8 KiB.
@@ -156,7 +156,8 @@ template <class T, bool turing>
 const char* launch(const AttentionParams& p, Stream stream) {
   return with_forward_tiling<turing>(p.queries, p.channels, [&](auto tiling) {
     using Tiling = decltype(tiling);
-    return launch_planned(attention_kernel<T, Tiling, turing>, plan_of<Tiling>(p.queries, p.samples * p.heads), p, stream);
+    const AttentionPlan plan = plan_of<Tiling>(p.queries, p.samples * p.heads);
+    return launch_planned(attention_kernel<T, Tiling, turing>, plan, p, stream);
   });
 }
 

@@ -35,7 +35,7 @@ DIFFKERN_FN Rows<T> rows_of(const HeadsView& x, int64_t sample, int64_t head, in
   return {static_cast<T*>(x.data) + sample * x.sample_stride + head * x.head_stride, x.token_stride, int(count)};
 }
 
-// Which rows of which head a block owns. Blocks of one head follow each other: its keys and values stay in the L2 cache.
+// Which rows of which head a block owns. Blocks of one head follow each other: its keys and values stay in L2.
 struct Place {
   int64_t sample, head;
   int first;

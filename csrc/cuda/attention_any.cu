@@ -1,5 +1,5 @@
-// Attention and its gradients without tensor cores: for float32, for bfloat16 on Turing, for rows that are not of aligned
-// 16-byte pieces, for any number of channels. All arithmetic is float32.
+// Attention and its gradients without tensor cores: for float32, for bfloat16 on Turing, for rows that are not of
+// aligned 16-byte pieces, for any number of channels. All arithmetic is float32.
 //
 // A block owns 64 rows of one head and adds up 64, 128, 256 or 512 channels of one sum over the tokens that they meet,
 // 64 at a time; a grid's y runs over such slices of the channels. Threads are 16 x 16: thread (y, x) has rows y + 16 i,
@@ -178,7 +178,8 @@ DIFFKERN_FN void online_softmax(Square& s, float scale, int tokens, float (&max)
 
 // s <- the weights of a gradient's sum: p, or p (dp - delta).
 template <bool kKeyRows>
-DIFFKERN_FN void gradient_weights(const AttentionParams& p, const Place& place, Square& s, const Square* dp, int first_token) {
+DIFFKERN_FN void gradient_weights(const AttentionParams& p, const Place& place, Square& s, const Square* dp,
+                                  int first_token) {
   const Thread thread;
   const int64_t of_head = (place.sample * p.heads + place.head) * p.queries;
 #pragma unroll

@@ -91,13 +91,15 @@ DIFFKERN_FN void put_all(uint32_t owned, Scores<Tiling> (&sum)[Tiling::chunks], 
 template <class T, class Tiling, bool kKeyRows>
 DIFFKERN_FN void differentiate(const AttentionParams& p) {
   extern __shared__ __align__(128) uint16_t shared[];
-  const uint32_t a_chunks = shared_address(shared), b_chunks = a_chunks + Tiling::owned, slots = a_chunks + Tiling::owned * 2;
-  const uint32_t exchange = slots + Tiling::ring * 2;
+  const uint32_t a_chunks = shared_address(shared), b_chunks = a_chunks + Tiling::owned;  // half of them, of 2 bytes
+  const uint32_t slots = a_chunks + Tiling::owned * 2, exchange = slots + Tiling::ring * 2;
   Statistics* const of_column = reinterpret_cast<Statistics*>(shared + Tiling::owned + Tiling::ring + Tiling::scores);
   const int rows = int(kKeyRows ? p.keys : p.queries), columns = int(kKeyRows ? p.queries : p.keys);
   const Place place = place_of(blockIdx.x, p.heads, rows, Tiling::rows);
   const int channels = int(p.channels);
-  const auto head = [&](const HeadsView& x, int tokens) { return rows_of<const T>(x, place.sample, place.head, tokens); };
+  const auto head = [&](const HeadsView& x, int tokens) {
+    return rows_of<const T>(x, place.sample, place.head, tokens);
+  };
 
   fetch_owned<Tiling>(a_chunks, head(kKeyRows ? p.k : p.q, rows), place.first, channels);
   fetch_owned<Tiling>(b_chunks, head(kKeyRows ? p.v : p.grad_out, rows), place.first, channels);
@@ -106,7 +108,8 @@ DIFFKERN_FN void differentiate(const AttentionParams& p) {
                                              head(kKeyRows ? p.grad_out : p.v, columns), channels);
   Statistics of_row[Tiling::row_tiles][2] = {};
   if (!kKeyRows)
-    for_each_row<Tiling>([&](int m, int row, int half) { of_row[m][half] = statistics_of(p, place, place.first + row); });
+    for_each_row<Tiling>(
+        [&](int m, int row, int half) { of_row[m][half] = statistics_of(p, place, place.first + row); });
 
   Scores<Tiling> grad_a[Tiling::chunks] = {}, grad_b[kKeyRows ? Tiling::chunks : 1] = {};
   for (int token = 0; token < columns; token += kTokens) {
@@ -153,7 +156,8 @@ DIFFKERN_FN void differentiate(const AttentionParams& p) {
 }
 
 template <class T, class Tiling, bool turing, bool kKeyRows>
-__global__ void __launch_bounds__(Tiling::threads, 1) attention_backward_kernel(const __grid_constant__ AttentionParams p) {
+__global__ void __launch_bounds__(Tiling::threads, 1)
+    attention_backward_kernel(const __grid_constant__ AttentionParams p) {
   if constexpr (turing == kTuring) differentiate<T, Tiling, kKeyRows>(p);
 }
 
@@ -161,7 +165,8 @@ template <class T, bool turing>
 const char* launch(const AttentionParams& p, Stream stream) {
   const int64_t heads = p.samples * p.heads;
   const int64_t blocks = (heads * p.queries * kDeltaLanes + kDeltaThreads - 1) / kDeltaThreads;
-  const char* error = launch_planned(delta_kernel<T>, {blocks, kDeltaThreads / kDeltaLanes, kDeltaThreads, 0}, p, stream);
+  const AttentionPlan plan = {blocks, kDeltaThreads / kDeltaLanes, kDeltaThreads, 0};
+  const char* error = launch_planned(delta_kernel<T>, plan, p, stream);
   if (error != nullptr) return error;
   return with_backward_tiling<turing>(p.channels, [&](auto tiling) {
     using Tiling = decltype(tiling);

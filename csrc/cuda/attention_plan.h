@@ -1,8 +1,8 @@
 // How attention is laid over warps, blocks and shared memory: pure functions of the sizes and the card.
 //
-// A block of threads owns some rows (queries forward, queries or keys backward), keeps their operands in shared memory and
-// meets the tokens of the other side 64 at a time. Its warps are row_warps x column_warps: those of one row share its
-// scores, and its sums lie across their registers, so that 16 rows of 512 channels fit without a spill.
+// A block of threads owns some rows (queries forward, queries or keys backward), keeps their operands in shared memory
+// and meets the tokens of the other side 64 at a time. Its warps are row_warps x column_warps: those of one row share
+// its scores, and its sums lie across their registers, so that 16 rows of 512 channels fit without a spill.
 
 #pragma once
 
@@ -36,8 +36,15 @@ struct Tiling {
   static constexpr int shared_bytes = 2 * (owned + ring + scores) + 4 * floats;
 };
 
-// Turing has 64 KiB of shared memory, the smallest card after it 99 KiB. Forward, a warp takes 32 rows where there are so
-// many: a matrix of keys or values that it reads from shared memory then serves two products.
+// Warps that an SM of sm_80 or sm_90 holds at a time, by the registers that ptxas gives them (no spill on any card):
+//
+//     channels         64   128   256   512
+//     forward           8     8     8     8     16 and 12 where there are 64 queries or fewer
+//     dk, dv            8     8     8     8
+//     dq               12    16     8     8
+//
+// Turing has 64 KiB of shared memory, the smallest card after it 99 KiB. Forward, a warp takes 32 rows where there are
+// so many: a matrix of keys or values that it reads from shared memory then serves two products.
 template <bool turing, class Run>
 auto with_forward_tiling(int64_t queries, int64_t channels, Run run) {
   if (channels <= 64) return queries > 64 ? run(Tiling<64, 4, 1, 2, 1>{}) : run(Tiling<64, 4, 1, 1, 1>{});
