@@ -30,9 +30,9 @@ DIFFKERN_FN Tile tile_of(const GroupNormSiluParams& p, const GroupNormPlan& plan
   tile.sample = sample;
   tile.chunk = int(blockIdx.x % plan.chunks);
   tile.first_pixel = int64_t(tile.chunk) * plan.chunk_pixels;
-  tile.pixels = int(min(int64_t(plan.chunk_pixels), p.pixels - tile.first_pixel));
+  tile.pixels = int(::min(int64_t(plan.chunk_pixels), p.pixels - tile.first_pixel));
   tile.first_group = int(blockIdx.x / plan.chunks) * plan.set_groups;
-  tile.groups = min(plan.set_groups, int(p.groups) - tile.first_group);
+  tile.groups = ::min(plan.set_groups, int(p.groups) - tile.first_group);
   tile.width = int(p.channels / p.groups);
   tile.first_channel = tile.first_group * tile.width;
   tile.channels = tile.groups * tile.width;
@@ -81,7 +81,7 @@ DIFFKERN_FN void for_each_column(const Tile& tile, Visit visit) {
   if (last) {
     const int columns = tile.channels / n;
     for (int panel = 0; panel < columns; panel += kThreads) {
-      const int across = min(columns - panel, kThreads), down = kThreads / across, row = thread / across;
+      const int across = ::min(columns - panel, kThreads), down = kThreads / across, row = thread / across;
       visit(Column{(panel + thread % across) * n, row < down ? row : tile.pixels, down, across});
     }
   } else {
@@ -250,7 +250,7 @@ DIFFKERN_FN void join_chunks(const GroupNormSiluParams& p, const GroupNormPlan& 
     const double* partial =
         p.partial_moments + (tile.sample * p.groups + tile.first_group + group) * plan.chunks * 2;
     auto pixels = [&](int chunk) {
-      return double(min(int64_t(plan.chunk_pixels), p.pixels - int64_t(chunk) * plan.chunk_pixels));
+      return double(::min(int64_t(plan.chunk_pixels), p.pixels - int64_t(chunk) * plan.chunk_pixels));
     };
     double mean = 0, squares = 0;
     for (int chunk = lane; chunk < plan.chunks; chunk += 32) mean += pixels(chunk) * partial[2 * chunk];
