@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -27,6 +28,7 @@
 
 #include "cpu/kernels.h"
 #include "cuda/plan.h"
+#include "math/philox.h"
 #include "math/row.h"
 #ifdef DIFFKERN_CUDA
 #include "cuda/kernels.h"
@@ -755,6 +757,22 @@ uint64_t word_hash(const std::string& function, int64_t first_run, int64_t last_
   return sum;
 }
 
+// The words of one counter, by the very function that the kernels instantiate.
+std::array<uint32_t, 4> philox_words(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
+  const auto words = philox(Words<uint64_t>{counter[0], counter[1], counter[2], counter[3]},
+                            round_keys(uint64_t(key[1]) << 32 | key[0]));
+  return {uint32_t(words.w0), uint32_t(words.w1), uint32_t(words.w2), uint32_t(words.w3)};
+}
+
+// (grid x, grid y, threads) of an elementwise op's launch.
+std::tuple<uint32_t, uint32_t, uint32_t> plan_elementwise(int64_t samples, int64_t elements, int64_t element_size) {
+  check(samples > 0 && elements > 0, "samples, elements: expected values > 0, got ", samples, " and ", elements);
+  check(element_size == 2 || element_size == 4, "element_size: expected 2 or 4, got ", element_size);
+  const int64_t vector = 16 / element_size;
+  const cuda::Plan plan = cuda::plan_elementwise(samples, (elements + vector - 1) / vector);
+  return {plan.grid_x, plan.grid_y, plan.threads};
+}
+
 }  // namespace diffkern
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -766,6 +784,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       throw std::invalid_argument(text("DIFFKERN_CPU_LEVEL: ", error, ", got '", std::getenv("DIFFKERN_CPU_LEVEL"), "'"));
     return cpu::level().name;
   });
+  module.def("philox", &philox_words, pybind11::arg("counter"), pybind11::arg("key"));
+  module.def("plan_elementwise", &plan_elementwise, pybind11::arg("samples"), pybind11::arg("elements"),
+             pybind11::arg("element_size"));
   module.def("word_hash", &word_hash, pybind11::arg("function"), pybind11::arg("first_run") = 0,
              pybind11::arg("last_run") = (int64_t(1) << 32) / kCodesPerHash,
              pybind11::call_guard<pybind11::gil_scoped_release>());
