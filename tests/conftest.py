@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from interpreted import load_interpreted  # noqa: E402
 
 # Small tensors gain nothing by more threads; a test of threads sets its own number and this one again.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+# A shell that starts the tests in the background has them ignore Ctrl-C, and the tests of Ctrl-C with them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples in every run.
 hypothesis.settings.register_profile("diffkern", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("diffkern")

@@ -17,11 +17,11 @@ CHECKS = "race"  # data races in shared memory; accesses out of bounds and unwai
 
 def load_interpreted(ptxemu: Path):
     """Build and load the ops, over the runtime in that folder: torch.ops.diffkern_emulated."""
-    build = ROOT / "build" / "emulated"
+    build, tools = ROOT / "build" / "emulated", str(Path(sys.executable).parent)
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", build],
         cwd=ROOT,
-        env=os.environ | {"DIFFKERN_CUDART": "shared"},
+        env=os.environ | {"DIFFKERN_CUDART": "shared", "PATH": tools + os.pathsep + os.environ["PATH"]},
         capture_output=True,
         text=True,
     )
