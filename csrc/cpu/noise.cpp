@@ -11,10 +11,7 @@ void noise(const NoiseParams& p, int64_t begin, int64_t end) {
     const Chunk chunk = chunk_of(item, p.elements);
     const NoiseAddress address(uint64_t(p.seeds[chunk.sample]), uint32_t(p.step[chunk.sample * p.step_stride]), p.stream);
     float* z = target(p.z, chunk, buffer);
-    for (int i = 0; i < chunk.padded(); i += kNormals) {
-      const Normals normal = normals(address, chunk.first + i);
-      for (int j = 0; j < 4; ++j) store(z + i + j * kLanes, normal.z[j]);
-    }
+    normals(address, chunk.first, chunk.padded(), z);
     commit(p.z, chunk, buffer);
   }
 }

@@ -11,19 +11,15 @@ namespace {
 // Calls visit(position, out - eps) for each register of the chunk; 0 beyond its last element.
 template <class Visit>
 DIFFKERN_FN void for_each_error(const NoiseLossParams& p, const Chunk& chunk, Visit visit) {
-  Buffer buffer;
+  Buffer buffer, eps;
   i32v lane{};
   for (int l = 0; l < kLanes; ++l) lane[l] = l;
   const uint32_t t = uint32_t(p.t[chunk.sample * p.t_stride]);
   const NoiseAddress address(uint64_t(p.seeds[chunk.sample]), t, kForwardNoising);
   const float* out = staged(p.out, chunk, buffer);
-  for (int i = 0; i < chunk.padded(); i += kNormals) {
-    const Normals eps = normals(address, chunk.first + i);
-    for (int j = 0; j < 4; ++j) {
-      const int at = i + j * kLanes;
-      visit(at, lane + at < chunk.count ? load(out + at) - eps.z[j] : f32v{});
-    }
-  }
+  normals(address, chunk.first, chunk.padded(), eps.data);
+  for (int i = 0; i < chunk.padded(); i += kLanes)
+    visit(i, lane + i < chunk.count ? load(out + i) - load(eps.data + i) : f32v{});
 }
 
 }  // namespace

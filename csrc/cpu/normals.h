@@ -1,4 +1,7 @@
-// Standard normals for a run of consecutive elements of one sample, kNormals at a time.
+// Standard normals for a run of consecutive elements of one sample.
+//
+// First the Philox words of the whole run, then the normals in their place: short loops whose rounds do not wait for
+// each other keep a processor busier than one long chain of operations for each element does.
 
 #pragma once
 
@@ -7,11 +10,34 @@
 
 namespace diffkern {
 
-constexpr int kNormals = 4 * kLanes;  // what one call makes: kLanes Philox blocks of four
-
-struct Normals {
-  f32v z[4];  // in the order of the elements
+// Registers in lockstep: Philox is one chain of multiplications, and it takes several at once to hide their latency.
+constexpr int kChains = 4;
+struct Chains {
+  u64v r[kChains];
 };
+
+template <class F>
+DIFFKERN_FN Chains each(F f) {
+  Chains result;
+#pragma GCC unroll 8
+  for (int i = 0; i < kChains; ++i) result.r[i] = f(i);
+  return result;
+}
+
+DIFFKERN_FN Chains multiply_low_halves(const Chains& a, uint32_t b) {
+  return each([&](int i) __attribute__((always_inline)) { return multiply_low_halves(a.r[i], b); });
+}
+DIFFKERN_FN Chains operator>>(const Chains& a, int bits) {
+  return each([&](int i) __attribute__((always_inline)) { return a.r[i] >> bits; });
+}
+DIFFKERN_FN Chains operator^(const Chains& a, const Chains& b) {
+  return each([&](int i) __attribute__((always_inline)) { return a.r[i] ^ b.r[i]; });
+}
+DIFFKERN_FN Chains operator^(const Chains& a, const u64v& b) {
+  return each([&](int i) __attribute__((always_inline)) { return a.r[i] ^ b; });
+}
+
+constexpr int kNormals = kChains * 2 * kLanes;  // what is made at a time: a Philox block of four in each half register
 
 // What all elements of a sample share. The round keys lie in memory as whole registers, to be operands as they are.
 struct NoiseAddress {
@@ -31,30 +57,45 @@ struct NoiseAddress {
   }
 };
 
-// Elements [first, first + kNormals) of a sample; first is a multiple of kNormals.
-DIFFKERN_FN Normals normals(const NoiseAddress& address, int64_t first) {
-  // Lane l computes block (l % 4) * (kLanes / 4) + l / 4: the transpose below then leaves the elements in order.
-  // Even and odd lanes go through Philox apart, a word in each half register, and are merged after it.
-  constexpr int kQuads = kLanes / 4;
-  u64v even, odd;
-  for (int i = 0; i < kLanes / 2; ++i) {
-    even[i] = (2 * i % 4) * kQuads + 2 * i / 4;
-    odd[i] = ((2 * i + 1) % 4) * kQuads + (2 * i + 1) / 4;
+// to[0, count): of each run of kLanes / 2 blocks a register of w0 and w2 in turn, then one of w1 and w3.
+// The order of a run's blocks is that in which box_muller leaves their elements in order.
+DIFFKERN_FN void philox_words(const NoiseAddress& address, int64_t first, int count, float* to) {
+  const uint64_t block = uint64_t(first) / 4;
+  u64v order;
+  for (int i = 0; i < kLanes / 2; ++i) order[i] = i / 2 + i % 2 * (kLanes / 4);
+  const u64v high = u64v{} + (block >> 32);
+  u64v low = order + (block & 0xFFFFFFFFu);
+  const auto all = [](u64v a) __attribute__((always_inline)) {
+    return each([&](int) __attribute__((always_inline)) { return a; });
+  };
+  for (float* const end = to + count; to < end; to += kNormals) {
+    const Chains c0 = each([&](int i) __attribute__((always_inline)) { return low + i * (kLanes / 2); });
+    low += kChains * (kLanes / 2);
+    const auto w = philox(Words<Chains>{c0, all(high), all(address.step), all(address.stream)}, address.keys);
+#pragma GCC unroll 8
+    for (int i = 0; i < kChains; ++i) {
+      store(to + 2 * i * kLanes, low_halves(w.w0.r[i], w.w2.r[i]));
+      store(to + (2 * i + 1) * kLanes, low_halves(w.w1.r[i], w.w3.r[i]));
+    }
   }
-  uint64_t block = uint64_t(first) / 4;
-  u64v high = u64v{} + (block >> 32), low = u64v{} + (block & 0xFFFFFFFFu);
-  Words<u64v> a = philox(Words<u64v>{low + even, high, address.step, address.stream}, address.keys);
-  Words<u64v> b = philox(Words<u64v>{low + odd, high, address.step, address.stream}, address.keys);
-  auto merged = [](u64v a, u64v b) __attribute__((always_inline)) { return (u32v)((a & 0xFFFFFFFFu) | (b << 32)); };
+}
 
-  f32v r0 = radius<f32v>(merged(a.w0, b.w0)), r2 = radius<f32v>(merged(a.w2, b.w2));
-  CosSin<f32v> p1 = cos_sin<f32v>(merged(a.w1, b.w1)), p3 = cos_sin<f32v>(merged(a.w3, b.w3));
-  f32v z0 = r0 * p1.cos, z1 = r0 * p1.sin, z2 = r2 * p3.cos, z3 = r2 * p3.sin;
+// The normals of words as philox_words leaves them, in place.
+DIFFKERN_FN void box_muller(float* z, int count) {
+  for (int i = 0; i < count; i += 2 * kLanes) store(z + i, radius<f32v>((u32v)load(z + i)));
+  for (int i = 0; i < count; i += 2 * kLanes) {
+    const f32v r = load(z + i);
+    const CosSin<f32v> phase = cos_sin<f32v>((u32v)load(z + i + kLanes));
+    const f32v even = r * phase.cos, odd = r * phase.sin;
+    store(z + i, unpack_low(even, odd));
+    store(z + i + kLanes, unpack_high(even, odd));
+  }
+}
 
-  f32v low01 = unpack_low(z0, z1), high01 = unpack_high(z0, z1), low23 = unpack_low(z2, z3),
-       high23 = unpack_high(z2, z3);
-  return {{unpack_low_pairs(low01, low23), unpack_high_pairs(low01, low23), unpack_low_pairs(high01, high23),
-           unpack_high_pairs(high01, high23)}};
+// z[0, count) = elements [first, first + count) of the sample's noise; both are multiples of kNormals.
+static void normals(const NoiseAddress& address, int64_t first, int count, float* z) {
+  philox_words(address, first, count, z);
+  box_muller(z, count);
 }
 
 }  // namespace diffkern

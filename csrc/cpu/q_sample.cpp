@@ -16,14 +16,8 @@ void q_sample(const QSampleParams& p, int64_t begin, int64_t end) {
     const float* x_0 = staged(p.x_0, chunk, x_0_buffer);
     float* x_t = target(p.x_t, chunk, x_t_buffer);
     float* eps = p.eps.data ? target(p.eps, chunk, eps_buffer) : eps_buffer.data;
-    for (int i = 0; i < chunk.padded(); i += kNormals) {
-      const Normals normal = normals(address, chunk.first + i);
-      for (int j = 0; j < 4; ++j) {
-        const int at = i + j * kLanes;
-        store(x_t + at, a * load(x_0 + at) + s * normal.z[j]);
-        store(eps + at, normal.z[j]);
-      }
-    }
+    normals(address, chunk.first, chunk.padded(), eps);
+    for (int i = 0; i < chunk.padded(); i += kLanes) store(x_t + i, a * load(x_0 + i) + s * load(eps + i));
     commit(p.x_t, chunk, x_t_buffer);
     if (p.eps.data) commit(p.eps, chunk, eps_buffer);
   }

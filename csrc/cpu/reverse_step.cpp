@@ -12,7 +12,7 @@ namespace {
 
 template <bool kGuided, bool kLearned>
 void steps(const ReverseStepParams& p, int64_t begin, int64_t end) {
-  Buffer x_buffer, out_buffer, uncond_buffer, variance_buffer, x_next_buffer, x0_buffer, history_buffer[kMaxHistory];
+  Buffer x_buffer, out_buffer, uncond_buffer, variance_buffer, x_next_buffer, x0_buffer, history_buffer[kMaxHistory], z;
   const float limit = p.clip ? 1.0f : __builtin_inff();
   for (int64_t item = begin; item < end; ++item) {
     const Chunk chunk = chunk_of(item, p.elements);
@@ -34,23 +34,18 @@ void steps(const ReverseStepParams& p, int64_t begin, int64_t end) {
     float* x0_hat = p.x0_hat.data ? target(p.x0_hat, chunk, x0_buffer) : x0_buffer.data;
 
     const auto update = [&]<bool kNoisy>() __attribute__((always_inline)) {
-      for (int i = 0; i < chunk.padded(); i += kNormals) {
-        Normals normal;
-        if constexpr (kNoisy) normal = normals(address, chunk.first + i);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          const int at = i + j * kLanes;
-          const f32v x_t = load(x + at);
-          f32v o = load(out + at);
-          if constexpr (kGuided) o = guided(p.guidance, o, load(uncond + at));
-          const f32v x0 = predicted_x0(row, x_t, o, limit);
-          f32v next = next_mean(row, x_t, o, x0);
-          for (int h = 0; h < p.history_count; ++h) next = next + history_k[h] * load(history[h] + at);
-          if constexpr (kNoisy && kLearned) next = next + learned_sigma(row, load(variance + at)) * normal.z[j];
-          if constexpr (kNoisy && !kLearned) next = next + row.sigma * normal.z[j];
-          store(x_next + at, next);
-          if (p.x0_hat.data) store(x0_hat + at, x0);
-        }
+      if constexpr (kNoisy) normals(address, chunk.first, chunk.padded(), z.data);
+      for (int i = 0; i < chunk.padded(); i += kLanes) {
+        const f32v x_t = load(x + i);
+        f32v o = load(out + i);
+        if constexpr (kGuided) o = guided(p.guidance, o, load(uncond + i));
+        const f32v x0 = predicted_x0(row, x_t, o, limit);
+        f32v next = next_mean(row, x_t, o, x0);
+        for (int h = 0; h < p.history_count; ++h) next = next + history_k[h] * load(history[h] + i);
+        if constexpr (kNoisy && kLearned) next = next + learned_sigma(row, load(variance + i)) * load(z.data + i);
+        if constexpr (kNoisy && !kLearned) next = next + row.sigma * load(z.data + i);
+        store(x_next + i, next);
+        if (p.x0_hat.data) store(x0_hat + i, x0);
       }
     };
     if (row.sigma != 0)

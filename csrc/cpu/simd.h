@@ -49,6 +49,7 @@ DIFFKERN_FN f32v to_float(i32v a) { return __builtin_convertvector(a, f32v); }
 DIFFKERN_FN i32v as_int(f32v a) { return (i32v)a; }
 DIFFKERN_FN f32v as_float(i32v a) { return (f32v)a; }
 
+// low_halves(a, b) holds the low halves of a's values and b's in turn.
 // load(p, count) and store(p, a, count) touch the first `count` values only; what is not loaded is 0.
 #if defined(__AVX512F__)
 
@@ -61,6 +62,9 @@ DIFFKERN_FN f32v multiply_add(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmad
 DIFFKERN_FN f32v times_power_of_2(f32v a, f32v n) { return (f32v)_mm512_scalef_ps((__m512)a, (__m512)n); }
 DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
   return (u64v)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+}
+DIFFKERN_FN f32v low_halves(u64v a, u64v b) {
+  return (f32v)_mm512_mask_moveldup_ps((__m512)a, 0xAAAA, (__m512)b);
 }
 DIFFKERN_FN f32v unpack_low(f32v a, f32v b) { return (f32v)_mm512_unpacklo_ps((__m512)a, (__m512)b); }
 DIFFKERN_FN f32v unpack_high(f32v a, f32v b) { return (f32v)_mm512_unpackhi_ps((__m512)a, (__m512)b); }
@@ -82,6 +86,9 @@ DIFFKERN_FN f32v min(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__
 DIFFKERN_FN f32v multiply_add(f32v a, f32v b, f32v c) { return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
   return (u64v)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+}
+DIFFKERN_FN f32v low_halves(u64v a, u64v b) {
+  return (f32v)_mm256_blend_ps((__m256)a, _mm256_moveldup_ps((__m256)b), 0xAA);
 }
 DIFFKERN_FN f32v unpack_low(f32v a, f32v b) { return (f32v)_mm256_unpacklo_ps((__m256)a, (__m256)b); }
 DIFFKERN_FN f32v unpack_high(f32v a, f32v b) { return (f32v)_mm256_unpackhi_ps((__m256)a, (__m256)b); }
@@ -113,6 +120,7 @@ DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
   return (a & 0xFFFFFFFFu) * uint64_t(b);
 #endif
 }
+DIFFKERN_FN f32v low_halves(u64v a, u64v b) { return (f32v)((a & 0xFFFFFFFFu) | (b << 32)); }
 DIFFKERN_FN f32v unpack_low(f32v a, f32v b) { return f32v{a[0], b[0], a[1], b[1]}; }
 DIFFKERN_FN f32v unpack_high(f32v a, f32v b) { return f32v{a[2], b[2], a[3], b[3]}; }
 DIFFKERN_FN f32v unpack_low_pairs(f32v a, f32v b) { return f32v{a[0], a[1], b[0], b[1]}; }

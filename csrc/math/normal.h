@@ -15,12 +15,12 @@ DIFFKERN_FN F radius(typename Lanes<F>::U w) {
                             0x1.5038e0p-2f, -0x1.1ea898p-2f, 0x1.3b0c5cp-2f, -0x1.1f2812p-2f};
   constexpr int32_t kTwoThirds = 0x3F2AAAAB;
   I s = I(w);
-  F x = (to_float(s ^ (s >> 31)) + 0.5f) * 0x1p-32f;  // u, or 1 - u in the upper half
-  F y = s < 0 ? 1.0f - x : x;
-  I i = as_int(y) - kTwoThirds;
+  F x = to_float(s ^ (s >> 31)) + 0.5f;  // 2^32 u, or 2^32 (1 - u) in the upper half
+  F y = s < 0 ? 0x1p32f - x : x;
+  I i = as_int(y) - (kTwoThirds + (32 << 23));
   I e = i >> 23;  // u = 2^e (1 + f)
   F f = as_float((i & 0x007FFFFF) + kTwoThirds) - 1.0f;
-  f = e == 0 ? -x : f;
+  f = e == 0 ? x * -0x1p-32f : f;
   return sqrt(((f * f) * polynomial(f, kLog) + f * -2.0f) + to_float(e) * -0x1.62e430p+0f);
 }
 
