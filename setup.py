@@ -49,7 +49,6 @@ class BuildKernels(BuildExtension):
             extension.extra_link_args += runtime
         if EMULATED:
             extension.define_macros.append(("DIFFKERN_EMULATED_CUDA", None))
-            extension.include_dirs += built["cuda_include_dirs"].split(";")
         super().build_extensions()
 
 
@@ -58,7 +57,7 @@ def build_kernels() -> dict[str, str]:
     options = {
         "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # an isolated build's is another each time
         "DIFFKERN_CUDA": os.environ.get("DIFFKERN_CUDA", "ON"),
-        "DIFFKERN_CUDA_ARCHITECTURES": os.environ.get("DIFFKERN_CUDA_ARCHITECTURES", "75;80" if EMULATED else "all"),
+        "DIFFKERN_CUDA_ARCHITECTURES": os.environ.get("DIFFKERN_CUDA_ARCHITECTURES", "all"),
         "DIFFKERN_EMULATED": "ON" if EMULATED else "OFF",
     }
     arguments = [f"-D{name}={value}" for name, value in options.items()]

@@ -12,7 +12,7 @@ STEPS, IMAGES = 20, 8
 
 
 def test_sampling(compare, monkeypatch):
-    _, config = bench_unet.NETWORKS["3.9 M parameters, 16 x 32x32"]
+    config = bench_unet.NETWORKS["small"]
     unet, schedule = bench_unet.with_random_weights(UNet(**config)), Schedule.linear()
     twin = peers.diffusers_unet(unet)
     x_T = torch.randn(IMAGES, 1, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -1,18 +1,18 @@
-"""The network's forward pass, with the same weights in diffusers' ``UNet2DModel``."""
+"""The network's forward pass by the engine, beside the other engines on the same weights (``engines.py``)."""
 
+import engines
 import peers
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffkern import optimize
 from diffkern.unet import UNet
 
 NETWORKS = {
-    "3.9 M parameters, 16 x 32x32": (
-        16,
-        dict(in_channels=1, channels=32, channel_mult=(1, 2, 4), attention_levels=(2,), groups=8, norm_eps=1e-5),
-    ),
-    "ddpm-cifar10, 35.7 M parameters, 1 x 32x32": (1, dict()),
+    "small": dict(in_channels=1, channels=32, channel_mult=(1, 2, 4), attention_levels=(2,), groups=8, norm_eps=1e-5),
+    "ddpm-cifar10": dict(),
 }
 
 
@@ -24,22 +24,28 @@ def with_random_weights(unet: UNet) -> UNet:
     return unet.eval().requires_grad_(False)
 
 
+@pytest.mark.parametrize("n", [1, 16])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_unet(compare, name):
-    n, config = NETWORKS[name]
-    unet = with_random_weights(UNet(**config))
+def test_unet(compare, tmp_path, name, n):
+    unet = with_random_weights(UNet(**NETWORKS[name]))
     twin = peers.diffusers_unet(unet)
     x = torch.randn(n, unet.config["in_channels"], 32, 32, generator=torch.Generator().manual_seed(1))
-    t = torch.linspace(0, 999, n).long()
+    t = torch.full((n,), 500)
     with FlopCounterMode(display=False) as counter:
-        twin(x, t)
+        expected = twin(x, t).sample
+    scale = expected.abs().max()
+    engine = optimize(unet)
 
-    @torch.inference_mode()
-    def ours() -> torch.Tensor:
-        return unet(x, t)
+    def close(ours: list[Tensor], others: list[Tensor]) -> None:
+        assert (others[0] - ours[0]).abs().max() < 1e-4 * scale
 
-    @torch.inference_mode()
-    def theirs() -> torch.Tensor:
-        return twin(x, t).sample
-
-    compare(f"unet {name}", ours, {"diffusers": theirs}, tolerance=1e-3, flops=counter.get_total_flops())
+    others = {name: make(twin, x, t, tmp_path) for name, make in engines.installed(n).items()}
+    low = {name: others.pop(name) for name in list(others) if "bf16" in name}  # not held to float32's error
+    compare(
+        f"unet {name}, {n} x 32x32",
+        torch.inference_mode()(lambda: engine(x, t)),
+        others,
+        unchecked=low,
+        same=close,
+        flops=counter.get_total_flops(),
+    )

@@ -85,7 +85,8 @@ def _as_tensors(result: object) -> list[Tensor]:
 
 @pytest.fixture
 def compare(benchmark, peak_flops) -> Callable[..., None]:
-    """See this module. Results are compared by ``tolerance``, or by ``same(ours, peers)`` where noise differs."""
+    """See this module. Results are compared by ``tolerance``, or by ``same(ours, peers)`` where that is no
+    measure (other noise); ``unchecked`` are peers that compute something less exact."""
 
     def compare(
         title: str,
@@ -94,6 +95,7 @@ def compare(benchmark, peak_flops) -> Callable[..., None]:
         *,
         tolerance: float = 1e-5,
         same: Callable[[object, object], None] | None = None,
+        unchecked: Mapping[str, Call] | None = None,
         elements: int | None = None,
         bytes: int | None = None,
         flops: int | None = None,
@@ -111,6 +113,7 @@ def compare(benchmark, peak_flops) -> Callable[..., None]:
             benchmark(ours)
             return
 
+        peers = {**peers, **(unchecked or {})}
         calls = {"ours": ours, **peers}
         if bytes is not None:
             calls["copy"] = _copy_of(bytes)

@@ -15,8 +15,9 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <cmath>
 #include <array>
+#include <cmath>
+#include <functional>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -27,6 +28,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cuda/attention_plan.h"
 #include "cuda/plan.h"
 #include "math/philox.h"
 #include "math/row.h"
@@ -40,7 +42,11 @@
 // For tests, the same file is built once more over a runtime that interprets CUDA kernels on the CPU: its ops have a
 // library of their own and give CPU tensors to the CUDA launchers.
 #ifdef DIFFKERN_EMULATED_CUDA
-#include <cuda_runtime_api.h>
+extern "C" {
+void* ptx_runtime_device();
+void ptx_memory_add(void* device, uint64_t address, uint64_t bytes, const char* name, int written, int readonly);
+void ptx_memory_remove(void* device, uint64_t address);
+}
 #define DIFFKERN_LIBRARY diffkern_emulated
 #else
 #define DIFFKERN_LIBRARY diffkern
@@ -137,30 +143,70 @@ void check_samples(const char* name, const Tensor& tensor) {
   check(tensor.dim() >= 2, name, ": expected [N, ...] with at least 2 dimensions, got shape ", show(sizes_of(tensor)));
 }
 
+// Dense in memory as [N, H, W, C].
+void check_channels_last(const char* name, const Tensor& tensor) {
+  check(tensor.dim() == 4, name, ": expected [N, C, H, W], got shape ", show(sizes_of(tensor)));
+  int64_t stride = 1;
+  for (int64_t d : {1, 3, 2, 0}) {
+    check(tensor.size(d) == 1 || tensor.stride(d) == stride || tensor.numel() == 0, name,
+          ": expected channels_last memory, got strides ", show({tensor.strides().begin(), tensor.strides().end()}));
+    stride *= tensor.size(d);
+  }
+}
+
+void check_image(const char* name, const Tensor& image, const Tensor& like, const Sizes& shape) {
+  check_like(name, image, like, shape);
+  check_channels_last(name, image);
+}
+
 void check_writable(const char* name, const Tensor& tensor) {
   for (int64_t d = 0; d < tensor.dim(); ++d)
     check(tensor.size(d) < 2 || tensor.stride(d) != 0, name, ": expected a tensor to write to, got an expanded one");
 }
 
+// --- programs -------------------------------------------------------------------------------------------------------
+
+// What the CPU was told to do while this was being recorded, to be done again on the same memory, which it keeps.
+struct Program {
+  std::vector<std::function<void()>> launches;
+  std::vector<Tensor> tensors;
+
+  void run() const {
+    for (const auto& launch : launches) launch();
+  }
+};
+thread_local Program* recording = nullptr;
+
 // --- memory: every pointer that a kernel gets comes from here --------------------------------------------------------
 
 #ifdef DIFFKERN_EMULATED_CUDA
-// The interpreter faults an access that lies in no memory it was lent; a launch lends it that of its op's tensors.
-struct Lent {
-  std::vector<std::pair<void*, size_t>> ranges;
+// The interpreter faults an access that lies in no memory it was lent, a read of what nobody wrote, and a write to an
+// input. A launch lends it that of its op's tensors, until the next one: so what it counted of them can be read.
+class Lent {
+ public:
+  void make(const Tensor& tensor) { unwritten_.push_back(tensor); }
+  void add(const Tensor& tensor, bool readonly) { asked_.emplace_back(tensor, readonly); }
+  void open() {
+    for (const uint64_t address : open_) ptx_memory_remove(ptx_runtime_device(), address);
+    open_.clear();
+    for (const auto& [tensor, readonly] : asked_) {
+      int64_t elements = tensor.numel() > 0;
+      for (int64_t d = 0; d < tensor.dim() && elements > 0; ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
+      if (elements == 0) continue;
+      const auto same = [data = tensor.data_ptr()](const Tensor& other) { return other.data_ptr() == data; };
+      const bool written = std::none_of(unwritten_.begin(), unwritten_.end(), same);
+      open_.push_back(reinterpret_cast<uint64_t>(tensor.data_ptr()));
+      ptx_memory_add(ptx_runtime_device(), open_.back(), elements * tensor.element_size(), "a tensor", written, readonly);
+    }
+    kept_ = std::move(asked_);
+    asked_.clear();
+    unwritten_.clear();
+  }
 
-  void add(const Tensor& tensor) {
-    int64_t elements = tensor.numel() > 0;
-    for (int64_t d = 0; d < tensor.dim() && elements > 0; ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
-    if (elements > 0) ranges.emplace_back(tensor.data_ptr(), elements * tensor.element_size());
-  }
-  void open() const {
-    for (const auto& [data, bytes] : ranges) cudaHostRegister(data, bytes, cudaHostRegisterDefault);
-  }
-  void close() {
-    for (const auto& range : ranges) cudaHostUnregister(range.first);
-    ranges.clear();
-  }
+ private:
+  std::vector<Tensor> unwritten_;
+  std::vector<std::pair<Tensor, bool>> asked_, kept_;  // kept: no other tensor gets memory that is still lent
+  std::vector<uint64_t> open_;
 };
 thread_local Lent lent;
 #endif
@@ -168,8 +214,9 @@ thread_local Lent lent;
 template <class T>
 T* memory(const Tensor& tensor) {
 #ifdef DIFFKERN_EMULATED_CUDA
-  lent.add(tensor);
+  lent.add(tensor, std::is_const_v<T>);
 #endif
+  if (recording) recording->tensors.push_back(tensor);
   if constexpr (std::is_const_v<T>)
     return static_cast<T*>(tensor.const_data_ptr());
   else
@@ -237,9 +284,18 @@ int64_t elements_of(const Tensor& tensor) {  // of one sample
   return elements;
 }
 
-Tensor empty_of(const Sizes& sizes, ScalarType dtype, const Tensor& like) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+Tensor made(const Tensor& tensor) {
+#ifdef DIFFKERN_EMULATED_CUDA
+  lent.make(tensor);
+#endif
+  return tensor;
 }
+
+Tensor empty_of(const Sizes& sizes, ScalarType dtype, const Tensor& like) {
+  return made(torch::stable::empty(sizes, dtype, std::nullopt, like.device()));
+}
+
+Tensor empty_as(const Tensor& like) { return made(torch::stable::empty_like(like)); }
 
 Tensor absent(const Tensor& like) { return empty_of({0}, like.scalar_type(), like); }
 
@@ -266,17 +322,21 @@ using CudaLauncher = std::type_identity_t<const char* (*)(const Params&, void* s
 
 template <class Params>
 void run_cpu(const Params& params, CpuKernel<Params> kernel, int64_t items, int64_t grain) {
-  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+  const auto launch = [=] {
+    torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+  };
+  if (recording) recording->launches.push_back(launch);
+  launch();
 }
 
 template <class Params>
 void run_cuda(const Tensor& where, const Params& params, CudaLauncher<Params> launch) {
+  check(!recording, "a CUDA tensor came while a program of CPU kernels was being recorded");
   check(launch != nullptr, "a CUDA tensor came, but diffkern was built without CUDA kernels: no nvcc was found");
   const char* error;
 #ifdef DIFFKERN_EMULATED_CUDA
   lent.open();
   error = launch(params, nullptr);
-  lent.close();
 #else
   const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
   error = launch(params, current_stream(where.get_device_index()));
@@ -341,8 +401,8 @@ void run_q_sample(const Tensor& x_0, const Tensor& t, const Tensor& seeds, const
 
 std::tuple<Tensor, Tensor> q_sample(const Tensor& x_0, const Tensor& t, const Tensor& seeds, const Tensor& table,
                                     bool return_eps) {
-  Tensor x_t = torch::stable::empty_like(x_0);
-  Tensor eps = return_eps ? torch::stable::empty_like(x_0) : absent(x_0);
+  Tensor x_t = empty_as(x_0);
+  Tensor eps = return_eps ? empty_as(x_0) : absent(x_0);
   run_q_sample(x_0, t, seeds, table, x_t, return_eps ? &eps : nullptr);
   return {x_t, eps};
 }
@@ -400,8 +460,8 @@ std::tuple<Tensor, Tensor> reverse_step(const Tensor& x, const Tensor& out, cons
                                         const Tensor& seeds, const std::optional<Tensor>& out_uncond, double guidance,
                                         bool clip, bool learned_variance, const std::vector<Tensor>& history,
                                         bool return_x0) {
-  Tensor x_next = torch::stable::empty_like(x);
-  Tensor x0_hat = return_x0 ? torch::stable::empty_like(x) : absent(x);
+  Tensor x_next = empty_as(x);
+  Tensor x0_hat = return_x0 ? empty_as(x) : absent(x);
   run_reverse_step(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, x_next,
                    return_x0 ? &x0_hat : nullptr);
   return {x_next, x0_hat};
@@ -454,7 +514,7 @@ Tensor noise_loss_backward(const Tensor& grad_loss, const Tensor& out, const Ten
                            const std::optional<Tensor>& weights) {
   NoiseLossParams params = noise_loss_params(out, seeds, t, weights);
   check_vector("grad_loss", grad_loss, ScalarType::Float, out.size(0), out);
-  Tensor grad_out = torch::stable::empty_like(out);
+  Tensor grad_out = empty_as(out);
   params.grad_loss = memory<const float>(grad_loss);
   params.grad_out = view_of("grad_out", grad_out);
   run_on_chunks(out, params, cpu::level().kernels.noise_loss_backward, DIFFKERN_CUDA_LAUNCHER(noise_loss_backward));
@@ -543,7 +603,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor
   GroupNormSiluParams params = group_norm_silu_params(dense, layout, weight, bias, groups, scale_shift, add, silu);
   if (residual) check_like("residual", *residual, x, sizes_of(x));
   const Tensor added = residual ? as_layout(*residual, layout) : dense;
-  Tensor y = torch::stable::empty_like(dense);
+  Tensor y = empty_as(dense);
   Tensor mean = empty_of({params.samples, groups}, ScalarType::Float, x);
   Tensor rstd = empty_of({params.samples, groups}, ScalarType::Float, x);
   params.eps = float(eps);
@@ -560,6 +620,29 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor
   return {y, mean, rstd};
 }
 
+// y and x and skip, whose channels follow those of x, are float32 and channels_last, on the CPU.
+void group_norm_silu_out(const Tensor& y, const Tensor& x, const std::optional<Tensor>& skip, const Tensor& weight,
+                         const Tensor& bias, int64_t groups, double eps, const std::optional<Tensor>& scale_shift,
+                         bool silu) {
+  check_channels_last("y", y);
+  check_dtype("y", y, ScalarType::Float);
+  const int64_t channels = y.size(1), skip_channels = skip && skip->dim() == 4 ? skip->size(1) : 0;
+  check_image("x", x, y, {y.size(0), channels - skip_channels, y.size(2), y.size(3)});
+  if (skip) check_image("skip", *skip, y, {y.size(0), skip_channels, y.size(2), y.size(3)});
+  GroupNormSiluParams params =
+      group_norm_silu_params(y, MemoryFormat::ChannelsLast, weight, bias, groups, scale_shift, std::nullopt, silu);
+  Tensor mean = empty_of({params.samples, groups}, ScalarType::Float, x);
+  Tensor rstd = empty_of({params.samples, groups}, ScalarType::Float, x);
+  params.eps = float(eps);
+  params.x = memory<const void>(x);
+  params.skip = skip ? memory<const void>(*skip) : nullptr;
+  params.skip_channels = skip_channels;
+  params.y = memory<void>(y);
+  params.mean = memory<float>(mean);
+  params.rstd = memory<float>(rstd);
+  if (y.numel() > 0) run_group_norm_silu(y, params, cpu::level().kernels.group_norm_silu, nullptr);
+}
+
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(const Tensor& grad_y, const Tensor& x, const Tensor& mean,
                                                             const Tensor& rstd, const Tensor& weight,
                                                             const Tensor& bias, int64_t groups,
@@ -570,7 +653,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(const Tensor& grad_y
   GroupNormSiluParams params = group_norm_silu_params(dense, layout, weight, bias, groups, scale_shift, add, silu);
   check_like("grad_y", grad_y, x, sizes_of(x));
   const Tensor dense_grad_y = as_layout(grad_y, layout);
-  Tensor grad_x = torch::stable::empty_like(dense);
+  Tensor grad_x = empty_as(dense);
   Tensor grad_offset = empty_of({params.samples, params.channels}, ScalarType::Float, x);
   Tensor grad_slope = empty_of({params.samples, params.channels}, ScalarType::Float, x);
   params.mean = const_cast<float*>(check_coefficients("mean", mean, {params.samples, groups}, x));
@@ -644,10 +727,9 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v) {
 // Work items a thread must have to be worth waking, of so many products each: about 10 us.
 int64_t grain(int64_t products) { return std::max(int64_t(1), 500'000 / products); }
 
-std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
-  check_attention(q, k, v);
+// out, which is as_heads, and lse
+Tensor run_attention(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
   const Tensor q_heads = as_heads(q), k_heads = as_heads(k), v_heads = as_heads(v);
-  Tensor out = empty_heads(q);
   Tensor lse = empty_of({q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q);
   AttentionParams params = attention_params(q_heads, k_heads, v_heads, scale);
   params.out = heads_view(out);
@@ -657,7 +739,23 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
             grain(2 * kAttentionBlock * params.keys * params.channels));
   else if (q.numel() > 0)
     run_cuda(q, params, DIFFKERN_CUDA_LAUNCHER(attention));
+  return lse;
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
+  check_attention(q, k, v);
+  Tensor out = empty_heads(q);
+  Tensor lse = run_attention(out, q, k, v, scale);
   return {as_dtype(out, q.scalar_type()), lse};
+}
+
+void attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
+  check_attention(q, k, v);
+  check_like("out", out, q, sizes_of(q));
+  check_dtype("out", out, heads_dtype(q));
+  check(out.stride(3) == 1, "out: expected the channels of a token together, got a stride of ", out.stride(3));
+  check_writable("out", out);
+  run_attention(out, q, k, v, scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
@@ -696,6 +794,71 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
   return {as_dtype(grad_q, dtype), as_dtype(grad_k, dtype), as_dtype(grad_v, dtype)};
 }
 
+// --- conv2d ---------------------------------------------------------------------------------------------------------
+
+ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<Tensor>& skip, const Tensor& packed,
+                         const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
+                         const std::optional<Tensor>& residual, int64_t stride, int64_t padding, bool upsample) {
+  check_channels_last("x", x);
+  check_dtype("x", x, ScalarType::Float);
+  const int64_t samples = x.size(0), height = x.size(2), width = x.size(3);
+  if (skip) check_image("skip", *skip, x, {samples, skip->dim() == 4 ? skip->size(1) : 0, height, width});
+  ConvParams params{};
+  params.channels[0] = x.size(1);
+  params.channels[1] = skip ? skip->size(1) : 0;
+
+  check(packed.dim() == 4, "packed: expected [matrices, column blocks, C, column block], got shape ",
+        show(sizes_of(packed)));
+  params.matrices = packed.size(0);
+  check(params.matrices == 1 || params.matrices == 9 || params.matrices == 16 || params.matrices == 36,
+        "packed: expected 1, 9, 16 or 36 matrices, got ", params.matrices);
+  const int64_t side = params.matrices == 1 ? 1 : 3;
+  check(stride > 0, "stride: expected a value > 0, got ", stride);
+  check(padding >= 0 && padding < side, "padding: expected a value in [0, ", side, "), got ", padding);
+  const auto out_size = [&](int64_t size) { return (size * (upsample ? 2 : 1) + stride - 1) / stride; };
+  params.out_height = out_size(height);
+  params.out_width = out_size(width);
+  params.out_channels = y.dim() == 4 ? y.size(1) : 0;
+  const Sizes out_shape = {samples, params.out_channels, params.out_height, params.out_width};
+  check_image("y", y, x, out_shape);
+  check_like("packed", packed, x, {params.matrices, params.direct_columns(), params.depth(), kDirectColumns});
+  check_contiguous("packed", packed);
+  if (bias) check_vector("bias", *bias, ScalarType::Float, params.out_channels, x);
+  if (add) {
+    check_like("add", *add, x, {samples, params.out_channels});
+    check(add->stride(1) == 1 || add->size(1) < 2 || samples == 0,
+          "add: expected the channels of a sample together, got strides ",
+          show({add->strides().begin(), add->strides().end()}));
+    params.add_stride = add->stride(0);
+  }
+  if (residual) check_image("residual", *residual, x, out_shape);
+
+  params.x[0] = memory<const float>(x);
+  params.x[1] = skip ? memory<const float>(*skip) : nullptr;
+  params.weight = memory<const float>(packed);
+  params.bias = bias ? memory<const float>(*bias) : nullptr;
+  params.add = add ? memory<const float>(*add) : nullptr;
+  params.residual = residual ? memory<const float>(*residual) : nullptr;
+  params.y = memory<float>(y);
+  params.samples = samples;
+  params.height = height;
+  params.width = width;
+  params.stride = stride;
+  params.padding = padding;
+  params.upsample = upsample;
+  return params;
+}
+
+void conv2d_out(const Tensor& y, const Tensor& x, const std::optional<Tensor>& skip, const Tensor& packed,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
+                const std::optional<Tensor>& residual, int64_t stride, int64_t padding, bool upsample) {
+  const ConvParams params = conv2d_params(y, x, skip, packed, bias, add, residual, stride, padding, upsample);
+  if (y.numel() == 0) return;
+  check(params.matrices <= 9, "packed: expected 1 or 9 matrices, got ", params.matrices);  // conv_winograd comes here
+  run_cpu(params, cpu::level().kernels.conv_direct, params.direct_items(),
+          grain(params.matrices * params.depth() * params.direct_pixels() * kDirectColumns));
+}
+
 }  // namespace
 
 // --- registration ---------------------------------------------------------------------------------------------------
@@ -715,12 +878,19 @@ STABLE_TORCH_LIBRARY(DIFFKERN_LIBRARY, library) {
       "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? scale_shift, Tensor? add, "
       "Tensor? residual, bool silu) -> (Tensor, Tensor, Tensor)");
   library.def(
+      "group_norm_silu_out(Tensor(a!) y, Tensor x, Tensor? skip, Tensor weight, Tensor bias, int groups, float eps, "
+      "Tensor? scale_shift, bool silu) -> ()");
+  library.def(
       "group_norm_silu_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, "
       "int groups, Tensor? scale_shift, Tensor? add, bool silu) -> (Tensor, Tensor, Tensor)");
   library.def("attention(Tensor q, Tensor k, Tensor v, float? scale) -> (Tensor, Tensor)");
+  library.def("attention_out(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float? scale) -> ()");
   library.def(
       "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float? scale) -> "
       "(Tensor, Tensor, Tensor)");
+  library.def(
+      "conv2d_out(Tensor(a!) y, Tensor x, Tensor? skip, Tensor packed, Tensor? bias, Tensor? add, Tensor? residual, "
+      "int stride, int padding, bool upsample) -> ()");
   library.def("noise_loss_backward(Tensor grad_loss, Tensor out, Tensor seeds, Tensor t, Tensor? weights) -> Tensor");
 }
 
@@ -736,9 +906,14 @@ STABLE_TORCH_LIBRARY(DIFFKERN_LIBRARY, library) {
   library.impl("group_norm_silu", TORCH_BOX(&group_norm_silu));         \
   library.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward)); \
   library.impl("attention", TORCH_BOX(&attention));                     \
+  library.impl("attention_out", TORCH_BOX(&attention_out));             \
   library.impl("attention_backward", TORCH_BOX(&attention_backward));
 
-STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CPU, library) { DIFFKERN_IMPLEMENT(library) }
+STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CPU, library) {
+  DIFFKERN_IMPLEMENT(library)
+  library.impl("conv2d_out", TORCH_BOX(&conv2d_out));
+  library.impl("group_norm_silu_out", TORCH_BOX(&group_norm_silu_out));
+}
 STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CUDA, library) { DIFFKERN_IMPLEMENT(library) }
 
 // --- what is no tensor op -------------------------------------------------------------------------------------------
@@ -764,13 +939,77 @@ std::array<uint32_t, 4> philox_words(const std::array<uint32_t, 4>& counter, con
   return {uint32_t(words.w0), uint32_t(words.w1), uint32_t(words.w2), uint32_t(words.w3)};
 }
 
-// (grid x, grid y, threads) of an elementwise op's launch.
-std::tuple<uint32_t, uint32_t, uint32_t> plan_elementwise(int64_t samples, int64_t elements, int64_t element_size) {
+// --- launch plans: what the CUDA launchers take, for tests and for counting -------------------------------------------
+
+struct Launch {
+  const char* kernel;
+  int64_t grid_x, grid_y;
+  int32_t threads, shared_bytes;  // shared_bytes: beside what the kernel declares
+};
+
+Launch plan_elementwise(int64_t samples, int64_t elements, int64_t element_size) {
   check(samples > 0 && elements > 0, "samples, elements: expected values > 0, got ", samples, " and ", elements);
   check(element_size == 2 || element_size == 4, "element_size: expected 2 or 4, got ", element_size);
   const int64_t vector = 16 / element_size;
   const cuda::Plan plan = cuda::plan_elementwise(samples, (elements + vector - 1) / vector);
-  return {plan.grid_x, plan.grid_y, plan.threads};
+  return {"elementwise", plan.grid_x, plan.grid_y, int32_t(plan.threads), 0};
+}
+
+Launch plan_noise_loss(int64_t samples, int64_t elements) {
+  check(samples > 0 && elements > 0, "samples, elements: expected values > 0, got ", samples, " and ", elements);
+  const cuda::Plan plan = cuda::plan_noise_loss(samples, elements);
+  return {"partial", plan.grid_x, plan.grid_y, int32_t(plan.threads), 0};
+}
+
+// Also how the work is cut: (launches, {groups of a set, channels of a set, pixels of a chunk, elements of an access}).
+std::pair<std::vector<Launch>, std::array<int32_t, 4>> plan_group_norm_silu(int64_t samples, int64_t channels,
+                                                                            int64_t groups, int64_t pixels,
+                                                                            int64_t element_size, bool channels_last) {
+  check(samples > 0 && pixels > 0, "samples, pixels: expected values > 0, got ", samples, " and ", pixels);
+  check(groups > 0 && channels > 0 && channels % groups == 0, "groups: expected a divisor of the ", channels,
+        " channels, got ", groups);
+  check(element_size == 2 || element_size == 4, "element_size: expected 2 or 4, got ", element_size);
+  GroupNormSiluParams params{};
+  params.dtype = element_size == 4 ? DType::f32 : DType::bf16;
+  params.channels_last = channels_last;
+  params.samples = samples;
+  params.channels = channels;
+  params.groups = groups;
+  params.pixels = pixels;
+  const cuda::GroupNormPlan plan = cuda::plan_group_norm(params);
+  const char* const kernels[] = {"whole", "sums", "rest"};
+  std::vector<Launch> launches;
+  for (int i = 0; i < plan.launches(); ++i)
+    launches.push_back({kernels[i + plan.launches() - 1], plan.grid_x(), plan.grid_y(samples),
+                        cuda::GroupNormPlan::kThreads, plan.shared_bytes});
+  return {launches, {plan.set_groups, plan.set_channels, plan.chunk_pixels, plan.vector}};
+}
+
+// Each launch and the rows of its blocks, for aligned rows on a card of that compute capability (80: sm_80).
+std::vector<std::pair<Launch, int32_t>> plan_attention(int64_t heads, int64_t queries, int64_t keys, int64_t channels,
+                                                       const std::string& dtype, int64_t architecture, bool backward) {
+  check(heads > 0 && queries > 0 && keys > 0 && channels > 0,
+        "heads, queries, keys, channels: expected values > 0, got ", show({heads, queries, keys, channels}));
+  check(dtype == "float32" || dtype == "bfloat16" || dtype == "float16",
+        "dtype: expected 'float32', 'bfloat16' or 'float16', got '", dtype, "'");
+  const DType type = dtype == "float32" ? DType::f32 : dtype == "bfloat16" ? DType::bf16 : DType::f16;
+  const bool pieces = cuda::whole_pieces(channels);
+  const cuda::TensorCores cores = cuda::tensor_cores_for(type, pieces, int(architecture / 10));
+  const bool any = cores == cuda::TensorCores::none;
+  std::vector<std::pair<Launch, int32_t>> launches;
+  const auto add = [&](const char* kernel, const cuda::AttentionPlan& plan) {
+    launches.push_back({{kernel, plan.blocks, plan.slices, plan.threads, plan.shared_bytes}, plan.rows});
+  };
+  if (!backward) {
+    add("out", cuda::plan_attention(cores, queries, heads, channels));
+    return launches;
+  }
+  add("delta", cuda::plan_delta(queries, heads, any ? cuda::kAnyDeltaLanes : cuda::kDeltaLanes));
+  const cuda::AttentionPlan of_keys = cuda::plan_attention_backward(cores, keys, heads, channels);
+  if (any) add("dk", of_keys);
+  add(any ? "dv" : "dk, dv", of_keys);
+  add("dq", cuda::plan_attention_backward(cores, queries, heads, channels));
+  return launches;
 }
 
 }  // namespace diffkern
@@ -784,9 +1023,32 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       throw std::invalid_argument(text("DIFFKERN_CPU_LEVEL: ", error, ", got '", std::getenv("DIFFKERN_CPU_LEVEL"), "'"));
     return cpu::level().name;
   });
+  pybind11::class_<Program>(module, "Program")
+      .def(pybind11::init<>())
+      .def("__enter__",
+           [](Program& program) {
+             check(!recording, "a program is being recorded already");
+             recording = &program;
+           })
+      .def("__exit__", [](Program&, pybind11::args) { recording = nullptr; })
+      .def("__len__", [](const Program& program) { return program.launches.size(); })
+      .def("run", &Program::run, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("philox", &philox_words, pybind11::arg("counter"), pybind11::arg("key"));
+  pybind11::class_<Launch>(module, "Launch", pybind11::module_local())
+      .def_readonly("kernel", &Launch::kernel)
+      .def_readonly("grid_x", &Launch::grid_x)
+      .def_readonly("grid_y", &Launch::grid_y)
+      .def_readonly("threads", &Launch::threads)
+      .def_readonly("shared_bytes", &Launch::shared_bytes);
   module.def("plan_elementwise", &plan_elementwise, pybind11::arg("samples"), pybind11::arg("elements"),
              pybind11::arg("element_size"));
+  module.def("plan_noise_loss", &plan_noise_loss, pybind11::arg("samples"), pybind11::arg("elements"));
+  module.def("plan_group_norm_silu", &plan_group_norm_silu, pybind11::arg("samples"), pybind11::arg("channels"),
+             pybind11::arg("groups"), pybind11::arg("pixels"), pybind11::arg("element_size"),
+             pybind11::arg("channels_last"));
+  module.def("plan_attention", &plan_attention, pybind11::arg("heads"), pybind11::arg("queries"), pybind11::arg("keys"),
+             pybind11::arg("channels"), pybind11::arg("dtype"), pybind11::arg("architecture"),
+             pybind11::arg("backward"));
   module.def("word_hash", &word_hash, pybind11::arg("function"), pybind11::arg("first_run") = 0,
              pybind11::arg("last_run") = (int64_t(1) << 32) / kCodesPerHash,
              pybind11::call_guard<pybind11::gil_scoped_release>());

@@ -106,6 +106,8 @@ inline constexpr int64_t attention_spans(int64_t keys) {
 // y = silu(norm(x + add) (1 + scale) + shift) + residual. All tensors of the shape of x have its dtype and layout.
 struct GroupNormSiluParams {
   const void* x;         // [N, C, H, W], contiguous or channels_last
+  const void* skip;       // null, or [N, skip_channels, H, W]: the last of the C channels, which x then lacks; forward
+  int64_t skip_channels;  // on the CPU, in channels_last memory
   const void* residual;  // [N, C, H, W] or null
   void* y;               // [N, C, H, W]
   DType dtype;
@@ -137,6 +139,35 @@ struct GroupNormSiluParams {
   int64_t blocks() const { return (groups + groups_per_block() - 1) / groups_per_block(); }  // a sample
 };
 constexpr int64_t kMaxGroupsPerBlock = 64;
+
+// y = conv(x) + bias + add + residual. Everything is float32 and channels_last: the channels of a pixel together.
+// What lies outside the image is 0. The weight says by its first size how it is to be used: 36 matrices are Winograd's
+// F(4x4, 3x3), 16 are F(2x2, 3x3), 9 and 1 are the taps of a 3x3 and of a 1x1 kernel.
+constexpr int64_t kDirectColumns = 64, kDirectPixels = 96;  // conv_direct's blocks: of the weight's columns, of pixels
+struct ConvParams {
+  const float* x[2];  // [N, H, W, channels[0]], [N, H, W, channels[1]]: one after the other; the second may be null
+  int64_t channels[2];
+  const float* weight;    // [matrices, column blocks, channels, column block]
+  const float* bias;      // [K] or null
+  const float* add;       // [N, K] or null, a sample apart by add_stride
+  const float* residual;  // [N, H', W', K] or null
+  float* y;               // [N, H', W', K]
+  int64_t samples, height, width, out_height, out_width, out_channels;
+  int64_t matrices, stride, padding, add_stride;  // padding: rows above and columns to the left
+  bool upsample;  // each pixel of x is four, 2x2, of the image that is convolved
+
+  int64_t depth() const { return channels[0] + channels[1]; }
+  int64_t pixels() const { return samples * out_height * out_width; }
+
+  // conv_direct's work items: a block of pixels, of all samples in a row, and a block of columns. Small maps are cut
+  // finer, to be enough for several threads.
+  int64_t direct_columns() const { return (out_channels + kDirectColumns - 1) / kDirectColumns; }
+  int64_t direct_pixels() const {
+    const int64_t share = (pixels() * direct_columns() + 7) / 8;
+    return share >= kDirectPixels ? kDirectPixels : (share + 23) / 24 * 24;  // whole tiles of 6 pixels, or of 8
+  }
+  int64_t direct_items() const { return (pixels() + direct_pixels() - 1) / direct_pixels() * direct_columns(); }
+};
 
 // Order-free hashes of a function of one word over runs of codes: the proof that every machine has the same one.
 struct WordHashParams {

@@ -12,6 +12,7 @@ except (ImportError, RuntimeError) as error:  # absent, or older than ops.py
     message = f"diffkern: the kernels are not built, or not anew ({error}): run pip install -e . in its source"
     raise ImportError(message) from None
 
+from .engine import optimize
 from .model import Model, load, save
 from .sampling import sample
 from .schedule import Schedule
@@ -27,6 +28,7 @@ __all__ = [
     "load",
     "noise",
     "noise_loss",
+    "optimize",
     "q_sample",
     "reverse_step",
     "sample",

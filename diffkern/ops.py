@@ -16,9 +16,11 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import _C  # noqa: F401  registers the ops
 from .reference import COLUMNS as COLUMNS
+from .reference import winograd
 
 _ops = torch.ops.diffkern
 
@@ -338,6 +340,11 @@ def _(q, k, v, scale):
     return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+@torch.library.register_fake("diffkern::attention_out")
+def _(out, q, k, v, scale):
+    _same_device(q, out=out, k=k, v=v)
+
+
 @torch.library.register_fake("diffkern::attention_backward")
 def _(grad_out, q, k, v, out, lse, scale):
     return _empty_heads(q), _empty_heads(k), _empty_heads(v)
@@ -356,6 +363,106 @@ def _attention_gradient(ctx, grad_out, _):
 
 
 torch.library.register_autograd("diffkern::attention", _attention_gradient, setup_context=_attention_save)
+
+# --- convolution -------------------------------------------------------------------------------------------------
+
+
+def pack_conv(weight: Tensor, *, tile: int | None = None) -> Tensor:
+    """A convolution's weight as :func:`conv2d` reads it: to be made once, in float64 and rounded once.
+
+    weight  [K, C, k, k], k of 1 or 3
+    tile    None: direct, by the taps of the kernel as they are; 4 or 2, for k = 3: by Winograd's F(4x4, 3x3) or
+            F(2x2, 3x3) (Lavin & Gray 2016), a quarter or 4/9 of the multiplications
+
+    Returns [matrices, column blocks, C, column block], the columns being the K output channels and zeros behind them.
+    """
+    _check("a tensor", Tensor, weight=weight)
+    if weight.ndim != 4 or weight.shape[2:] not in ((1, 1), (3, 3)):
+        raise RuntimeError(f"weight: expected [K, C, 3, 3] or [K, C, 1, 1], got shape {tuple(weight.shape)}")
+    if tile is not None and (tile not in (2, 4) or weight.shape[2] != 3):
+        raise ValueError(f"tile: expected None, or 2 or 4 for a 3x3 kernel, got {tile!r}")
+    columns, column_block = weight.detach().double().permute(2, 3, 1, 0).flatten(0, 1).flatten(1), 64  # [k k, C K]
+    if tile is not None:
+        _, G, _ = winograd(tile, columns)
+        columns, column_block = torch.kron(G, G) @ columns, 32
+    columns = columns.to(weight.dtype).unflatten(1, (weight.shape[1], weight.shape[0]))
+    columns = F.pad(columns, (0, -weight.shape[0] % column_block))
+    return columns.unflatten(2, (-1, column_block)).transpose(1, 2).contiguous()
+
+
+def winograd_tile(height: int, width: int, channels: int, out_channels: int) -> int | None:
+    """The ``tile`` of :func:`pack_conv` that is fastest for a 3x3 convolution of stride 1 to [height, width].
+
+    By measurement; never by the batch, so that a sample's bits are the same in any.
+    """
+    return None
+
+
+def conv2d(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_channels: int,
+    stride: int = 1,
+    padding: int = 1,
+    skip: Tensor | None = None,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    upsample: bool = False,
+) -> Tensor:
+    """conv(cat(x, skip)) + bias + add + residual in one pass: for inference on a CPU, float32, channels_last.
+
+    x             [N, C, H, W]
+    packed        the weight, by :func:`pack_conv`
+    bias          [K] or None
+    out_channels  K
+    stride        the output's size is the image's, divided by it and rounded up
+    padding       rows of zeros above and columns of zeros to the left. What the kernel reads beyond the image on the
+                  other sides is 0 too, so that stride 2 without padding pads right and below only
+    skip          [N, C', H, W]: further channels, of the up path; the weight then has C + C'
+    add           [N, K]: to every pixel (the time embedding)
+    residual      like the result: to it
+    upsample      doubles the image first, nearest neighbour
+
+    Returns [N, K, H', W'], channels_last. A sample's bits depend neither on its batch nor on the number of threads.
+    """
+    _check("a tensor", Tensor, x=x, packed=packed)
+    _check("a tensor or None", (Tensor, NoneType), bias=bias, skip=skip, add=add, residual=residual)
+    _check("an int", int, out_channels=out_channels, stride=stride, padding=padding)
+    _check("True or False", bool, upsample=upsample)
+    if stride < 1:
+        raise ValueError(f"stride: expected an int of at least 1, got {stride}")
+    if out_channels < 1:
+        raise ValueError(f"out_channels: expected an int of at least 1, got {out_channels}")
+    if x.device.type == "cuda":
+        raise RuntimeError(f"x: expected device cpu, the only one that conv2d has a kernel for, got {x.device}")
+    _without_gradient("conv2d", x=x, packed=packed, bias=bias, skip=skip, add=add, residual=residual)
+    x, skip, residual = (_channels_last(*image) for image in (("x", x), ("skip", skip), ("residual", residual)))
+    height, width = (-(-size * (2 if upsample else 1) // stride) for size in x.shape[2:])
+    y = torch.empty(
+        (x.shape[0], out_channels, height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    bias, add = (None if tensor is None else tensor.contiguous() for tensor in (bias, add))
+    _ops.conv2d_out(y, x, skip, packed, bias, add, residual, stride, padding, upsample)
+    return y
+
+
+def _channels_last(name: str, image: Tensor | None) -> Tensor | None:
+    if image is None:
+        return None
+    if image.ndim != 4:
+        raise RuntimeError(f"{name}: expected [N, C, H, W], got shape {tuple(image.shape)}")
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("diffkern::conv2d_out")
+def _(y, x, skip, packed, bias, add, residual, stride, padding, upsample):
+    _same_device(x, y=y, skip=skip, packed=packed, bias=bias, add=add, residual=residual)
+
 
 # --- group norm --------------------------------------------------------------------------------------------------
 
@@ -413,6 +520,11 @@ def _empty_like_dense(x: Tensor) -> Tensor:
 def _(x, weight, bias, groups, eps, scale_shift, add, residual, silu):
     mean, rstd = (x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2))
     return _empty_like_dense(x), mean, rstd
+
+
+@torch.library.register_fake("diffkern::group_norm_silu_out")
+def _(y, x, skip, weight, bias, groups, eps, scale_shift, silu):
+    _same_device(y, x=x, skip=skip, weight=weight, bias=bias, scale_shift=scale_shift)
 
 
 @torch.library.register_fake("diffkern::group_norm_silu_backward")

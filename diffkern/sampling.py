@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import ops
+from .engine import Engine
 from .model import Model, checked_device, load
 from .samplers import PREDICTIONS, ddim, ddpm, fold_x0
 from .schedule import Schedule, checked_float, checked_int
@@ -57,6 +58,7 @@ def sample(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    engine: bool = True,
     progress: bool = True,
     schedule: Schedule | None = None,
     prediction: str | None = None,
@@ -81,6 +83,7 @@ def sample(
     batch_size  rows of every network call, at most 16 unless given; the last batch is padded to it
     device      where to run; None is where the network is, and the CPU for a name, a file or a bare function
     dtype       torch.bfloat16 or float16 runs the network under autocast; x_t and the update stay float32
+    engine      run a U-Net on a CPU by :func:`diffkern.optimize`, which is faster and rounds otherwise
     progress    show a progress bar on stderr
     callback    called with a :class:`Step` in every step
 
@@ -89,7 +92,7 @@ def sample(
     """
     source = _resolve(model, device, schedule, prediction, shape)
     device = source.device
-    _check_options(guidance, clip, dtype, progress, callback)
+    _check_options(guidance, clip, dtype, engine, progress, callback)
     if x_T is not None:
         _check_x_T(x_T, source.shape)
     n, seeds, labels = _rows(n, seeds, labels, x_T, source.num_classes)
@@ -105,7 +108,7 @@ def sample(
     table = (table if clip else fold_x0(table)).float().to(device)
     denoise = partial(
         _denoise,
-        network=source.network,
+        network=Engine(source.network) if engine and isinstance(source.network, UNet) else source.network,
         table=table,
         timesteps=timesteps,
         guidance=guidance,
@@ -277,9 +280,9 @@ def _shape(shape: Sequence[int]) -> tuple[int, ...]:
     return shape
 
 
-def _check_options(guidance: Any, clip: Any, dtype: Any, progress: Any, callback: Any) -> None:
+def _check_options(guidance: Any, clip: Any, dtype: Any, engine: Any, progress: Any, callback: Any) -> None:
     checked_float("guidance", guidance, "a finite number", math.isfinite)
-    for name, value in (("clip", clip), ("progress", progress)):
+    for name, value in (("clip", clip), ("engine", engine), ("progress", progress)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected True or False, got {value!r}")
     if dtype not in (None, torch.bfloat16, torch.float16):

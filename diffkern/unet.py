@@ -282,21 +282,12 @@ class UNet(nn.Module):
 
         Returns [N, out_channels, H, W], twice the channels with a learned variance.
         """
-        self._check(x_t, t, labels)
-        config = self.config
-        emb = timestep_embedding(
-            t, config["channels"], flip_sin_to_cos=config["flip_sin_to_cos"], freq_shift=config["freq_shift"]
-        )
-        emb = self.time_embedding(emb.to(self.conv_in.weight.dtype))
-        num_classes = config["num_classes"]
-        if num_classes is not None:
-            labels = torch.full_like(t, -1) if labels is None else labels
-            emb = emb + self.class_embedding(torch.where(labels < 0, num_classes, labels))
-
+        self.check(x_t, t, labels)
+        emb = self.embedding(t, labels)
         x = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for level in self.down_blocks:
-            for j in range(config["blocks"]):
+            for j in range(len(level.resnets)):
                 x = level.block(j, x, emb)
                 skips.append(x)
             if level.resampler:
@@ -304,13 +295,26 @@ class UNet(nn.Module):
                 skips.append(x)
         x = self.mid_block(x, emb)
         for level in self.up_blocks:
-            for j in range(config["blocks"] + 1):
+            for j in range(len(level.resnets)):
                 x = level.block(j, torch.cat([x, skips.pop()], dim=1), emb)
             if level.resampler:
                 x = level.resample(x, emb)
         return self.conv_out(group_norm_silu(self.conv_norm_out, x))
 
-    def _check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> None:
+    def embedding(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        """What conditions the residual blocks: [N, 4 channels] of t [N] and labels [N] or None."""
+        config, num_classes = self.config, self.config["num_classes"]
+        emb = timestep_embedding(
+            t, config["channels"], flip_sin_to_cos=config["flip_sin_to_cos"], freq_shift=config["freq_shift"]
+        )
+        emb = self.time_embedding(emb.to(self.conv_in.weight.dtype))
+        if num_classes is None:
+            return emb
+        labels = torch.full_like(t, -1) if labels is None else labels
+        return emb + self.class_embedding(torch.where(labels < 0, num_classes, labels))
+
+    def check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> None:
+        """ValueError unless these are inputs of ``forward``."""
         in_channels, factor = self.config["in_channels"], 2 ** (len(self.config["channel_mult"]) - 1)
         if x_t.ndim != 4 or x_t.shape[1] != in_channels or x_t.shape[2] % factor or x_t.shape[3] % factor:
             raise ValueError(
@@ -324,3 +328,62 @@ class UNet(nn.Module):
             raise ValueError("labels: expected None, this network has no classes (num_classes is None)")
         if labels.shape != t.shape:
             raise ValueError(f"labels: expected shape {tuple(t.shape)}, got {tuple(labels.shape)}")
+
+
+DIFFUSERS_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+
+
+def from_diffusers(network: nn.Module) -> UNet:
+    """diffusers' ``UNet2DModel`` as our U-Net, with the very same parameters. Its last class becomes the null class.
+
+    Raises ValueError that names an option of it which ours has not.
+    """
+    c = network.config
+    down_of_up = tuple(kind.replace("Up", "Down") for kind in reversed(c.up_block_types))
+    resnets = {
+        kind.startswith("Resnet") or (kind.startswith("Attn") and c.downsample_type == "resnet")
+        for kind in c.down_block_types[:-1]
+    }
+    allowed = {
+        "down_block_types": all(kind in DIFFUSERS_BLOCKS for kind in c.down_block_types) and len(resnets) < 2,
+        "up_block_types": down_of_up == tuple(c.down_block_types),
+        "block_out_channels": all(width % c.block_out_channels[0] == 0 for width in c.block_out_channels),
+        "upsample_type": c.upsample_type == c.downsample_type,
+        "mid_block_type": c.mid_block_type == "UNetMidBlock2D",
+        "mid_block_scale_factor": c.mid_block_scale_factor == 1,
+        "time_embedding_type": c.time_embedding_type == "positional",
+        "center_input_sample": not c.center_input_sample,
+        "act_fn": c.act_fn in ("silu", "swish"),
+        "class_embed_type": c.class_embed_type is None,
+    }
+    for name, holds in allowed.items():
+        if not holds:
+            raise ValueError(f"{name}: expected what diffkern's UNet has, got {c[name]!r}")
+    unet = UNet(
+        c.in_channels,
+        c.out_channels,
+        channels=c.block_out_channels[0],
+        channel_mult=tuple(width // c.block_out_channels[0] for width in c.block_out_channels),
+        blocks=c.layers_per_block,
+        attention_levels=tuple(i for i, kind in enumerate(c.down_block_types) if kind.startswith("Attn")),
+        mid_attention=c.add_attention,
+        head_dim=c.attention_head_dim,
+        groups=c.norm_num_groups,
+        norm_eps=c.norm_eps,
+        dropout=c.dropout,
+        num_classes=None if c.num_class_embeds is None else c.num_class_embeds - 1,
+        scale_shift=c.resnet_time_scale_shift == "scale_shift",
+        resample_blocks=resnets == {True},
+        downsample_padding=c.downsample_padding,
+        flip_sin_to_cos=c.flip_sin_to_cos,
+        freq_shift=c.freq_shift,
+    )
+    theirs, ours = network.state_dict(keep_vars=True), unet.state_dict()
+    shapes, expected = ({(key, p.shape) for key, p in parameters.items()} for parameters in (theirs, ours))
+    if shapes != expected:
+        odd = sorted({key for key, _ in shapes ^ expected})
+        raise ValueError(f"network: expected the parameters of diffkern's UNet, got others: {', '.join(odd[:3])}")
+    for key, parameter in theirs.items():
+        module, _, name = key.rpartition(".")
+        setattr(unet.get_submodule(module), name, parameter)
+    return unet.train(network.training)

@@ -1,12 +1,10 @@
 """What all tests share: how many threads, CPU levels in processes of their own, and which tests need what."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis
@@ -15,7 +13,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads leave a busy machine's cores alone
 import torch  # noqa: E402
 from interpreted import ROOT as ROOT  # noqa: E402
-from interpreted import load_interpreted  # noqa: E402
+from interpreted import interpreter, missing  # noqa: E402
 
 # Small tensors gain nothing by more threads; a test of threads sets its own number and this one again.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -61,23 +59,20 @@ def cuda_backend(config: pytest.Config) -> tuple[str | None, str]:
         return ("gpu", "") if _C.COMPILED_CUDA_ARCHITECTURES else (None, "diffkern was built without CUDA kernels")
     if wanted == "gpu":
         return None, "there is no CUDA device"
-    if shutil.which("nvcc") is None:
-        return None, "there is neither a CUDA device nor an nvcc"
-    runtime = Path(os.environ.get("DIFFKERN_PTXEMU", "/nowhere"), "cudart", "libcudart.so.13")
-    if not runtime.exists():
-        return None, "there is no CUDA device, and DIFFKERN_PTXEMU does not name the folder of a built ptxemu"
+    if missing():
+        return None, f"there is no CUDA device, and {missing()}"
     return "ptxemu", ""
 
 
 @pytest.fixture(scope="session")
 def cuda(request: pytest.FixtureRequest) -> SimpleNamespace:
-    """``ops``: the raw ops (torch.ops.diffkern's, or their interpreted twins); ``device``: where their tensors live."""
+    """``ops``: the raw ops (torch.ops.diffkern's, or their interpreted twins); ``device``: where their tensors live;
+    ``interpreter``: None on a card."""
     from diffkern import _C  # noqa: F401  registers the ops that the interpreted ones are held against
 
     if cuda_backend(request.config)[0] == "gpu":
-        return SimpleNamespace(ops=torch.ops.diffkern, device=torch.device("cuda"))
-    ops = load_interpreted(Path(os.environ["DIFFKERN_PTXEMU"]))
-    return SimpleNamespace(ops=ops, device=torch.device("cpu"))
+        return SimpleNamespace(ops=torch.ops.diffkern, device=torch.device("cuda"), interpreter=None)
+    return SimpleNamespace(ops=interpreter().ops, device=torch.device("cpu"), interpreter=interpreter())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,33 +2,99 @@
 that interprets them and checks every access. Its ops take CPU tensors and go through the very launchers.
 """
 
+import contextlib
 import ctypes
+import functools
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[1]
-CHECKS = "race"  # data races in shared memory; accesses out of bounds and unwaited copies are always looked for
+BUILD = ROOT / "build" / "emulated"
+ARCHITECTURES = (75, 80, 90)  # a process interprets one of them: PTXEMU_SM, 80 unless given
+
+# Data races in shared and in global memory, and reads of memory that nobody wrote. That accesses are in bounds and
+# copies waited for is always looked at; copies arrive as late as they may.
+DEFAULTS = {"race": 1, "race_global": 1, "init": 1, "seed": 0, "stats": 0, "max_steps": 0}
 
 
-def load_interpreted(ptxemu: Path):
-    """Build and load the ops, over the runtime in that folder: torch.ops.diffkern_emulated."""
-    build, tools = ROOT / "build" / "emulated", str(Path(sys.executable).parent)
+class Interpreter:
+    """``ops``: torch.ops.diffkern_emulated. What the interpreter complained of and counted, and its options."""
+
+    def __init__(self, folder: Path):
+        """Build and load the ops over the runtime in that folder of a built ptxemu."""
+        build()
+        self.runtime = ctypes.CDLL(str(folder / "cudart" / "libcudart.so.13"), mode=ctypes.RTLD_GLOBAL)
+        self.runtime.ptx_runtime_device.restype = ctypes.c_void_p
+        for name in ("ptx_reports", "ptx_stats", "ptx_error"):
+            getattr(self.runtime, name).restype = ctypes.c_char_p
+        self.device = ctypes.c_void_p(self.runtime.ptx_runtime_device())
+        (self.module,) = (BUILD / "diffkern").glob("_C_emulated.*.so")
+        spec = importlib.util.spec_from_file_location("_C_emulated", self.module)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        self.ops = torch.ops.diffkern_emulated
+        self.set(**DEFAULTS)
+
+    def set(self, **options: float) -> None:
+        for name, value in options.items():
+            wrong = self.runtime.ptx_option(self.device, name.encode(), ctypes.c_double(value))
+            assert not wrong, self.runtime.ptx_error()
+
+    @contextlib.contextmanager
+    def options(self, **options: float) -> Iterator[None]:
+        """Of ptxemu, other than always here: ``seed`` shuffles warps and blocks, ``stats=1`` counts."""
+        self.set(**options)
+        try:
+            yield
+        finally:
+            self.set(**DEFAULTS)
+
+    def reports(self) -> list[dict]:
+        """What it complained of since ``clear``: each a kind, a text, a kernel and a line of the source."""
+        return json.loads(self.runtime.ptx_reports(self.device))
+
+    def stats(self) -> dict:
+        """What it counted since ``clear``, of instructions by name, and of distinct bytes by the last op."""
+        return json.loads(self.runtime.ptx_stats(self.device))
+
+    def clear(self) -> None:
+        self.runtime.ptx_clear(self.device)
+        self.runtime.cudaDeviceReset()  # a fault stops all launches after it
+
+
+def build() -> None:
+    tools = str(Path(sys.executable).parent)
+    options = {
+        "DIFFKERN_CUDART": "shared",
+        "DIFFKERN_CUDA_ARCHITECTURES": ";".join(map(str, ARCHITECTURES)),
+        "PATH": tools + os.pathsep + os.environ["PATH"],
+    }
     done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", build],
+        [sys.executable, "setup.py", "build_ext", "--build-lib", BUILD],
         cwd=ROOT,
-        env=os.environ | {"DIFFKERN_CUDART": "shared", "PATH": tools + os.pathsep + os.environ["PATH"]},
+        env=os.environ | options,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    os.environ["PTXEMU_CHECK"] = CHECKS
-    ctypes.CDLL(ptxemu / "cudart" / "libcudart.so.13", mode=ctypes.RTLD_GLOBAL)  # before a real one is looked for
-    (module,) = (build / "diffkern").glob("_C_emulated.*.so")
-    spec = importlib.util.spec_from_file_location("_C_emulated", module)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    return torch.ops.diffkern_emulated
+
+
+def missing() -> str:
+    """What the interpreter lacks here, or nothing."""
+    if shutil.which("nvcc") is None:
+        return "there is no nvcc"
+    if not Path(os.environ.get("DIFFKERN_PTXEMU", "/nowhere"), "cudart", "libcudart.so.13").exists():
+        return "DIFFKERN_PTXEMU does not name the folder of a built ptxemu"
+    return ""
+
+
+@functools.cache  # a process registers the ops once
+def interpreter() -> Interpreter:
+    return Interpreter(Path(os.environ["DIFFKERN_PTXEMU"]))

@@ -15,6 +15,7 @@ def index(*values: int) -> torch.Tensor:
 
 X = torch.zeros(2, 3, 4, 4)
 SEEDS, Q_TABLE, STEPS = [1, 2], torch.zeros(10, 2), torch.zeros(5, 9)
+PACKED = ops.pack_conv(torch.zeros(5, 3, 3, 3))
 
 GOOD = {
     ops.noise: dict(seeds=SEEDS, shape=(3, 4), step=0),
@@ -23,6 +24,20 @@ GOOD = {
     ops.reverse_step: dict(x=X, out=X, table=STEPS, step=0, seeds=SEEDS),
     ops.reverse_step_: dict(x=X.clone(), out=X, table=STEPS, step=0, seeds=SEEDS),
     ops.noise_loss: dict(out=X, seeds=SEEDS, t=0),
+    ops.pack_conv: dict(weight=torch.zeros(5, 3, 3, 3)),
+    ops.conv2d: dict(x=X, packed=PACKED, out_channels=5),
+    torch.ops.diffkern.conv2d_out: dict(
+        y=torch.empty(2, 5, 4, 4).contiguous(memory_format=torch.channels_last),
+        x=X.contiguous(memory_format=torch.channels_last),
+        skip=None,
+        packed=PACKED,
+        bias=None,
+        add=None,
+        residual=None,
+        stride=1,
+        padding=1,
+        upsample=False,
+    ),
     _C.word_hash: dict(function="radius", first_run=0, last_run=0),
 }
 
@@ -266,6 +281,98 @@ BAD = {
             dict(weights=torch.ones(2, requires_grad=True)),
             RuntimeError,
             "weights: expected no gradient through noise_loss, got a tensor that requires grad",
+        ),
+    ],
+    ops.pack_conv: [
+        (dict(weight=None), TypeError, "weight: expected a tensor, got None"),
+        (
+            dict(weight=torch.zeros(5, 3, 3)),
+            RuntimeError,
+            "weight: expected [K, C, 3, 3] or [K, C, 1, 1], got shape (5, 3, 3)",
+        ),
+        (
+            dict(weight=torch.zeros(5, 3, 3, 1)),
+            RuntimeError,
+            "weight: expected [K, C, 3, 3] or [K, C, 1, 1], got shape (5, 3, 3, 1)",
+        ),
+        (dict(tile=3), ValueError, "tile: expected None, or 2 or 4 for a 3x3 kernel, got 3"),
+        (
+            dict(weight=torch.zeros(5, 3, 1, 1), tile=4),
+            ValueError,
+            "tile: expected None, or 2 or 4 for a 3x3 kernel, got 4",
+        ),
+    ],
+    ops.conv2d: [
+        (dict(x=None), TypeError, "x: expected a tensor, got None"),
+        (dict(x=torch.zeros(2, 3, 4)), RuntimeError, "x: expected [N, C, H, W], got shape (2, 3, 4)"),
+        (dict(x=X.double()), RuntimeError, "x: expected float32, got float64"),
+        (dict(x=X.to("meta")), RuntimeError, "packed: expected device meta, got cpu"),
+        (
+            dict(x=X.clone().requires_grad_()),
+            RuntimeError,
+            "x: expected no gradient through conv2d, got a tensor that requires grad",
+        ),
+        (dict(packed=None), TypeError, "packed: expected a tensor, got None"),
+        (
+            dict(packed=torch.zeros(5, 3, 3)),
+            RuntimeError,
+            "packed: expected [matrices, column blocks, C, column block], got shape (5, 3, 3)",
+        ),
+        (dict(packed=torch.zeros(5, 3, 3, 3)), RuntimeError, "packed: expected 1, 9, 16 or 36 matrices, got 5"),
+        (
+            dict(packed=torch.zeros(9, 1, 4, 64)),
+            RuntimeError,
+            "packed: expected shape (9, 1, 3, 64), got (9, 1, 4, 64)",
+        ),
+        (dict(packed=PACKED.double()), RuntimeError, "packed: expected float32, got float64"),
+        (
+            dict(packed=PACKED.mT.contiguous().mT),
+            RuntimeError,
+            "packed: expected a contiguous tensor, got strides (192, 192, 1, 3)",
+        ),
+        (dict(out_channels=65), RuntimeError, "packed: expected shape (9, 2, 3, 64), got (9, 1, 3, 64)"),
+        (dict(out_channels=0), ValueError, "out_channels: expected an int of at least 1, got 0"),
+        (dict(out_channels=5.0), TypeError, "out_channels: expected an int, got 5.0"),
+        (dict(bias=torch.zeros(4)), RuntimeError, "bias: expected shape (5,), got (4,)"),
+        (dict(bias=torch.zeros(5).half()), RuntimeError, "bias: expected float32, got float16"),
+        (dict(bias=0.0), TypeError, "bias: expected a tensor or None, got 0.0"),
+        (dict(stride=0), ValueError, "stride: expected an int of at least 1, got 0"),
+        (dict(stride=(2, 2)), TypeError, "stride: expected an int, got (2, 2)"),
+        (dict(padding=3), RuntimeError, "padding: expected a value in [0, 3), got 3"),
+        (dict(padding=-1), RuntimeError, "padding: expected a value in [0, 3), got -1"),
+        (
+            dict(packed=ops.pack_conv(torch.zeros(5, 3, 1, 1))),
+            RuntimeError,
+            "padding: expected a value in [0, 1), got 1",
+        ),
+        (dict(padding="same"), TypeError, "padding: expected an int, got 'same'"),
+        (dict(skip=torch.zeros(2, 3, 4)), RuntimeError, "skip: expected [N, C, H, W], got shape (2, 3, 4)"),
+        (dict(skip=torch.zeros(2, 7, 4, 5)), RuntimeError, "skip: expected shape (2, 7, 4, 4), got (2, 7, 4, 5)"),
+        (dict(skip=X), RuntimeError, "packed: expected shape (9, 1, 6, 64), got (9, 1, 3, 64)"),
+        (dict(skip=X.half()), RuntimeError, "skip: expected float32, got float16"),
+        (dict(add=torch.zeros(5)), RuntimeError, "add: expected shape (2, 5), got (5,)"),
+        (dict(add=torch.zeros(1, 5)), RuntimeError, "add: expected shape (2, 5), got (1, 5)"),
+        (dict(residual=X), RuntimeError, "residual: expected shape (2, 5, 4, 4), got (2, 3, 4, 4)"),
+        (dict(residual=True), TypeError, "residual: expected a tensor or None, got True"),
+        (dict(upsample=2), TypeError, "upsample: expected True or False, got 2"),
+    ],
+    torch.ops.diffkern.conv2d_out: [
+        (dict(x=X), RuntimeError, "x: expected channels_last memory, got strides (48, 16, 4, 1)"),
+        (
+            dict(y=torch.empty(2, 5, 4, 4)),
+            RuntimeError,
+            "y: expected channels_last memory, got strides (80, 16, 4, 1)",
+        ),
+        (
+            dict(y=torch.empty(2, 5, 3, 4).contiguous(memory_format=torch.channels_last)),
+            RuntimeError,
+            "y: expected shape (2, 5, 4, 4), got (2, 5, 3, 4)",
+        ),
+        (dict(stride=0), RuntimeError, "stride: expected a value > 0, got 0"),
+        (
+            dict(add=torch.zeros(2, 10)[:, ::2]),
+            RuntimeError,
+            "add: expected the channels of a sample together, got strides (10, 2)",
         ),
     ],
     _C.word_hash: [

@@ -14,10 +14,10 @@ constexpr int kTileRegisters = kLanes == 16 ? 4 : 2;  // and of 6 x 2 where ther
 constexpr int kTileColumns = kTileRegisters * kLanes;
 constexpr int kPrefetch = 6;  // rows of B ahead, about 70 cycles
 
-// C = after (before C + A B), or C = after A B
+// C = after (before C + bias + A B), or C = after (bias + A B). A may be cut into parts along the depth, each row of which lies anywhere.
 struct Product {
-  int64_t rows, columns, depth;
-  const float* a;  // [rows, depth]
+  int64_t rows, columns, depth;  // depth: of a part
+  const float* a;                // [rows, depth]
   int64_t a_row, a_depth;
   const float* b;  // [depth, columns]
   int64_t b_depth;
@@ -26,31 +26,48 @@ struct Product {
   bool add;                       // or C is not read
   const float* before = nullptr;  // [rows], or null: 1
   const float* after = nullptr;   // [rows], or null: 1
+  const float* bias = nullptr;    // [columns], or null: 0
+
+  int64_t parts = 1;
+  const float* const* a_rows = nullptr;  // [parts, rows], instead of a and a_row
+  int64_t b_part = 0;                    // from a part of B to the next
+
+  const float* row_of_a(int64_t part, int64_t row) const { return a_rows ? a_rows[part * rows + row] : a + row * a_row; }
 };
 
-// The tile at c; its last register holds `last` columns, kLanes of them if it is whole.
+// The tile of C at (row, column); its last register holds `last` columns, kLanes of them if it is whole.
 template <int rows, int registers, bool whole>
-static void multiply_tile(const Product& p, const float* a, const float* b, float* c, int64_t row, int last) {
+static void multiply_tile(const Product& p, int64_t row, int64_t column, int last) {
   const auto load_b = [&](const float* from, int v) __attribute__((always_inline)) {
     return whole || v < registers - 1 ? load(from + v * kLanes) : load(from + v * kLanes, last);
   };
-  f32v sum[rows][registers] = {};
-  const int64_t a_row = p.a_row, a_depth = p.a_depth, b_depth = p.b_depth;
-  for (int64_t k = p.depth; k > 0; --k) {
-    f32v b_k[registers];
+  f32v sum[rows][registers];
 #pragma GCC unroll 4
-    for (int v = 0; v < registers; ++v) b_k[v] = load_b(b, v);
+  for (int v = 0; v < registers; ++v) {
+    sum[0][v] = p.bias ? load_b(p.bias + column, v) : f32v{};
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; ++r) {
-      const f32v a_rk = broadcast(a[r * a_row]);
-#pragma GCC unroll 4
-      for (int v = 0; v < registers; ++v) sum[r][v] = multiply_add(a_rk, b_k[v], sum[r][v]);
-    }
-    for (int v = 0; v < registers; ++v)  // rows of B may be pages apart: no processor foresees them
-      __builtin_prefetch(b + kPrefetch * b_depth + v * kLanes);
-    a += a_depth;
-    b += b_depth;
+    for (int r = 1; r < rows; ++r) sum[r][v] = sum[0][v];
   }
+  const int64_t a_end = p.depth * p.a_depth, a_depth = p.a_depth, b_depth = p.b_depth;
+  for (int64_t part = 0; part < p.parts; ++part) {
+    const float *a[rows], *b = p.b + part * p.b_part + column;
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) a[r] = p.row_of_a(part, row + r);
+    for (int64_t k = 0; k < a_end; k += a_depth, b += b_depth) {
+      f32v b_k[registers];
+#pragma GCC unroll 4
+      for (int v = 0; v < registers; ++v) b_k[v] = load_b(b, v);
+#pragma GCC unroll 6
+      for (int r = 0; r < rows; ++r) {
+        const f32v a_rk = broadcast(a[r][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < registers; ++v) sum[r][v] = multiply_add(a_rk, b_k[v], sum[r][v]);
+      }
+      for (int v = 0; v < registers; ++v)  // rows of B may be pages apart: no processor foresees them
+        __builtin_prefetch(b + kPrefetch * b_depth + v * kLanes);
+    }
+  }
+  float* c = p.c + row * p.c_row + column;
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r, c += p.c_row) {
     const f32v before = broadcast(p.before ? p.before[row + r] : 1.0f);
@@ -73,8 +90,7 @@ template <int registers, bool whole>
 static void multiply_panel(const Product& p, int64_t column, int last) {
   const auto tiles = [&]<int rows>(int64_t row) __attribute__((always_inline)) {
     for (; row + rows <= p.rows; row += rows)
-      multiply_tile<rows, registers, whole>(p, p.a + row * p.a_row, p.b + column, p.c + row * p.c_row + column, row,
-                                            last);
+      multiply_tile<rows, registers, whole>(p, row, column, last);
     return row;
   };
   int64_t row = tiles.template operator()<kTileRows>(0);
@@ -105,8 +121,8 @@ static void multiply(const Product& p) {
 DIFFKERN_FN int64_t whole_registers(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
 // columns[c][r] = scale rows[r][c]. Written are whole registers both ways: rows beyond the last repeat it.
-static void transpose(const float* rows, int64_t row_stride, int64_t count, int64_t depth, float scale, float* columns,
-                      int64_t width) {
+static inline void transpose(const float* rows, int64_t row_stride, int64_t count, int64_t depth, float scale,
+                             float* columns, int64_t width) {
   for (int64_t c = 0; c < depth; c += kLanes, columns += kLanes * width)
     for (int64_t r = 0; r < whole_registers(count); r += 4) {
       f32v x[4];

@@ -32,6 +32,13 @@ Block block_of(const GroupNormSiluParams& p, int64_t item) {
 struct Tile {
   int64_t offset, rows, stride;  // in elements
   int64_t channel;               // of the first lane
+  const void* source;            // where x is read: x itself, or skip
+  int64_t source_offset, source_stride;
+
+  template <class T>
+  const T* x() const {
+    return static_cast<const T*>(source) + source_offset;
+  }
 };
 
 // How a row is read and written: n whole registers, or the first lanes of one.
@@ -77,6 +84,7 @@ DIFFKERN_FN void cut(Tile tile, int64_t width, bool across_channels, Visit visit
   auto visit_next = [&](auto row) {
     visit(tile, row);
     tile.offset += row.lanes;
+    tile.source_offset += row.lanes;
     tile.channel += across_channels ? row.lanes : 0;
     width -= row.lanes;
   };
@@ -88,14 +96,24 @@ DIFFKERN_FN void cut(Tile tile, int64_t width, bool across_channels, Visit visit
 
 template <class Visit>
 DIFFKERN_FN void for_each_tile(const GroupNormSiluParams& p, const Block& block, Visit visit) {
-  const int64_t first = block.first_group * block.width, channels = block.groups * block.width;
+  const int64_t first = block.first_group * block.width, end = first + block.groups * block.width;
   const int64_t sample = block.sample * p.channels * p.pixels;
-  if (p.channels_last) return cut({sample + first, p.pixels, p.channels, first}, channels, true, visit);
+  if (p.channels_last) {
+    const auto cut_source = [&](const void* source, int64_t of_all, int64_t of_source, int64_t begin, int64_t end) {
+      const int64_t offset = block.sample * of_source * p.pixels + begin - of_all;  // its channels begin at of_all
+      if (begin < end)
+        cut({sample + begin, p.pixels, p.channels, begin, source, offset, of_source}, end - begin, true, visit);
+    };
+    const int64_t own = p.channels - p.skip_channels;
+    cut_source(p.x, 0, own, first, end < own ? end : own);
+    cut_source(p.skip, own, p.skip_channels, first > own ? first : own, end);
+    return;
+  }
   const int64_t rows = p.pixels / kWidth;
-  for (int64_t c = first; c < first + channels; ++c) {
-    const int64_t offset = sample + c * p.pixels;
-    if (rows > 0) visit(Tile{offset, rows, kWidth, c}, Whole<4>{});
-    cut({offset + rows * kWidth, 1, 0, c}, p.pixels % kWidth, false, visit);
+  for (int64_t c = first; c < end; ++c) {
+    const int64_t offset = sample + c * p.pixels, rest = offset + rows * kWidth;
+    if (rows > 0) visit(Tile{offset, rows, kWidth, c, p.x, offset, kWidth}, Whole<4>{});
+    cut({rest, 1, 0, c, p.x, rest, 0}, p.pixels % kWidth, false, visit);
   }
 }
 
@@ -158,13 +176,13 @@ template <class T, class Row, int n = Row::registers>
 void add_pixels(const T* x, const Tile& tile, const Row& row, double add, Moments& group) {
   for (int64_t first = 0; first < tile.rows; first += kRun) {
     const int64_t rows = tile.rows - first < kRun ? tile.rows - first : kRun;
-    const T* run = x + first * tile.stride;
+    const T* run = x + first * tile.source_stride;
     const double count = double(rows * row.lanes);
     f32v pivot[n]{};
     double near = group.mean - add;
-    if (group.count == 0) near = total(sum_run(run, rows, tile.stride, row, pivot).first) / count;
+    if (group.count == 0) near = total(sum_run(run, rows, tile.source_stride, row, pivot).first) / count;
     for (int v = 0; v < n; ++v) pivot[v] = broadcast(float(near));
-    const Sums<n> sums = sum_run(run, rows, tile.stride, row, pivot);
+    const Sums<n> sums = sum_run(run, rows, tile.source_stride, row, pivot);
     const double distance = total(sums.first), offset = distance / count;
     group.join(count, float(near) + add + offset, total(sums.second) - distance * offset);
   }
@@ -177,14 +195,14 @@ void add_channels(const T* x, const Tile& tile, const Row& row, const GroupNormS
   constexpr int lanes = n * kLanes;
   int64_t rows = tile.rows < kRun ? tile.rows : kRun;
   f32v pivot[n]{};
-  const Sums<n> own = sum_run(x, rows, tile.stride, row, pivot);
+  const Sums<n> own = sum_run(x, rows, tile.source_stride, row, pivot);
   for (int v = 0; v < n; ++v) pivot[v] = own.first[v] * float(1.0 / double(rows));
 
   double mean[lanes] = {}, squares[lanes] = {};
   float near[lanes], distance[lanes], square[lanes];
   for (int64_t first = 0; first < tile.rows; first += rows) {
     if (rows > tile.rows - first) rows = tile.rows - first;
-    const Sums<n> sums = sum_run(x + first * tile.stride, rows, tile.stride, row, pivot);
+    const Sums<n> sums = sum_run(x + first * tile.source_stride, rows, tile.source_stride, row, pivot);
     for (int v = 0; v < n; ++v) {
       store(near + v * kLanes, pivot[v]);
       store(distance + v * kLanes, sums.first[v]);
@@ -252,14 +270,14 @@ template <class T, class Row, int n = Row::registers>
 void normalise(const GroupNormSiluParams& p, const Tile& tile, const Row& row,
                            const Spread<3, n>& coefficients) {
   const auto& [center, slope, offset] = coefficients.of;
-  const T* x = static_cast<const T*>(p.x) + tile.offset;
+  const T* x = tile.template x<T>();
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + tile.offset : nullptr;
   T* y = static_cast<T*>(p.y) + tile.offset;
   const bool activate = p.silu;
   for (int64_t r = 0; r < tile.rows; ++r)
     for (int v = 0; v < n; ++v) {
       const int64_t i = r * tile.stride + v * kLanes;
-      f32v z = multiply_add(row.get(x + i) - center[v], slope[v], offset[v]);
+      f32v z = multiply_add(row.get(x + r * tile.source_stride + v * kLanes) - center[v], slope[v], offset[v]);
       if (activate) z = silu(z);
       if (residual) z = z + row.get(residual + i);
       row.put(y + i, z);
@@ -270,7 +288,7 @@ template <class T>
 void forward(const GroupNormSiluParams& p, const Block& block) {
   Moments groups[kMaxGroupsPerBlock];
   for_each_tile(p, block, [&](const Tile& tile, const auto& row) {
-    const T* x = static_cast<const T*>(p.x) + tile.offset;
+    const T* x = tile.template x<T>();
     if (p.channels_last)
       add_channels(x, tile, row, p, block, groups);
     else
@@ -311,7 +329,7 @@ template <class T, class Row, int n = Row::registers>
 void add_gradients(const GroupNormSiluParams& p, const Tile& tile, const Row& row, int64_t sample,
                    const Spread<3, n>& coefficients) {
   const auto& [center, slope, offset] = coefficients.of;
-  const T* x = static_cast<const T*>(p.x) + tile.offset;
+  const T* x = tile.template x<T>();
   const T* grad_y = static_cast<const T*>(p.grad_y) + tile.offset;
   const bool activate = p.silu;
   double first_total[n * kLanes] = {}, second_total[n * kLanes] = {};
@@ -345,7 +363,7 @@ template <class T, class Row, int n = Row::registers>
 void write_gradient(const GroupNormSiluParams& p, const Tile& tile, const Row& row,
                     const Spread<5, n>& coefficients) {
   const auto& [center, slope, offset, by_distance, constant] = coefficients.of;
-  const T* x = static_cast<const T*>(p.x) + tile.offset;
+  const T* x = tile.template x<T>();
   const T* grad_y = static_cast<const T*>(p.grad_y) + tile.offset;
   T* grad_x = static_cast<T*>(p.grad_x) + tile.offset;
   const bool activate = p.silu;

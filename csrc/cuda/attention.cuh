@@ -19,7 +19,6 @@ namespace diffkern::cuda {
 const char* attention_any(const AttentionParams&, Stream);
 const char* attention_backward_any(const AttentionParams&, Stream);
 
-constexpr int kPiece = 8;                             // 16-bit values in 16 bytes
 constexpr int kChunkBytes = kTokens * kChannels * 2;  // of 64 tokens
 
 // The tokens of one head.
@@ -260,31 +259,28 @@ DIFFKERN_FN float infinity() { return __int_as_float(0x7F800000); }
 
 // Whether all rows are of aligned 16-byte pieces, as the copies are.
 inline bool in_pieces(int64_t channels, std::initializer_list<HeadsView> views) {
-  bool holds = channels % kPiece == 0 && channels <= kMaxChannels;
+  bool holds = whole_pieces(channels);
   for (const HeadsView& x : views)
     holds = holds && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.sample_stride % kPiece == 0 &&
             x.head_stride % kPiece == 0 && x.token_stride % kPiece == 0;
   return holds;
 }
 
-enum class TensorCores { none, bf16, f16, f16_turing };
-
-// What the current device has for 16-bit rows.
+// Of the current device.
 inline TensorCores tensor_cores_for(DType dtype, bool pieces) {
   int device = 0, major = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (!pieces || dtype == DType::f32) return TensorCores::none;
-  if (major < 8) return dtype == DType::f16 ? TensorCores::f16_turing : TensorCores::none;
-  return dtype == DType::f16 ? TensorCores::f16 : TensorCores::bf16;
+  return tensor_cores_for(dtype, pieces, major);
 }
 
 // Launches a kernel, which may want more shared memory than the 48 KiB that need no asking for.
 inline const char* launch_planned(void (*kernel)(AttentionParams), const AttentionPlan& plan, const AttentionParams& p,
                                   Stream stream) {
-  if (plan.blocks > INT32_MAX) return "attention: more blocks of tokens than one launch can have";
+  if (plan.blocks > INT32_MAX || plan.slices > 65535) return "attention: more blocks than one launch can have";
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
-  kernel<<<uint32_t(plan.blocks), plan.threads, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(p);
+  const dim3 grid(uint32_t(plan.blocks), uint32_t(plan.slices));
+  kernel<<<grid, plan.threads, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(p);
   return launch_error();
 }
 

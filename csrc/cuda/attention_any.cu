@@ -20,7 +20,8 @@ namespace diffkern::cuda {
 
 namespace {
 
-constexpr int kSide = 16, kThreads = kSide * kSide, kPer = 4;  // threads along a side, and rows or tokens of each
+constexpr int kSide = 16, kThreads = kAnyThreads, kPer = 4;  // threads along a side, and rows or tokens of each
+static_assert(kThreads == kSide * kSide && kTokens == kSide * kPer);
 constexpr int kDepth = 32, kDepthPitch = kDepth + 4, kTokenPitch = kTokens + 16, kChannelPitch = kChannels + 4;
 
 enum class Sum { out, grad_q, grad_k, grad_v };
@@ -265,8 +266,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_any_kernel(const __grid
 }
 
 // delta = grad_out . out of each query, a warp a query.
-__global__ void __launch_bounds__(kThreads) delta_any_kernel(const __grid_constant__ AttentionParams p) {
-  const int64_t item = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
+__global__ void __launch_bounds__(kDeltaThreads) delta_any_kernel(const __grid_constant__ AttentionParams p) {
+  const int64_t item = (int64_t(blockIdx.x) * kDeltaThreads + threadIdx.x) / kAnyDeltaLanes;
   if (item >= p.samples * p.heads * p.queries) return;  // a whole warp
   const int64_t head = item / p.queries;
   const auto rows = [&](const HeadsView& x) {
@@ -282,23 +283,13 @@ __global__ void __launch_bounds__(kThreads) delta_any_kernel(const __grid_consta
   if (threadIdx.x % 32 == 0) p.delta[item] = sum;
 }
 
-template <Sum sum, int width>
-const char* launch(const AttentionParams& p, Stream stream) {
-  const int64_t rows = sum == Sum::out || sum == Sum::grad_q ? p.queries : p.keys;
-  const int64_t blocks = (rows + kTokens - 1) / kTokens * p.samples * p.heads;
-  const int64_t slices = (p.channels + width - 1) / width;
-  if (blocks > INT32_MAX || slices > 65535) return "attention: more blocks of tokens than one launch can have";
-  attention_any_kernel<width, sum><<<dim3(uint32_t(blocks), uint32_t(slices)), kThreads, 0,
-                                     static_cast<cudaStream_t>(stream)>>>(p);
-  return launch_error();
-}
-
 template <Sum sum>
 const char* launch(const AttentionParams& p, Stream stream) {
-  if (p.channels <= 64) return launch<sum, 64>(p, stream);
-  if (p.channels <= 128) return launch<sum, 128>(p, stream);
-  if (p.channels <= 256) return launch<sum, 256>(p, stream);
-  return launch<sum, 512>(p, stream);
+  const int64_t rows = sum == Sum::out || sum == Sum::grad_q ? p.queries : p.keys;
+  const AttentionPlan plan = plan_attention_any(rows, p.samples * p.heads, p.channels);
+  return with_slice_width(p.channels, [&](auto slice) {
+    return launch_planned(attention_any_kernel<decltype(slice)::value, sum>, plan, p, stream);
+  });
 }
 
 }  // namespace
@@ -306,8 +297,8 @@ const char* launch(const AttentionParams& p, Stream stream) {
 const char* attention_any(const AttentionParams& p, Stream stream) { return launch<Sum::out>(p, stream); }
 
 const char* attention_backward_any(const AttentionParams& p, Stream stream) {
-  const int64_t blocks = (p.samples * p.heads * p.queries * 32 + kThreads - 1) / kThreads;
-  const char* error = launch_planned(delta_any_kernel, {blocks, kThreads / 32, kThreads, 0}, p, stream);
+  const AttentionPlan plan = plan_delta(p.queries, p.samples * p.heads, kAnyDeltaLanes);
+  const char* error = launch_planned(delta_any_kernel, plan, p, stream);
   if (error == nullptr) error = launch<Sum::grad_q>(p, stream);
   if (error == nullptr) error = launch<Sum::grad_k>(p, stream);
   if (error == nullptr) error = launch<Sum::grad_v>(p, stream);

@@ -22,8 +22,6 @@ namespace diffkern::cuda {
 
 namespace {
 
-constexpr int kDeltaThreads = 256, kDeltaLanes = 8;  // of a block, of a query
-
 template <class T>
 __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(const __grid_constant__ AttentionParams p) {
   const int64_t row = (int64_t(blockIdx.x) * kDeltaThreads + threadIdx.x) / kDeltaLanes;
@@ -164,9 +162,7 @@ __global__ void __launch_bounds__(Tiling::threads, 1)
 template <class T, bool turing>
 const char* launch(const AttentionParams& p, Stream stream) {
   const int64_t heads = p.samples * p.heads;
-  const int64_t blocks = (heads * p.queries * kDeltaLanes + kDeltaThreads - 1) / kDeltaThreads;
-  const AttentionPlan plan = {blocks, kDeltaThreads / kDeltaLanes, kDeltaThreads, 0};
-  const char* error = launch_planned(delta_kernel<T>, plan, p, stream);
+  const char* error = launch_planned(delta_kernel<T>, plan_delta(p.queries, heads, kDeltaLanes), p, stream);
   if (error != nullptr) return error;
   return with_backward_tiling<turing>(p.channels, [&](auto tiling) {
     using Tiling = decltype(tiling);

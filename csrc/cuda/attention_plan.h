@@ -7,6 +7,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+
+#include "../ops.h"
 
 namespace diffkern::cuda {
 
@@ -14,6 +17,8 @@ constexpr int kTokens = 64;    // that a block meets at a time
 constexpr int kChannels = 64;  // that a chunk in shared memory is wide: 128 bytes, so that a row is every bank once
 constexpr int kAhead = 2;      // chunks on their way while one is in use
 constexpr int kMaxChannels = 512;
+constexpr int kPiece = 8;  // 16-bit values in 16 bytes
+constexpr bool whole_pieces(int64_t channels) { return channels % kPiece == 0 && channels <= kMaxChannels; }
 
 // owners: operands of a block's own rows that it keeps, q forward, two backward.
 template <int width_, int row_warps_, int column_warps_, int row_tiles_, int owners_>
@@ -61,28 +66,63 @@ auto with_backward_tiling(int64_t channels, Run run) {
   return run(Tiling<512, turing ? 1 : 2, 4, 1, 2>{});
 }
 
+// Without tensor cores a block has 64 rows, and so many channels of their sums: the blocks along y share the channels.
+template <class Run>
+auto with_slice_width(int64_t channels, Run run) {
+  if (channels <= 64) return run(std::integral_constant<int, 64>{});
+  if (channels <= 128) return run(std::integral_constant<int, 128>{});
+  if (channels <= 256) return run(std::integral_constant<int, 256>{});
+  return run(std::integral_constant<int, 512>{});
+}
+
+constexpr int kAnyThreads = 256, kDeltaThreads = 256;
+constexpr int kDeltaLanes = 8, kAnyDeltaLanes = 32;  // of a query: grad_out . out
+
 struct AttentionPlan {
-  int64_t blocks;
+  int64_t blocks, slices;               // along x and y
   int32_t rows, threads, shared_bytes;  // of a block
 };
 
-// heads: of all samples
+// heads: of all samples. tokens: the rows', queries forward and for their gradient, keys for theirs
+inline int64_t row_blocks(int64_t tokens, int64_t heads, int64_t rows) { return (tokens + rows - 1) / rows * heads; }
+
 template <class Tiling>
 AttentionPlan plan_of(int64_t tokens, int64_t heads) {
-  return {(tokens + Tiling::rows - 1) / Tiling::rows * heads, Tiling::rows, Tiling::threads, Tiling::shared_bytes};
+  return {row_blocks(tokens, heads, Tiling::rows), 1, Tiling::rows, Tiling::threads, Tiling::shared_bytes};
 }
 
-template <bool turing>
-AttentionPlan plan_attention(int64_t queries, int64_t heads, int64_t channels) {
-  return with_forward_tiling<turing>(queries, channels, [&](auto tiling) {
-    return plan_of<decltype(tiling)>(queries, heads);
-  });
+inline AttentionPlan plan_attention_any(int64_t tokens, int64_t heads, int64_t channels) {
+  const int64_t width = with_slice_width(channels, [](auto slice) { return int64_t(decltype(slice)::value); });
+  return {row_blocks(tokens, heads, kTokens), (channels + width - 1) / width, kTokens, kAnyThreads, 0};
 }
 
-// tokens: the rows', keys for their gradients and queries for theirs
-template <bool turing>
-AttentionPlan plan_attention_backward(int64_t tokens, int64_t heads, int64_t channels) {
-  return with_backward_tiling<turing>(channels, [&](auto tiling) { return plan_of<decltype(tiling)>(tokens, heads); });
+inline AttentionPlan plan_delta(int64_t queries, int64_t heads, int lanes) {
+  const int rows = kDeltaThreads / lanes;
+  return {row_blocks(queries * heads, 1, rows), 1, rows, kDeltaThreads, 0};
+}
+
+enum class TensorCores { none, bf16, f16, f16_turing };
+
+// What a card of that major compute capability has for such rows; pieces: they are of aligned 16-byte pieces.
+inline TensorCores tensor_cores_for(DType dtype, bool pieces, int major) {
+  if (!pieces || dtype == DType::f32) return TensorCores::none;
+  if (major < 8) return dtype == DType::f16 ? TensorCores::f16_turing : TensorCores::none;
+  return dtype == DType::f16 ? TensorCores::f16 : TensorCores::bf16;
+}
+
+inline AttentionPlan plan_attention(TensorCores cores, int64_t queries, int64_t heads, int64_t channels) {
+  const auto plan = [&](auto tiling) { return plan_of<decltype(tiling)>(queries, heads); };
+  if (cores == TensorCores::none) return plan_attention_any(queries, heads, channels);
+  if (cores == TensorCores::f16_turing) return with_forward_tiling<true>(queries, channels, plan);
+  return with_forward_tiling<false>(queries, channels, plan);
+}
+
+// Of dk and dv, or of dq.
+inline AttentionPlan plan_attention_backward(TensorCores cores, int64_t tokens, int64_t heads, int64_t channels) {
+  const auto plan = [&](auto tiling) { return plan_of<decltype(tiling)>(tokens, heads); };
+  if (cores == TensorCores::none) return plan_attention_any(tokens, heads, channels);
+  if (cores == TensorCores::f16_turing) return with_backward_tiling<true>(channels, plan);
+  return with_backward_tiling<false>(channels, plan);
 }
 
 }  // namespace diffkern::cuda

@@ -472,7 +472,7 @@ const char* launch(Kernel kernel, const GroupNormSiluParams& p, const GroupNormP
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const dim3 grid(uint32_t(plan.sets) * uint32_t(plan.chunks), uint32_t(p.samples < 65535 ? p.samples : 65535));
+  const dim3 grid(plan.grid_x(), plan.grid_y(p.samples));
   auto enqueue = [&](Phase phase) {
     kernel<<<grid, kThreads, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(p, plan, phase);
   };

@@ -7,7 +7,7 @@ namespace diffkern::cuda {
 
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = plan_noise_loss(1, 1).threads;
 
 template <class T>
 DIFFKERN_FN void errors(const NoiseLossParams& p, const Access<T>& out, int64_t n, int64_t first,
@@ -73,9 +73,8 @@ const char* noise_loss(const NoiseLossParams& p, Stream stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   const char* error = with_type(p.out.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const Plan plan = plan_elementwise(p.samples, chunks(p.elements));
-    partial_kernel<T><<<dim3(uint32_t(chunks(p.elements) < 65535 ? chunks(p.elements) : 65535), plan.grid_y), kThreads, 0,
-                        s>>>(p, Access<T>(p.out, p.elements));
+    const Plan plan = plan_noise_loss(p.samples, p.elements);
+    partial_kernel<T><<<dim3(plan.grid_x, plan.grid_y), plan.threads, 0, s>>>(p, Access<T>(p.out, p.elements));
     return launch_error();
   });
   if (error != nullptr) return error;

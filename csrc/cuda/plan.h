@@ -19,6 +19,12 @@ inline Plan plan_elementwise(int64_t samples, int64_t vectors) {
   return {uint32_t(x < kMaxX ? x : kMaxX), uint32_t(samples < kMaxY ? samples : kMaxY), uint32_t(kThreads)};
 }
 
+// noise_loss: a block sums a chunk of a sample at a time.
+constexpr Plan plan_noise_loss(int64_t samples, int64_t elements) {
+  constexpr int64_t kMax = 65535;
+  return {uint32_t(chunks(elements) < kMax ? chunks(elements) : kMax), uint32_t(samples < kMax ? samples : kMax), 128};
+}
+
 // How group_norm_silu is laid over blocks: a block has a chunk of the pixels of a set of whole groups of a sample,
 // small enough for shared memory. One chunk: one launch. More: a launch that sums each, and a launch that joins the sums.
 struct GroupNormPlan {
@@ -31,6 +37,10 @@ struct GroupNormPlan {
   int32_t chunk_pixels, chunks;      // of a set
   int32_t slab_bytes, shared_bytes;
   double per_pixel, per_element;  // 1 / the pixels of an image, and of all channels of a group
+
+  uint32_t grid_x() const { return uint32_t(sets) * uint32_t(chunks); }
+  static uint32_t grid_y(int64_t samples) { return uint32_t(samples < 65535 ? samples : 65535); }
+  int launches() const { return chunks == 1 ? 1 : 2; }
 };
 
 inline GroupNormPlan plan_group_norm(const GroupNormSiluParams& p) {

@@ -1,0 +1,44 @@
+"""Convolution beside torch's, which is oneDNN's: the shapes of U-Nets in float32, channels_last.
+
+``pytest benchmarks/bench_conv2d.py --benchmark-only``
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffkern import ops
+
+DIRECT = [  # N, C, K, pixels a side of x, kernel, stride
+    *((n, 384, 256, side, 1, 1) for n in (1, 16) for side in (8, 32)),
+    *((n, 256, 768, 16, 1, 1) for n in (1, 16)),
+    *((n, 128, 128, 32, 3, 2) for n in (1, 16)),
+    *((n, c, k, 32, 3, 1) for n in (1, 16) for c, k in ((3, 128), (1, 32), (128, 3), (32, 1))),
+    *((1, 256, 256, side, 3, 1) for side in (4, 8)),
+]
+
+
+def tensors(n: int, c: int, k: int, side: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, c, side, side, generator=generator)
+    weight = torch.randn(k, c, kernel, kernel, generator=generator) / (c * kernel**2) ** 0.5
+    x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+    return x, weight, torch.randn(k, generator=generator)
+
+
+@pytest.mark.parametrize(("n", "c", "k", "side", "kernel", "stride"), DIRECT)
+def test_conv2d_direct(compare, n, c, k, side, kernel, stride):
+    x, weight, bias = tensors(n, c, k, side, kernel)
+    packed, options = ops.pack_conv(weight), dict(stride=stride, padding=kernel // 2)
+    peers = {"torch": lambda: F.conv2d(x, weight, bias, **options)}
+    if kernel == 1:
+        rows, matrix = x.permute(0, 2, 3, 1), weight[:, :, 0, 0].contiguous()
+        peers["linear"] = lambda: F.linear(rows, matrix, bias).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        compare(
+            f"conv2d {kernel}x{kernel} / {stride} [{n}, {c}, {side}, {side}] -> {k}",
+            lambda: ops.conv2d(x, packed, bias, out_channels=k, **options),
+            peers,
+            flops=2 * n * c * k * (side // stride) ** 2 * kernel**2,
+        )

@@ -1,0 +1,104 @@
+// y = conv(x) + bias + add + residual, directly: a matrix product for each tap of the kernel (gemm.h), in which a row of
+// A is the pixel that the tap sees, where it lies; what it sees outside the image is a row of zeros.
+//
+// A work item is a block of pixels and a block of columns. It starts from y = bias + add + residual and adds the
+// products on top, at most kChain channels at a time: their weights then stay in the L1 cache while the block's pixels
+// go by, and no chain of additions is longer. Few channels make up for it by several taps in one product.
+// The order of an element's sum depends on the channels and the taps alone, so that blocks may be cut as is convenient.
+
+#include "gemm.h"
+#include "kernels.h"
+
+namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
+
+namespace {
+
+constexpr int64_t kChain = 384;
+constexpr int64_t kMaxTaps = 9;
+alignas(64) constexpr float kZeros[kChain] = {};
+
+struct Block {
+  int64_t first, pixels;    // of all samples' in a row
+  int64_t column, columns;  // of the output's channels
+};
+
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Whatever is larger, the weights or the image, is read once; the other comes out of a cache again and again.
+Block block_of(const ConvParams& p, int64_t item) {
+  const bool weights_once = p.matrices * p.out_channels > p.samples * p.height * p.width;
+  const int64_t most = p.direct_pixels(), blocks = (p.pixels() + most - 1) / most;
+  const int64_t first = (weights_once ? item % blocks : item / p.direct_columns()) * most;
+  const int64_t column = (weights_once ? item / blocks : item % p.direct_columns()) * kDirectColumns;
+  return {first, min(most, p.pixels() - first), column, min(kDirectColumns, p.out_channels - column)};
+}
+
+// y = add + residual
+void start(const ConvParams& p, const Block& block) {
+  for (int64_t i = block.first; i < block.first + block.pixels; ++i) {
+    const float* add = p.add ? p.add + i / (p.out_height * p.out_width) * p.add_stride : nullptr;
+    for (int64_t c = 0; c < block.columns; c += kLanes) {
+      const int64_t k = block.column + c;
+      const int count = int(min(kLanes, block.columns - c));
+      f32v y{};
+      if (add) y = load(add + k, count);
+      if (p.residual) y = y + load(p.residual + i * p.out_channels + k, count);
+      store(p.y + i * p.out_channels + k, y, count);
+    }
+  }
+}
+
+// Where a tap sees the block's pixels: rows[i] is channel `channel` of x[source], or zeros outside the image.
+void find_rows(const ConvParams& p, const Block& block, int64_t tap, int source, int64_t channel, const float** rows) {
+  const int64_t side = p.matrices == 9 ? 3 : 1, channels = p.channels[source];
+  const int64_t height = p.height << p.upsample, width = p.width << p.upsample;
+  const int64_t above = p.padding - tap / side, left = p.padding - tap % side;
+  // Columns of the output from which the tap sees a pixel, and from which it does so no more.
+  const int64_t enter = left > 0 ? (left + p.stride - 1) / p.stride : 0;
+  const int64_t leave = (width + left + p.stride - 1) / p.stride;
+  int64_t column = block.first % p.out_width, row = block.first / p.out_width % p.out_height;
+  int64_t sample = block.first / (p.out_width * p.out_height);
+  for (int64_t i = 0; i < block.pixels; column = 0) {
+    const int64_t h = row * p.stride - above, start = i - column;  // start: where column 0 would be
+    const int64_t end = block.pixels - start < p.out_width ? block.pixels : start + p.out_width;
+    const bool inside = 0 <= h && h < height;
+    const int64_t first = inside ? min(max(start + enter, i), end) : end, last = max(first, min(start + leave, end));
+    const float* line = p.x[source] + (sample * p.height + (h >> p.upsample)) * p.width * channels + channel;
+    for (; i < first; ++i) rows[i] = kZeros;
+    for (; i < last; ++i) rows[i] = line + (((i - start) * p.stride - left) >> p.upsample) * channels;
+    for (; i < end; ++i) rows[i] = kZeros;
+    if (++row == p.out_height) row = 0, ++sample;
+  }
+}
+
+void convolve(const ConvParams& p, const Block& block) {
+  const float* rows[kMaxTaps * kDirectPixels];
+  const int64_t depth = p.depth(), fit = max(kChain / depth, 1);
+  const int64_t tap_stride = p.direct_columns() * depth * kDirectColumns;
+  bool started = p.add || p.residual;
+  if (started) start(p, block);
+  for (int64_t tap = 0; tap < p.matrices; tap += fit) {
+    const int64_t taps = min(fit, p.matrices - tap);
+    const float* weight = p.weight + tap * tap_stride + block.column * depth;
+    for (int source = 0; source < 2; ++source)
+      for (int64_t c = 0; c < p.channels[source]; c += kChain) {
+        for (int64_t t = 0; t < taps; ++t) find_rows(p, block, tap + t, source, c, rows + t * block.pixels);
+        multiply({.rows = block.pixels, .columns = block.columns, .depth = min(kChain, p.channels[source] - c),
+                  .a = nullptr, .a_row = 0, .a_depth = 1,
+                  .b = weight + (source * p.channels[0] + c) * kDirectColumns, .b_depth = kDirectColumns,
+                  .c = p.y + block.first * p.out_channels + block.column, .c_row = p.out_channels, .add = started,
+                  .bias = p.bias && tap + source + c == 0 ? p.bias + block.column : nullptr,
+                  .parts = taps, .a_rows = rows, .b_part = tap_stride});
+        started = true;
+      }
+  }
+}
+
+}  // namespace
+
+void conv_direct(const ConvParams& p, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) convolve(p, block_of(p, item));
+}
+
+}  // namespace diffkern::cpu::DIFFKERN_CPU_LEVEL

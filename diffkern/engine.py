@@ -1,0 +1,383 @@
+"""A U-Net as a flat list of kernel calls on a CPU, for inference.
+
+    network -> steps        what is computed from what, for one shape of input          (_Trace)
+    steps   -> buffers      a value's memory is another's after its last use            (_buffers)
+    buffers -> program      every kernel's call, recorded once, replayed without Python (_Plan)
+
+Weights are packed once, and again when they have changed. What depends on the time step and the label alone is computed
+once for each of their pairs. All kernels treat the samples of a batch apart: a sample's bits are the same in any batch,
+on any number of threads.
+"""
+
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import _C, ops
+from .model import Model
+from .unet import AttentionBlock, Downsample, ResBlock, UNet, from_diffusers
+
+_ops = torch.ops.diffkern
+
+KEPT_PLANS = 4
+KEPT_CONDITIONS = 4096
+
+
+def optimize(network: Any, *, dtype: torch.dtype = torch.float32) -> Any:
+    """The same network, run by packed weights and fused kernels where it infers on a CPU in float32.
+
+    network  a :class:`diffkern.unet.UNet`, a :class:`diffkern.Model` that holds one, or diffusers' ``UNet2DModel``
+    dtype    what the convolutions compute in: float32
+
+    Returns what is called as ``network`` was: an :class:`Engine`, a ``Model``, or a module with the signature and the
+    attributes of ``UNet2DModel``. It shares the network's weights and notices when they change (not when they are
+    written to behind torch's back, through ``.data``). Where there is a gradient to record, on another device, in
+    another dtype, in training with dropout, or under autocast, the network itself runs.
+
+    Raises TypeError for other networks, ValueError for an option of ``UNet2DModel`` that our U-Net has not.
+    """
+    if dtype != torch.float32:
+        raise ValueError(f"dtype: expected torch.float32, got {dtype}")
+    if isinstance(network, Engine | DiffusersEngine):
+        return network
+    if isinstance(network, Model):
+        return dataclasses.replace(network, network=optimize(network.network, dtype=dtype))
+    if isinstance(network, UNet):
+        return Engine(network)
+    if type(network).__name__ == "UNet2DModel":
+        return DiffusersEngine(network)
+    raise TypeError(
+        f"network: expected a diffkern UNet or Model, or diffusers' UNet2DModel, got {type(network).__name__}"
+    )
+
+
+class Engine(nn.Module):
+    """A U-Net run by native calls. See :func:`optimize`."""
+
+    def __init__(self, network: UNet):
+        super().__init__()
+        self.network = network
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.network.config
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x_t: [N, C, H, W]; t: [N] int64; labels: [N] int64 or None. As ``UNet.forward``."""
+        if not self._fits(x_t) or x_t.numel() == 0:
+            return self.network(x_t, t, labels)
+        self.network.check(x_t, t, labels)
+        compiled = _compiled.setdefault(self.network, _Compiled())
+        with compiled.lock, torch.inference_mode(False), torch.no_grad():
+            compiled.update(self.network)
+            conditions = compiled.conditions(self.network, t, labels)
+            return compiled.plan(self.network, x_t.shape).run(x_t, conditions)
+
+    def _fits(self, x_t: Tensor) -> bool:
+        tensors = [x_t, *self.network.parameters()]
+        gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        random = self.network.training and self.config["dropout"] > 0
+        elsewhere = any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors)
+        traced = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        return not (gradient or random or elsewhere or traced)
+
+
+class _Compiled:
+    """All that is made of a network's weights. It holds the network's leaves, never the network."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self._forget([])
+
+    def _forget(self, weights: list[tuple[int, int | None]]) -> None:
+        self._weights = weights
+        self._packed: dict[Any, Tensor] = {}
+        self._plans: dict[torch.Size, _Plan] = {}
+        self._rows: dict[tuple[int, int], Tensor] = {}  # (t, label) -> the condition of every residual block
+
+    def update(self, network: UNet) -> None:
+        """Drop everything if the weights are not what they were."""
+        weights = [(p.data_ptr(), None if p.is_inference() else p._version) for p in network.parameters()]
+        if weights != self._weights:
+            self._forget(weights)
+
+    def packed(self, key: Any, weight: Callable[[], Tensor], tile: int | None) -> Tensor:
+        """``ops.pack_conv`` of a weight, made once."""
+        if (key, tile) not in self._packed:
+            self._packed[key, tile] = ops.pack_conv(weight(), tile=tile)
+        return self._packed[key, tile]
+
+    def plan(self, network: UNet, shape: torch.Size) -> "_Plan":
+        if shape not in self._plans:
+            while len(self._plans) >= KEPT_PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[shape] = _Plan(self, network, shape)
+        return self._plans[shape]
+
+    def conditions(self, network: UNet, t: Tensor, labels: Tensor | None) -> Tensor:
+        """Every residual block's projection of the embedding, side by side: [N, sum of their widths]."""
+        labels = [-1] * len(t) if labels is None else labels.clamp(min=-1).tolist()
+        keys = list(zip(t.tolist(), labels, strict=True))
+        if len(self._rows) > KEPT_CONDITIONS:
+            self._rows.clear()
+        for key in dict.fromkeys(keys):
+            if key not in self._rows:
+                self._rows[key] = _condition(network, *key)
+        if len(set(keys)) == 1:
+            return self._rows[keys[0]].expand(len(keys), -1)
+        return torch.stack([self._rows[key] for key in keys])
+
+
+_compiled: weakref.WeakKeyDictionary[UNet, _Compiled] = weakref.WeakKeyDictionary()
+
+
+def _condition(network: UNet, t: int, label: int) -> Tensor:
+    """One row, alone: torch's product for a batch is not that for each of its rows, bit for bit."""
+    emb = network.embedding(torch.tensor([t]), None if network.config["num_classes"] is None else torch.tensor([label]))
+    emb = F.silu(emb)
+    return torch.cat([block.time_emb_proj(emb)[0] for block in _resblocks(network)])
+
+
+def _resblocks(network: UNet) -> list[ResBlock]:
+    return [module for module in network.modules() if isinstance(module, ResBlock)]
+
+
+# --- network -> steps ---
+
+
+@dataclasses.dataclass(eq=False)
+class _Value:
+    """An image [N, C, H, W] that a step makes."""
+
+    shape: tuple[int, int, int, int]
+
+
+@dataclasses.dataclass
+class _Step:
+    run: Callable[..., None]  # called with the memory of y, then of the inputs
+    y: _Value
+    inputs: tuple[_Value | None, ...]
+
+
+class _Trace:
+    """Walks the network as its ``forward`` does, and notes the steps."""
+
+    def __init__(self, compiled: _Compiled, network: UNet, shape: torch.Size, conditions: list[Tensor]):
+        self.compiled, self.network, self.steps = compiled, network, []
+        self.condition_of = dict(zip(_resblocks(self.network), conditions, strict=True))
+        self.x = _Value(tuple(shape))
+        self.y = self._unet(self.x)
+
+    def step(self, run: Callable[..., None], shape: tuple[int, ...], *inputs: _Value | None) -> _Value:
+        y = _Value(tuple(shape))
+        self.steps.append(_Step(run, y, inputs))
+        return y
+
+    def conv(
+        self,
+        x: _Value,
+        weight: nn.Module | tuple[nn.Module, ...],
+        *,
+        skip: _Value | None = None,
+        residual: _Value | None = None,
+        add: Tensor | None = None,
+        stride: int = 1,
+        padding: int | None = None,
+        upsample: bool = False,
+    ) -> _Value:
+        """By the weight of a ``Conv2d``, or of ``Linear`` modules side by side."""
+        modules = weight if isinstance(weight, tuple) else (weight,)
+        kernel = 3 if modules[0].weight.ndim == 4 and modules[0].weight.shape[2] == 3 else 1
+        weight = lambda: torch.cat([m.weight.view(*m.weight.shape[:2], kernel, kernel) for m in modules])  # noqa: E731
+        bias = torch.cat([module.bias for module in modules])
+        return self._conv(modules, weight, bias, kernel, x, skip, residual, add, stride, padding, upsample)
+
+    def _conv(self, key, weight, bias, kernel, x, skip, residual, add, stride, padding, upsample) -> _Value:
+        n, c, h, w = x.shape
+        h, w = (-(-size * (2 if upsample else 1) // stride) for size in (h, w))
+        channels = c + (skip.shape[1] if skip else 0)
+        out_channels = len(bias)
+        tile = ops.winograd_tile(h, w, channels, out_channels) if kernel == 3 and stride == 1 else None
+        packed = self.compiled.packed(key, weight, tile)
+        padding = kernel // 2 if padding is None else padding
+
+        def run(y: Tensor, x: Tensor, skip: Tensor | None, residual: Tensor | None) -> None:
+            _ops.conv2d_out(y, x, skip, packed, bias, add, residual, stride, padding, upsample)
+
+        return self.step(run, (n, out_channels, h, w), x, skip, residual)
+
+    def norm(
+        self,
+        norm: nn.GroupNorm,
+        x: _Value,
+        skip: _Value | None = None,
+        *,
+        scale_shift: Tensor | None = None,
+        silu: bool = True,
+    ) -> _Value:
+        def run(y: Tensor, x: Tensor, skip: Tensor | None) -> None:
+            _ops.group_norm_silu_out(y, x, skip, norm.weight, norm.bias, norm.num_groups, norm.eps, scale_shift, silu)
+
+        n, c, h, w = x.shape
+        return self.step(run, (n, c + (skip.shape[1] if skip else 0), h, w), x, skip)
+
+    def resampled(self, x: _Value, how: str | None) -> _Value:
+        """Means of 2x2 pixels, or each pixel four times: a convolution that keeps the channels apart."""
+        if how is None:
+            return x
+        c = x.shape[1]
+        taps = F.pad(torch.full((2, 2), 0.25), (0, 1, 0, 1)) if how == "down" else torch.ones(1, 1)
+        weight = lambda: torch.eye(c)[:, :, None, None] * taps  # noqa: E731
+        stride = 2 if how == "down" else 1
+        return self._conv((how, c), weight, torch.zeros(c), len(taps), x, None, None, None, stride, 0, how == "up")
+
+    def resblock(self, block: ResBlock, x: _Value, skip: _Value | None = None) -> _Value:
+        condition = self.condition_of[block]
+        add, scale_shift = (None, condition) if block.scale_shift else (condition, None)
+        h = self.norm(block.norm1, x, skip)
+        up = block.resample == "up"
+        h = self.conv(h if up else self.resampled(h, block.resample), block.conv1, add=add, upsample=up)
+        h = self.norm(block.norm2, h, scale_shift=scale_shift)
+        if block.resample:
+            x = self.resampled(x, block.resample)
+        if block.conv_shortcut is not None:
+            x = self.conv(x, block.conv_shortcut, skip=skip)
+        return self.conv(h, block.conv2, residual=x)
+
+    def attention(self, block: AttentionBlock, x: _Value) -> _Value:
+        n, c, h, w = x.shape
+        d = c // block.heads
+
+        def run(y: Tensor, qkv: Tensor) -> None:
+            tokens = qkv.permute(0, 2, 3, 1).view(n, h * w, 3, block.heads, d)
+            q, k, v = tokens.permute(2, 0, 3, 1, 4)  # [N, heads, H W, d]
+            out = y.permute(0, 2, 3, 1).view(n, h * w, block.heads, d).transpose(1, 2)
+            _ops.attention_out(out, q, k, v, None)
+
+        qkv = self.conv(self.norm(block.group_norm, x, silu=False), (block.to_q, block.to_k, block.to_v))
+        return self.conv(self.step(run, x.shape, qkv), block.to_out[0], residual=x)
+
+    def resampler(self, module: nn.Module, x: _Value) -> _Value:
+        if isinstance(module, ResBlock):
+            return self.resblock(module, x)
+        if isinstance(module, Downsample):
+            return self.conv(x, module.conv, stride=2, padding=module.conv.padding[0])
+        return self.conv(x, module.conv, upsample=True)
+
+    def level(self, level: nn.Module, j: int, x: _Value, skip: _Value | None = None) -> _Value:
+        x = self.resblock(level.resnets[j], x, skip)
+        return self.attention(level.attentions[j], x) if hasattr(level, "attentions") else x
+
+    def _unet(self, x: _Value) -> _Value:
+        network = self.network
+        x = self.conv(x, network.conv_in)
+        skips = [x]
+        for level in network.down_blocks:
+            for j in range(len(level.resnets)):
+                x = self.level(level, j, x)
+                skips.append(x)
+            if level.resampler:
+                x = self.resampler(getattr(level, level.resampler)[0], x)
+                skips.append(x)
+        middle = network.mid_block
+        x = self.resblock(middle.resnets[0], x)
+        for attention in middle.attentions:
+            x = self.attention(attention, x)
+        x = self.resblock(middle.resnets[1], x)
+        for level in network.up_blocks:
+            for j in range(len(level.resnets)):
+                x = self.level(level, j, x, skips.pop())
+            if level.resampler:
+                x = self.resampler(getattr(level, level.resampler)[0], x)
+        return self.conv(self.norm(network.conv_norm_out, x), network.conv_out)
+
+
+# --- steps -> buffers -> program ---
+
+
+def _image(shape: tuple[int, ...], buffer: Tensor | None = None) -> Tensor:
+    """[N, C, H, W] in channels_last memory, in the first elements of ``buffer`` if there is one."""
+    n, c, h, w = shape
+    buffer = torch.empty(n * c * h * w) if buffer is None else buffer[: n * c * h * w]
+    return buffer.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _buffers(steps: list[_Step], fixed: dict[_Value, Tensor]) -> dict[_Value, Tensor]:
+    """Memory for every value; that of a value whose last use is over serves those after it."""
+    memory = dict(fixed)
+    last_use = {value: i for i, step in enumerate(steps) for value in step.inputs if value is not None}
+    ends: dict[int, list[_Value]] = {}
+    for value, i in last_use.items():
+        if value not in fixed:
+            ends.setdefault(i, []).append(value)
+    free: list[Tensor] = []
+    owner: dict[_Value, Tensor] = {}
+    for i, step in enumerate(steps):
+        if step.y not in memory:
+            n, c, h, w = step.y.shape
+            size = n * c * h * w
+            fitting = [j for j, buffer in enumerate(free) if buffer.numel() >= size]
+            best = min(fitting, key=lambda j: free[j].numel(), default=None)
+            owner[step.y] = torch.empty(size) if best is None else free.pop(best)
+            memory[step.y] = _image(step.y.shape, owner[step.y])
+        free += [owner[value] for value in ends.get(i, ())]
+    return memory
+
+
+class _Plan:
+    """The program for one shape of input, with the memory that it works on."""
+
+    def __init__(self, compiled: _Compiled, network: UNet, shape: torch.Size):
+        self.widths = [block.time_emb_proj.out_features for block in _resblocks(network)]
+        self.conditions = [torch.zeros(shape[0], width) for width in self.widths]
+        trace = _Trace(compiled, network, shape, self.conditions)
+        self.x, self.y = _image(trace.x.shape).zero_(), _image(trace.y.shape)
+        memory = _buffers(trace.steps, {trace.x: self.x, trace.y: self.y})
+        self.program = _C.Program()
+        with self.program:
+            for step in trace.steps:
+                step.run(memory[step.y], *(None if value is None else memory[value] for value in step.inputs))
+
+    def run(self, x: Tensor, conditions: Tensor) -> Tensor:
+        self.x.copy_(x)
+        torch.split_with_sizes_copy(conditions, self.widths, dim=1, out=self.conditions)
+        self.program.run()
+        return self.y.clone(memory_format=torch.contiguous_format)
+
+
+# --- diffusers ---
+
+
+class DiffusersEngine(nn.Module):
+    """A ``UNet2DModel`` with its own signature and attributes, so that pipelines take it."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.engine = Engine(from_diffusers(network))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("network"), name)
+
+    def forward(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, **options) -> Any:
+        """As ``UNet2DModel.forward``: ``UNet2DOutput``, or a tuple with ``return_dict=False``."""
+        t = torch.as_tensor(timestep)
+        if t.is_floating_point() or (class_labels is None) != (self.engine.config["num_classes"] is None):
+            return self.network(sample, timestep, class_labels, **options)
+        if class_labels is not None:  # our null class is their last
+            class_labels = torch.where(class_labels == self.engine.config["num_classes"], -1, class_labels)
+        out = self.engine(sample, t.expand(len(sample)), class_labels)
+        if not options.get("return_dict", True):
+            return (out,)
+        from diffusers.models.unets.unet_2d import UNet2DOutput
+
+        return UNet2DOutput(sample=out)

@@ -1,0 +1,79 @@
+"""Kernels with one line changed, in place of the real ones: what the checks must find.
+
+The source is compiled anew and registered with the runtime under the functions by which the launchers know their
+kernels, as the code that nvcc makes for the host does it: ops and launchers stay what they are.
+"""
+
+import contextlib
+import ctypes
+import functools
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from interpreted import ROOT, Interpreter
+
+
+def compiled(file: str, change: tuple[str, str, str] | None = None) -> str:
+    """The PTX of csrc/cuda/``file``; change is (file, a text that is in it once, what stands there instead)."""
+    with tempfile.TemporaryDirectory() as folder:
+        csrc = shutil.copytree(ROOT / "csrc", Path(folder, "csrc"))
+        if change is not None:
+            changed, old, new = change
+            source = (csrc / "cuda" / changed).read_text()
+            assert source.count(old) == 1, f"{changed}: expected this once, found it {source.count(old)} times: {old}"
+            (csrc / "cuda" / changed).write_text(source.replace(old, new))
+        ptx = Path(folder, "kernels.ptx")
+        command = ["nvcc", "-std=c++17", "-O3", "-arch=compute_80", "--ptx", csrc / "cuda" / file, "-o", ptx]
+        subprocess.run(command, check=True, capture_output=True)
+        return ptx.read_text()
+
+
+real = functools.cache(compiled)
+
+
+def name_of(symbol: str) -> str | None:
+    """Of a kernel, without the hash of its anonymous namespace, the same for host and device."""
+    found = re.match(r"_ZN8diffkern4cuda\d+_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_[0-9a-f]{8}L?(\d+\w+)$", symbol)
+    return found and "/".join(found.groups())
+
+
+@functools.cache
+def host_functions(interpreter: Interpreter) -> dict[str, int]:
+    """The addresses by which the module launches its kernels."""
+    lines = subprocess.run(["nm", interpreter.module], check=True, capture_output=True, text=True).stdout.splitlines()
+    offsets = {symbol: int(offset, 16) for offset, _, symbol in (line.split() for line in lines if line[0] != " ")}
+    anchor = "PyInit__C_emulated"
+    loaded = ctypes.cast(getattr(ctypes.CDLL(str(interpreter.module)), anchor), ctypes.c_void_p).value
+    kernels = {name_of(symbol): loaded - offsets[anchor] + offset for symbol, offset in offsets.items()}
+    return {name: address for name, address in kernels.items() if name}
+
+
+def register(interpreter: Interpreter, ptx: str) -> None:
+    """From now on the launchers launch the kernels of this text."""
+    text = ptx.encode()
+    ptx_of_sm_80 = struct.pack("<HHIQIIIIQQQQ", 1, 0, 64, len(text), 0, 0, 0, 80, 0, 0, 0, len(text)) + text
+    binary = struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(ptx_of_sm_80)) + ptx_of_sm_80
+    wrapper = struct.pack("<IIQQ", 0x466243B1, 1, ctypes.cast(binary, ctypes.c_void_p).value, 0)
+    runtime = interpreter.runtime
+    runtime.__cudaRegisterFatBinary.restype = ctypes.c_void_p
+    handle = ctypes.c_void_p(runtime.__cudaRegisterFatBinary(wrapper))
+    kernels = re.findall(r"\.entry (\w+)", ptx)
+    assert kernels
+    for kernel in kernels:
+        function = ctypes.c_void_p(host_functions(interpreter)[name_of(kernel)])
+        runtime.__cudaRegisterFunction(handle, function, kernel.encode(), kernel.encode(), -1, *[None] * 5)
+
+
+@contextlib.contextmanager
+def planted(interpreter: Interpreter, file: str, change: tuple[str, str, str]) -> Iterator[None]:
+    """The kernels of csrc/cuda/``file`` with that change."""
+    register(interpreter, compiled(file, change))
+    try:
+        yield
+    finally:
+        register(interpreter, real(file))

@@ -1,0 +1,288 @@
+"""The engine: the network's values by other kernels, the same bits for any batch and any number of threads."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from networks import CONFIGS, assert_close, call_twin, config_of, diffusers_twin, inputs, with_random_weights
+from torch import Tensor, nn
+
+import diffkern
+from diffkern import _C, Schedule, UNet, ops, optimize, sample
+from diffkern.engine import Engine, _compiled
+from diffkern.unet import from_diffusers
+
+
+def network_of(name: str, **options) -> UNet:
+    return with_random_weights(UNet(**config_of(name) | options)).eval().requires_grad_(False)
+
+
+def in_float64(network: UNet, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    """By diffusers, with the same weights."""
+    twin = diffusers_twin(network)
+    twin.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        return call_twin(twin.double(), x.double(), t, labels)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+# --- the same values ---
+
+
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_engine_gives_the_network_in_float64(name, size):
+    network = network_of(name)
+    x, t, labels = inputs(network, size)
+    expected = in_float64(network, x, t, labels)
+    engine = optimize(network)
+    for _ in range(2):  # recorded, then replayed
+        assert relative_error(engine(x, t, labels), expected) < 6e-6
+
+
+def test_images_may_be_oblong_and_of_any_divisible_size():
+    network = network_of("ddpm_cifar10")
+    engine = optimize(network)
+    for h, w in ((8, 24), (40, 8), (24, 56)):
+        x = torch.randn(2, 3, h, w, generator=torch.Generator().manual_seed(1))
+        t = torch.tensor([3, 4])
+        assert relative_error(engine(x, t), in_float64(network, x, t, None)) < 6e-6
+
+
+def test_every_call_has_its_own_result_and_its_own_shape():
+    network = network_of("class_labels")
+    engine = optimize(network)
+    x, t, labels = inputs(network)
+    first = engine(x, t, labels)
+    kept = first.clone()
+    for n in (1, 2, 3, 1, 2, 3):
+        for size in (8, 16, 24):
+            engine(torch.randn(n, 3, size, size), t[:n], labels[:n])
+    assert torch.equal(first, kept)
+    assert torch.equal(engine(x, t, labels), kept)
+
+
+def test_no_labels_are_the_null_class():
+    network = network_of("class_labels")
+    x, t, _ = inputs(network)
+    engine = optimize(network)
+    assert torch.equal(engine(x, t), engine(x, t, torch.full((3,), -1)))
+    assert not torch.allclose(engine(x, t), engine(x, t, torch.tensor([0, 1, 2])), atol=1e-2)
+
+
+# --- the same bits ---
+
+
+@pytest.mark.parametrize("name", ["ddpm_cifar10", "improved_ddpm", "fashion_mnist"])
+def test_a_sample_has_the_same_bits_in_any_batch(name):
+    network = network_of(name)
+    engine = optimize(network)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(7, network.config["in_channels"], 16, 16, generator=generator)
+    t = torch.tensor([0, 999, 5, 5, 5, 17, 400])
+    labels = None if network.config["num_classes"] is None else torch.tensor([0, 1, -1, 2, 2, 0, -1])
+    whole = engine(x, t, labels)
+    for split in ([1] * 7, [2, 5], [4, 3], [6, 1]):
+        parts = zip(x.split(split), t.split(split), [None] * 9 if labels is None else labels.split(split), strict=False)
+        assert torch.equal(torch.cat([engine(*part) for part in parts]), whole)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    network = network_of("improved_ddpm")
+    x, t, labels = inputs(network)
+    engine, threads = optimize(network), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = engine(x, t, labels)
+        for count in (2, 3, 5, 8):
+            torch.set_num_threads(count)
+            assert torch.equal(engine(x, t, labels), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_memory_format_of_the_image_changes_no_bit():
+    network = network_of("plain")
+    x, t, _ = inputs(network)
+    engine = optimize(network)
+    assert torch.equal(engine(x.contiguous(memory_format=torch.channels_last), t), engine(x, t))
+
+
+# --- weights ---
+
+
+def test_changed_weights_are_noticed():
+    network = network_of("plain")
+    x, t, _ = inputs(network)
+    engine = optimize(network)
+    before = engine(x, t)
+    network.down_blocks[0].resnets[0].conv1.weight.mul_(1.5)
+    assert_close(engine(x, t), network(x, t))
+    network.load_state_dict({key: 0.9 * value for key, value in network.state_dict().items()})
+    assert_close(engine(x, t), network(x, t))
+    network.conv_out.bias = nn.Parameter(network.conv_out.bias + 1, requires_grad=False)
+    assert_close(engine(x, t), network(x, t))
+    assert not torch.allclose(engine(x, t), before, atol=1e-2)
+
+
+def test_what_is_packed_is_shared_by_engines_and_goes_with_the_network():
+    network = network_of("plain")
+    x, t, _ = inputs(network)
+    optimize(network)(x, t)
+    compiled = weakref.ref(_compiled[network])
+    optimize(network)(x, t)
+    assert _compiled[network] is compiled()
+    del network
+    gc.collect()
+    assert compiled() is None
+
+
+def test_a_network_that_was_run_can_be_copied_and_saved(tmp_path):
+    model = diffkern.Model(network_of("plain"), Schedule.linear(1000), shape=(3, 16, 16))
+    x, t, _ = inputs(model.network)
+    expected = optimize(model.network)(x, t)
+    diffkern.save(model, tmp_path / "model.safetensors")
+    for twin in (copy.deepcopy(model.network), diffkern.load(tmp_path / "model.safetensors").network):
+        assert torch.equal(optimize(twin)(x, t), expected)
+
+
+# --- where the network itself runs ---
+
+
+def test_training_keeps_the_network():
+    network = with_random_weights(UNet(**config_of("plain"), dropout=0.5))
+    x, t, _ = inputs(network)
+    engine = optimize(network)
+    engine(x, t).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    with torch.no_grad():
+        torch.manual_seed(0)
+        assert not torch.equal(engine(x, t), engine(x, t))
+        engine.eval()
+        assert torch.equal(engine(x, t), engine(x, t))
+        assert not torch.equal(engine(x, t), network(x, t))  # other kernels
+        assert_close(engine(x, t), network(x, t))
+
+
+def test_other_dtypes_and_autocast_keep_the_network():
+    network = network_of("plain")
+    x, t, _ = inputs(network)
+    engine = optimize(network)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(engine(x, t), network(x, t))
+    network.bfloat16()
+    assert torch.equal(engine(x.bfloat16(), t), network(x.bfloat16(), t))
+
+
+def test_an_empty_batch_is_empty():
+    engine = optimize(network_of("plain"))
+    assert engine(torch.zeros(0, 3, 16, 16), torch.zeros(0, dtype=torch.int64)).shape == (0, 3, 16, 16)
+
+
+def test_wrong_inputs_raise_the_networks_messages():
+    engine = optimize(network_of("plain"))
+    with pytest.raises(ValueError, match=r"^x_t: expected \[N, 3, H, W\] with H and W divisible by 2"):
+        engine(torch.zeros(1, 3, 7, 8), torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"^t: expected shape \(1,\), got \(2,\)"):
+        engine(torch.zeros(1, 3, 8, 8), torch.tensor([1, 2]))
+    with pytest.raises(TypeError, match="^network: expected a diffkern UNet or Model, or diffusers' UNet2DModel, got"):
+        optimize(nn.Conv2d(3, 3, 1))
+    with pytest.raises(ValueError, match=r"^dtype: expected torch.float32"):
+        optimize(network_of("plain"), dtype=torch.float64)
+
+
+# --- whole sampling ---
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_sample_draws_the_same_images_with_and_without_the_engine(sampler):
+    model = diffkern.load("fashion-mnist")
+    options = dict(seeds=[1, 2], labels=[3, 7], guidance=2.0, sampler=sampler, steps=6, progress=False)
+    expected = sample(model, engine=False, **options)
+    images = sample(model, engine=True, **options)
+    assert not torch.equal(images, expected)
+    assert (images - expected).abs().max() < 2e-4
+    assert torch.equal(images, sample(optimize(model), **options))
+
+
+# --- diffusers ---
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_optimize_takes_what_diffusers_builds(name):
+    twin = with_random_weights(diffusers_twin(UNet(**config_of(name)))).eval().requires_grad_(False)
+    fast = optimize(twin)
+    x, t, labels = inputs(fast.engine.network)
+    expected = call_twin(twin, x, t, labels)
+    assert_close(call_twin(fast, x, t, labels), expected)
+    assert fast.config is twin.config
+    twin.conv_out.bias.add_(1)
+    assert_close(call_twin(fast, x, t, labels), expected + 1)
+
+
+def test_a_diffusers_pipeline_runs_on_the_engine():
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    twin = with_random_weights(diffusers_twin(UNet(**config_of("plain")))).eval().requires_grad_(False)
+    twin.register_to_config(sample_size=16)
+    images = []
+    for network in (twin, optimize(twin)):
+        pipeline = DDIMPipeline(network, DDIMScheduler())
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images.append(pipeline(2, generator=generator, num_inference_steps=3, output_type="np").images)
+    assert abs(images[0] - images[1]).max() < 1e-4
+
+
+def test_a_network_of_diffusers_that_ours_is_not_raises_the_options_name():
+    from diffusers import UNet2DModel
+
+    common = dict(block_out_channels=(32, 64), norm_num_groups=8)
+    blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    for options, name in (
+        (dict(time_embedding_type="fourier"), "time_embedding_type"),
+        (dict(center_input_sample=True), "center_input_sample"),
+        (dict(act_fn="gelu"), "act_fn"),
+        (dict(mid_block_scale_factor=2**0.5), "mid_block_scale_factor"),
+        (dict(up_block_types=("AttnUpBlock2D", "UpBlock2D")), "up_block_types"),
+        (dict(block_out_channels=(32, 48)), "block_out_channels"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            from_diffusers(UNet2DModel(**common | blocks | options))
+
+
+# --- programs ---
+
+
+def test_a_program_does_again_what_was_recorded_on_what_lies_there_now():
+    x, y = torch.empty(2, 4, 6, 6).contiguous(memory_format=torch.channels_last), torch.empty(2, 5, 6, 6)
+    y = y.contiguous(memory_format=torch.channels_last)
+    packed = ops.pack_conv(torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(0)))
+    program = _C.Program()
+    with program:
+        torch.ops.diffkern.conv2d_out(y, x.zero_(), None, packed, None, None, None, 1, 1, False)
+    assert len(program) == 1 and torch.equal(y, torch.zeros_like(y))
+    x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
+    program.run()
+    assert torch.equal(y, ops.conv2d(x, packed, out_channels=5))
+
+
+def test_one_program_is_recorded_at_a_time_and_an_error_ends_it():
+    with _C.Program(), pytest.raises(RuntimeError, match="^a program is being recorded already"):
+        _C.Program().__enter__()
+    program = _C.Program()
+    with pytest.raises(ZeroDivisionError), program:
+        raise ZeroDivisionError
+    ops.noise([1], (4,), step=0)
+    assert len(program) == 0
+
+
+def test_an_engine_in_a_model_is_a_model():
+    model = optimize(diffkern.load("fashion-mnist"))
+    assert isinstance(model, diffkern.Model) and isinstance(model.network, Engine)
+    assert optimize(model.network) is model.network
