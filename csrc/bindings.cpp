@@ -752,8 +752,10 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 void attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
   check_attention(q, k, v);
   check_like("out", out, q, sizes_of(q));
-  check_dtype("out", out, heads_dtype(q));
-  check(out.stride(3) == 1, "out: expected the channels of a token together, got a stride of ", out.stride(3));
+  check_dtype("q", q, heads_dtype(q));
+  for (const auto& [name, tensor] : {std::pair("out", out), {"q", q}, {"k", k}, {"v", v}})  // used where they lie
+    check(tensor.stride(3) == 1, name, ": expected the channels of a token together, got a stride of ",
+          tensor.stride(3));
   check_writable("out", out);
   run_attention(out, q, k, v, scale);
 }
@@ -821,7 +823,9 @@ ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<T
   params.out_channels = y.dim() == 4 ? y.size(1) : 0;
   const Sizes out_shape = {samples, params.out_channels, params.out_height, params.out_width};
   check_image("y", y, x, out_shape);
-  check_like("packed", packed, x, {params.matrices, params.direct_columns(), params.depth(), kDirectColumns});
+  const int64_t column_block = params.few_columns() ? 1 : kDirectColumns;
+  check_like("packed", packed, x,
+             {params.matrices, (params.out_channels + column_block - 1) / column_block, params.depth(), column_block});
   check_contiguous("packed", packed);
   if (bias) check_vector("bias", *bias, ScalarType::Float, params.out_channels, x);
   if (add) {

@@ -144,6 +144,7 @@ constexpr int64_t kMaxGroupsPerBlock = 64;
 // What lies outside the image is 0. The weight says by its first size how it is to be used: 36 matrices are Winograd's
 // F(4x4, 3x3), 16 are F(2x2, 3x3), 9 and 1 are the taps of a 3x3 and of a 1x1 kernel.
 constexpr int64_t kDirectColumns = 64, kDirectPixels = 96;  // conv_direct's blocks: of the weight's columns, of pixels
+constexpr int64_t kFewColumns = 4;  // so many or fewer are packed one a block, for another loop
 struct ConvParams {
   const float* x[2];  // [N, H, W, channels[0]], [N, H, W, channels[1]]: one after the other; the second may be null
   int64_t channels[2];
@@ -161,6 +162,7 @@ struct ConvParams {
 
   // conv_direct's work items: a block of pixels, of all samples in a row, and a block of columns. Small maps are cut
   // finer, to be enough for several threads.
+  bool few_columns() const { return out_channels <= kFewColumns; }
   int64_t direct_columns() const { return (out_channels + kDirectColumns - 1) / kDirectColumns; }
   int64_t direct_pixels() const {
     const int64_t share = (pixels() * direct_columns() + 7) / 8;

@@ -381,7 +381,8 @@ def pack_conv(weight: Tensor, *, tile: int | None = None) -> Tensor:
         raise RuntimeError(f"weight: expected [K, C, 3, 3] or [K, C, 1, 1], got shape {tuple(weight.shape)}")
     if tile is not None and (tile not in (2, 4) or weight.shape[2] != 3):
         raise ValueError(f"tile: expected None, or 2 or 4 for a 3x3 kernel, got {tile!r}")
-    columns, column_block = weight.detach().double().permute(2, 3, 1, 0).flatten(0, 1).flatten(1), 64  # [k k, C K]
+    columns = weight.detach().double().permute(2, 3, 1, 0).flatten(0, 1).flatten(1)  # [k k, C K]
+    column_block = 64 if len(weight) > 4 else 1
     if tile is not None:
         _, G, _ = winograd(tile, columns)
         columns, column_block = torch.kron(G, G) @ columns, 32

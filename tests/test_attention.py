@@ -354,3 +354,32 @@ def test_a_bad_input_is_named(call, error, message):
     with pytest.raises(error) as raised:
         call()
     assert message in str(raised.value)
+
+
+# --- into given memory ---
+
+
+def heads(*shape: int, seed: int) -> Tensor:
+    """[N, heads, tokens, d] as a projection leaves it."""
+    n, count, tokens, d = shape
+    return values((n, tokens, count, d), seed=seed).transpose(1, 2)
+
+
+def test_attention_out_has_the_ops_bits():
+    q, k, v = (heads(2, 3, 70, 24, seed=seed) for seed in range(3))
+    out = torch.full((2, 70, 3, 24), torch.nan).transpose(1, 2)
+    torch.ops.diffkern.attention_out(out, q, k, v, None)
+    assert torch.equal(out, ops.attention(q, k, v))
+    torch.library.opcheck(torch.ops.diffkern.attention_out.default, (out, q, k, v, 0.3))
+
+
+def test_attention_out_copies_nothing_and_says_so():
+    q, k, v, out = (heads(1, 2, 5, 8, seed=seed) for seed in range(4))
+    apart = torch.zeros(1, 2, 8, 5).transpose(2, 3)
+    for name, arguments in (("q", (out, apart, k, v)), ("v", (out, q, k, apart)), ("out", (apart, q, k, v))):
+        message = f"^{name}: expected the channels of a token together, got a stride of 5"
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.diffkern.attention_out(*arguments, None)
+    low = [tensor.bfloat16() for tensor in (out, q, k, v)]
+    with pytest.raises(RuntimeError, match="^q: expected float32, got bfloat16"):
+        torch.ops.diffkern.attention_out(*low, None)

@@ -474,3 +474,62 @@ def test_a_bad_input_is_named(call, error, message):
     with pytest.raises(error) as raised:
         call()
     assert message in str(raised.value)
+
+
+# --- into given memory, from two sources ---
+
+
+def norm_out(x: Tensor, skip: Tensor | None, *parameters, eps: float = 1e-5, scale_shift=None, silu=True) -> Tensor:
+    images = [None if image is None else image.contiguous(memory_format=torch.channels_last) for image in (x, skip)]
+    n, c, h, w = x.shape
+    y = torch.full((n, h, w, c + (0 if skip is None else skip.shape[1])), torch.nan).permute(0, 3, 1, 2)
+    torch.ops.diffkern.group_norm_silu_out(y, *images, *parameters, eps, scale_shift, silu)
+    return y
+
+
+@pytest.mark.parametrize("shape", SHAPES[:-1])  # one pixel would be summed up as a contiguous image
+def test_group_norm_silu_out_has_the_ops_bits(shape):
+    for options in (dict(), dict(scale_shift=True), dict(silu=False)):
+        (x, *parameters), chosen = arguments(*shape, **options)
+        x = x.contiguous(memory_format=torch.channels_last)
+        chosen = {key: value for key, value in chosen.items() if key in ("scale_shift", "silu")}
+        assert torch.equal(norm_out(x, None, *parameters, **chosen), ops.group_norm_silu(x, *parameters, **chosen))
+
+
+@pytest.mark.parametrize("own", [1, 7, 16, 33, 64, 80, 95])
+def test_two_sources_are_one_image_also_where_a_group_straddles_them(own):
+    (x, *parameters), _ = arguments(3, 96, 8, 9, 7)
+    y = norm_out(x[:, :own], x[:, own:], *parameters)
+    assert ((y - exact(x, *parameters)).abs() <= FLOAT32 * (4 + y.abs())).all()
+    for n in range(3):
+        assert torch.equal(norm_out(x[n : n + 1, :own], x[n : n + 1, own:], *parameters), y[n : n + 1])
+
+
+def test_group_norm_silu_out_passes_opcheck():
+    (x, *parameters), chosen = arguments(2, 12, 4, 3, 5, scale_shift=True)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y, (a, b) = torch.empty_like(x), (part.contiguous(memory_format=torch.channels_last) for part in x.split((5, 7), 1))
+    for images in ((y, x, None), (y, a, b)):
+        torch.library.opcheck(
+            torch.ops.diffkern.group_norm_silu_out.default, (*images, *parameters, 1e-5, chosen["scale_shift"], True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(y=torch.zeros(2, 12, 3, 5)), "y: expected channels_last memory, got strides (180, 15, 5, 1)"),
+        (dict(x=torch.zeros(2, 11, 3, 5)), "x: expected shape (2, 12, 3, 5), got (2, 11, 3, 5)"),
+        (dict(x=torch.zeros(2, 12, 3, 5)), "x: expected channels_last memory, got strides (180, 15, 5, 1)"),
+        (dict(skip=torch.zeros(2, 4, 3, 5)), "x: expected shape (2, 8, 3, 5), got (2, 12, 3, 5)"),
+        (dict(weight=torch.zeros(11)), "weight: expected shape (12,), got (11,)"),
+        (dict(scale_shift=torch.zeros(2, 12)), "scale_shift: expected shape (2, 24), got (2, 12)"),
+        (dict(groups=5), "groups: expected a divisor of the 12 channels, got 5"),
+    ],
+)
+def test_what_does_not_fit_into_the_given_memory_raises(change, message):
+    image = torch.zeros(2, 12, 3, 5).contiguous(memory_format=torch.channels_last)
+    good = dict(y=image.clone(), x=image, skip=None, weight=torch.ones(12), bias=torch.ones(12), groups=4, eps=1e-5)
+    with pytest.raises(RuntimeError) as raised:
+        torch.ops.diffkern.group_norm_silu_out(**(good | dict(scale_shift=None, silu=True) | change))
+    assert str(raised.value) == message

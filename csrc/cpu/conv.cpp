@@ -72,10 +72,53 @@ void find_rows(const ConvParams& p, const Block& block, int64_t tap, int source,
   }
 }
 
+// C += A B, where a column of B is contiguous: registers lie along the depth, and no part of them is empty for the lack
+// of columns.
+template <int columns>
+void multiply_few_columns(const Product& p, int64_t b_column) {
+  constexpr int rows = kTileRegisters == 4 ? 6 : 3;  // rows x columns of sums and a column fit into the registers
+  for (int64_t row = 0; row < p.rows; row += rows) {
+    f32v sum[rows][columns] = {};
+    for (int64_t part = 0; part < p.parts; ++part) {
+      const float *a[rows], *b = p.b + part * p.b_part;
+      for (int r = 0; r < rows; ++r) a[r] = p.row_of_a(part, min(row + r, p.rows - 1));
+      const auto step = [&](int64_t k, auto... count) __attribute__((always_inline)) {
+        f32v b_k[columns];
+        for (int v = 0; v < columns; ++v) b_k[v] = load(b + v * b_column + k, count...);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; ++r) {
+          const f32v a_rk = load(a[r] + k, count...);
+#pragma GCC unroll 4
+          for (int v = 0; v < columns; ++v) sum[r][v] = multiply_add(a_rk, b_k[v], sum[r][v]);
+        }
+      };
+      int64_t k = 0;
+      for (; k + kLanes <= p.depth; k += kLanes) step(k);
+      if (k < p.depth) step(k, int(p.depth - k));
+    }
+    for (int64_t r = 0; r < min(rows, p.rows - row); ++r)
+      for (int v = 0; v < columns; ++v) {
+        float& c = p.c[(row + r) * p.c_row + v];
+        c = (p.add ? c : 0.0f) + (p.bias ? p.bias[v] : 0.0f) + reduce_add(sum[r][v]);
+      }
+  }
+}
+
+void multiply_few_columns(const Product& p, int64_t b_column) {
+  switch (p.columns) {
+    case 1: return multiply_few_columns<1>(p, b_column);
+    case 2: return multiply_few_columns<2>(p, b_column);
+    case 3: return multiply_few_columns<3>(p, b_column);
+    case 4: return multiply_few_columns<4>(p, b_column);
+  }
+}
+
 void convolve(const ConvParams& p, const Block& block) {
   const float* rows[kMaxTaps * kDirectPixels];
-  const int64_t depth = p.depth(), fit = max(kChain / depth, 1);
-  const int64_t tap_stride = p.direct_columns() * depth * kDirectColumns;
+  const bool few = p.few_columns();
+  const int64_t depth = p.depth(), fit = few ? kMaxTaps : max(kChain / depth, 1);
+  const int64_t tap_stride = (few ? p.out_channels : p.direct_columns() * kDirectColumns) * depth;
+  const int64_t b_depth = few ? 1 : kDirectColumns;
   bool started = p.add || p.residual;
   if (started) start(p, block);
   for (int64_t tap = 0; tap < p.matrices; tap += fit) {
@@ -84,12 +127,14 @@ void convolve(const ConvParams& p, const Block& block) {
     for (int source = 0; source < 2; ++source)
       for (int64_t c = 0; c < p.channels[source]; c += kChain) {
         for (int64_t t = 0; t < taps; ++t) find_rows(p, block, tap + t, source, c, rows + t * block.pixels);
-        multiply({.rows = block.pixels, .columns = block.columns, .depth = min(kChain, p.channels[source] - c),
-                  .a = nullptr, .a_row = 0, .a_depth = 1,
-                  .b = weight + (source * p.channels[0] + c) * kDirectColumns, .b_depth = kDirectColumns,
-                  .c = p.y + block.first * p.out_channels + block.column, .c_row = p.out_channels, .add = started,
-                  .bias = p.bias && tap + source + c == 0 ? p.bias + block.column : nullptr,
-                  .parts = taps, .a_rows = rows, .b_part = tap_stride});
+        const Product product{
+            .rows = block.pixels, .columns = block.columns, .depth = min(kChain, p.channels[source] - c),
+            .a = nullptr, .a_row = 0, .a_depth = 1,
+            .b = weight + (source * p.channels[0] + c) * b_depth, .b_depth = b_depth,
+            .c = p.y + block.first * p.out_channels + block.column, .c_row = p.out_channels, .add = started,
+            .bias = p.bias && tap + source + c == 0 ? p.bias + block.column : nullptr,
+            .parts = taps, .a_rows = rows, .b_part = tap_stride};
+        few ? multiply_few_columns(product, depth) : multiply(product);
         started = true;
       }
   }
