@@ -70,42 +70,47 @@ class Engine(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x_t: [N, C, H, W]; t: [N] int64; labels: [N] int64 or None. As ``UNet.forward``."""
-        if not self._fits(x_t) or x_t.numel() == 0:
-            return self.network(x_t, t, labels)
-        self.network.check(x_t, t, labels)
-        compiled = _compiled.setdefault(self.network, _Compiled())
-        with compiled.lock, torch.inference_mode(False), torch.no_grad():
-            compiled.update(self.network)
-            conditions = compiled.conditions(self.network, t, labels)
-            return compiled.plan(self.network, x_t.shape).run(x_t, conditions)
+        if self._runs(x_t) and x_t.numel() > 0:
+            self.network.check(x_t, t, labels)
+            if self.network not in _compiled:
+                _compiled[self.network] = _Compiled(self.network)
+            compiled = _compiled[self.network]
+            with compiled.lock, torch.inference_mode(False), torch.no_grad():
+                if compiled.update():
+                    conditions = compiled.conditions(self.network, t, labels)
+                    return compiled.plan(self.network, x_t.shape).run(x_t, conditions)
+        return self.network(x_t, t, labels)
 
-    def _fits(self, x_t: Tensor) -> bool:
-        tensors = [x_t, *self.network.parameters()]
-        gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    def _runs(self, x_t: Tensor) -> bool:
+        gradient = torch.is_grad_enabled() and any(a.requires_grad for a in (x_t, *self.network.parameters()))
         random = self.network.training and self.config["dropout"] > 0
-        elsewhere = any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors)
         traced = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        return not (gradient or random or elsewhere or traced)
+        return _native(x_t) and not (gradient or random or traced)
+
+
+def _native(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
 class _Compiled:
     """All that is made of a network's weights. It holds the network's leaves, never the network."""
 
-    def __init__(self):
+    def __init__(self, network: UNet):
         self.lock = threading.Lock()
-        self._forget([])
+        self._leaves = [module._parameters for module in network.modules() if module._parameters]
+        self._weights: list[tuple[int, int]] = []
 
-    def _forget(self, weights: list[tuple[int, int | None]]) -> None:
-        self._weights = weights
-        self._packed: dict[Any, Tensor] = {}
-        self._plans: dict[torch.Size, _Plan] = {}
-        self._rows: dict[tuple[int, int], Tensor] = {}  # (t, label) -> the condition of every residual block
-
-    def update(self, network: UNet) -> None:
-        """Drop everything if the weights are not what they were."""
-        weights = [(p.data_ptr(), None if p.is_inference() else p._version) for p in network.parameters()]
+    def update(self) -> bool:
+        """Forget everything if the weights are not what they were. Returns whether kernels can use them."""
+        parameters = [parameter for leaf in self._leaves for parameter in leaf.values() if parameter is not None]
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
         if weights != self._weights:
-            self._forget(weights)
+            self._weights = weights
+            self._native = all(map(_native, parameters))
+            self._packed: dict[Any, Tensor] = {}
+            self._plans: dict[torch.Size, _Plan] = {}
+            self._rows: dict[tuple[int, int], Tensor] = {}  # (t, label) -> the condition of every residual block
+        return self._native
 
     def packed(self, key: Any, weight: Callable[[], Tensor], tile: int | None) -> Tensor:
         """``ops.pack_conv`` of a weight, made once."""
