@@ -59,6 +59,7 @@ def sample(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     engine: bool = True,
+    cuda_graph: bool = False,
     progress: bool = True,
     schedule: Schedule | None = None,
     prediction: str | None = None,
@@ -84,6 +85,8 @@ def sample(
     device      where to run; None is where the network is, and the CPU for a name, a file or a bare function
     dtype       torch.bfloat16 or float16 runs the network under autocast; x_t and the update stay float32
     engine      run a U-Net on a CPU by :func:`diffkern.optimize`, which is faster and rounds otherwise
+    cuda_graph  on a CUDA device, record one step, network and update, and replay it for all: no step waits for the
+                host. The network must be one that a CUDA graph can hold; there is no ``callback``
     progress    show a progress bar on stderr
     callback    called with a :class:`Step` in every step
 
@@ -92,7 +95,11 @@ def sample(
     """
     source = _resolve(model, device, schedule, prediction, shape)
     device = source.device
-    _check_options(guidance, clip, dtype, engine, progress, callback)
+    _check_options(guidance, clip, dtype, engine, cuda_graph, progress, callback)
+    if cuda_graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph: expected False on a device other than CUDA, got True on {str(device)!r}")
+    if cuda_graph and callback is not None:
+        raise ValueError("cuda_graph: expected False with a callback, which the host must wait for, got True")
     if x_T is not None:
         _check_x_T(x_T, source.shape)
     n, seeds, labels = _rows(n, seeds, labels, x_T, source.num_classes)
@@ -106,11 +113,11 @@ def sample(
     timesteps = source.schedule.timesteps(steps, spacing)
     table = _coefficients(sampler, source.schedule, timesteps, source.prediction, variance, eta)
     table = (table if clip else fold_x0(table)).float().to(device)
-    denoise = partial(
-        _denoise,
+    loop = _Loop(
         network=Engine(source.network) if engine and isinstance(source.network, UNet) else source.network,
         table=table,
-        timesteps=timesteps,
+        shape=(batch_size, *source.shape),
+        labelled=labels is not None,
         guidance=guidance,
         clip=clip,
         learned_variance=isinstance(variance, str) and variance == "learned",
@@ -130,55 +137,103 @@ def sample(
             else:
                 x = x_T[rows.to(x_T.device)].to(device, torch.float32, memory_format=torch.contiguous_format)
             kept = slice(start, min(start + batch_size, n))
-            denoise(x, seed, y, callback=callback and partial(_report, callback, kept), tick=bar.update)
-            images[kept] = x[: kept.stop - kept.start]
+            loop.begin(x, seed, y)
+            if cuda_graph:
+                loop.replay(bar.update)
+            else:
+                loop.run(timesteps, callback and partial(_report, callback, kept), bar.update)
+            images[kept] = loop.x[: kept.stop - kept.start]
     return images
 
 
-def _denoise(
-    x: Tensor,
-    seeds: Tensor,
-    labels: Tensor | None,
-    *,
-    network: Network,
-    table: Tensor,
-    timesteps: list[int],
-    guidance: float,
-    clip: bool,
-    learned_variance: bool,
-    dtype: torch.dtype | None,
-    callback: Callable[[int, int, Tensor, Tensor], Any] | None,
-    tick: Callable[[], Any],
-) -> None:
-    """Take x [N, C, H, W] from x_T to x_0, in place, along the rows of ``table``."""
-    null = None if labels is None else torch.full_like(labels, -1)
-    both = guidance not in (0, 1)  # two calls of N rows, not one of 2N: each is the call that it is without guidance
+class _Loop:
+    """Takes x [N, C, H, W] from x_T to x_0, in place, along the rows of ``table``.
 
-    def predict(t: Tensor, labels: Tensor | None) -> Tensor:
-        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
-            out = network(x, t, labels)
-        return _checked_output(out, x, learned_variance).float()
+    All that a step reads and writes stays where it is on the device, the number of the row too, and a step advances it:
+    a CUDA graph of one step is one of each.
+    """
 
-    for index, (t, row) in enumerate(zip(timesteps, torch.arange(len(table), device=x.device), strict=True)):
-        t_rows = torch.full((len(x),), t, device=x.device)
-        out = predict(t_rows, null if guidance == 0 else labels)
-        out_uncond = predict(t_rows, null) if both else None
-        x_t, x0_hat = (x.clone(), torch.empty_like(x)) if callback else (None, None)
+    def __init__(
+        self,
+        network: Network,
+        table: Tensor,
+        shape: tuple[int, ...],
+        labelled: bool,
+        guidance: float,
+        clip: bool,
+        learned_variance: bool,
+        dtype: torch.dtype | None,
+    ):
+        self.network, self.table, self.dtype = network, table, dtype
+        self.guidance, self.clip, self.learned_variance = guidance, clip, learned_variance
+        self.t = table[:, ops.COLUMNS.index("t")].long()
+        self.row = torch.zeros(1, dtype=torch.int64, device=table.device)
+        self.x = torch.empty(shape, device=table.device)
+        self.seeds = torch.empty(shape[0], dtype=torch.int64, device=table.device)
+        self.labels = torch.empty_like(self.seeds) if labelled else None
+        self.null = torch.full_like(self.seeds, -1) if labelled else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def begin(self, x_T: Tensor, seeds: Tensor, labels: Tensor | None) -> None:
+        self.x.copy_(x_T)
+        self.seeds.copy_(seeds)
+        if labels is not None:
+            self.labels.copy_(labels)
+        self.row.zero_()
+
+    def predict(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        with torch.autocast(self.x.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            out = self.network(self.x, t, labels)
+        return _checked_output(out, self.x, self.learned_variance).float()
+
+    def step(self, x0_hat: Tensor | None = None) -> None:
+        """One row of the table; the host looks at no value."""
+        t = self.t.index_select(0, self.row).repeat(len(self.x))
+        both = self.guidance not in (0, 1)  # two calls of N rows, not one of 2N: each is the call that it is alone
+        out = self.predict(t, self.null if self.guidance == 0 else self.labels)
         ops.reverse_step_(
-            x,
+            self.x,
             out,
-            table,
-            row,
-            seeds,
-            out_uncond=out_uncond,
-            guidance=guidance if both else 1.0,
-            clip=clip,
-            learned_variance=learned_variance,
+            self.table,
+            self.row,
+            self.seeds,
+            out_uncond=self.predict(t, self.null) if both else None,
+            guidance=self.guidance if both else 1.0,
+            clip=self.clip,
+            learned_variance=self.learned_variance,
             x0_hat=x0_hat,
         )
-        if callback:
-            callback(index, t, x_t, x0_hat)
-        tick()
+        self.row.add_(1)
+
+    def run(
+        self,
+        timesteps: list[int],
+        callback: Callable[[int, int, Tensor, Tensor], Any] | None,
+        tick: Callable[[], Any],
+    ) -> None:
+        for index, t in enumerate(timesteps):
+            x_t, x0_hat = (self.x.clone(), torch.empty_like(self.x)) if callback else (None, None)
+            self.step(x0_hat)
+            if callback:
+                callback(index, t, x_t, x0_hat)
+            tick()
+
+    def replay(self, tick: Callable[[], Any]) -> None:
+        """``run`` by a CUDA graph of one step, which the first batch records."""
+        if self.graph is None:
+            x_T, aside = self.x.clone(), torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                self.step()  # libraries set themselves up at their first call, which a graph cannot hold
+            torch.cuda.current_stream().wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.step()
+            self.x.copy_(x_T)
+            self.row.zero_()
+        for _ in range(len(self.table)):
+            self.graph.replay()
+            tick()
 
 
 def _report(callback: Callable[[Step], Any], images: slice, index: int, t: int, x_t: Tensor, x0_hat: Tensor) -> None:
@@ -280,9 +335,11 @@ def _shape(shape: Sequence[int]) -> tuple[int, ...]:
     return shape
 
 
-def _check_options(guidance: Any, clip: Any, dtype: Any, engine: Any, progress: Any, callback: Any) -> None:
+def _check_options(
+    guidance: Any, clip: Any, dtype: Any, engine: Any, cuda_graph: Any, progress: Any, callback: Any
+) -> None:
     checked_float("guidance", guidance, "a finite number", math.isfinite)
-    for name, value in (("clip", clip), ("engine", engine), ("progress", progress)):
+    for name, value in (("clip", clip), ("engine", engine), ("cuda_graph", cuda_graph), ("progress", progress)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected True or False, got {value!r}")
     if dtype not in (None, torch.bfloat16, torch.float16):

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from diffkern.schedule import Schedule
 
-TABLE = 1e-12  # float64 tables, relative to values of order 1
-SAMPLE = 1e-5  # float32 runs against float64
 mp.dps = 40
 
 SCHEDULES = {

@@ -8,12 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out, layouts
 from levels import DTYPES, values
+from tolerances import ATTENTION, ROUNDING
 from torch import Tensor
 
 from diffkern import ops
-
-ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-FLOAT32 = 3e-6  # relative to the largest value: what a few hundred additions in float32 may lose
 
 
 def qkv(n: int, heads: int, queries: int, keys: int, d: int, dtype=torch.float32, scale: float = 1.0) -> list[Tensor]:
@@ -32,7 +30,7 @@ def assert_near(got: Tensor, expected: Tensor, dtype: torch.dtype = torch.float3
     """Within float32 arithmetic and one rounding to the dtype."""
     assert got.dtype == dtype and got.shape == expected.shape
     if expected.numel():
-        bound = (FLOAT32 + (ROUNDING[dtype] if dtype != torch.float32 else 0)) * expected.abs().max()
+        bound = (ATTENTION + (ROUNDING[dtype] if dtype != torch.float32 else 0)) * expected.abs().max()
         assert (got.double() - expected).abs().max() <= bound + 1e-30
 
 
@@ -50,7 +48,7 @@ def assert_gradients_are_exact(inputs: list[Tensor], grad_out: Tensor, scale: fl
         # half precision: the saved output is rounded, and with it delta = rowsum(grad_out out)
         rounding = 0 if x.dtype == torch.float32 else 2 * ROUNDING[x.dtype]
         assert a.dtype == x.dtype and a.shape == x.shape
-        assert (a.double() - b).abs().max() <= (2 * FLOAT32 + rounding) * size
+        assert (a.double() - b).abs().max() <= (2 * ATTENTION + rounding) * size
 
 
 # --- the definition ---

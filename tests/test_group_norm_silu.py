@@ -9,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out, layouts
 from levels import DTYPES, values
+from tolerances import GROUP_NORM, ROUNDING
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffkern import ops, reference
 
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-FLOAT32 = 2e-6  # what float32 arithmetic may lose of a value of order 1
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 # samples, channels, groups, height, width: registers, tiles, blocks and runs half full, exactly full and overfull
@@ -83,7 +82,7 @@ def assert_near(got: Tensor, expected: Tensor, factor: float = 1.0) -> None:
     """Within float32 arithmetic and one rounding to the dtype."""
     assert got.shape == expected.shape
     if expected.numel():
-        bound = (factor * FLOAT32 + ROUNDING[got.dtype]) * (1 + expected.abs())
+        bound = (factor * GROUP_NORM + ROUNDING[got.dtype]) * (1 + expected.abs())
         assert ((got.double() - expected).abs() <= bound).all(), (got.double() - expected).abs().max()
 
 
@@ -500,7 +499,7 @@ def test_group_norm_silu_out_has_the_ops_bits(shape):
 def test_two_sources_are_one_image_also_where_a_group_straddles_them(own):
     (x, *parameters), _ = arguments(3, 96, 8, 9, 7)
     y = norm_out(x[:, :own], x[:, own:], *parameters)
-    assert ((y - exact(x, *parameters)).abs() <= FLOAT32 * (4 + y.abs())).all()
+    assert ((y - exact(x, *parameters)).abs() <= GROUP_NORM * (4 + y.abs())).all()
     for n in range(3):
         assert torch.equal(norm_out(x[n : n + 1, :own], x[n : n + 1, own:], *parameters), y[n : n + 1])
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out, layouts, shapes
 from levels import DTYPES, digest, values
+from tolerances import LOSS, ROUNDING
 
 from diffkern import ops
 
@@ -28,7 +29,7 @@ def test_noise_loss_is_its_equation_in_float64(shape, dtype, weights):
     out = values((7, *shape), dtype)
     loss = ops.noise_loss(out, levels.SEEDS, T, weights)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), exact(out, levels.SEEDS, T, weights), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.double(), exact(out, levels.SEEDS, T, weights), rtol=LOSS, atol=0)
 
 
 @given(shape=shapes(), dtype=st.sampled_from(DTYPES), one_t=st.booleans(), weighted=st.booleans(), data=st.data())
@@ -40,12 +41,12 @@ def test_value_and_gradient_are_right_in_every_layout(shape, dtype, one_t, weigh
     t = torch.tensor(3) if one_t else torch.arange(n) * 99
     out = laid_out(values(tuple(shape), dtype), **data.draw(layouts(len(shape)))).requires_grad_()
     loss, expected = ops.noise_loss(out, seeds, t, weights), exact(out, seeds, t, weights)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(loss.double(), expected, rtol=LOSS, atol=1e-12)
     incoming = values((n,), seed=2)
     (got,) = torch.autograd.grad(loss, out, incoming)
     (wanted,) = torch.autograd.grad(expected, out, incoming.double())
     assert got.dtype == dtype and got.shape == out.shape
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    tolerance = LOSS if dtype == torch.float32 else 2 * ROUNDING[dtype]
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=1e-7)
 
 
@@ -112,7 +113,7 @@ def test_every_cpu_level_has_the_same_gradient_bits_and_loss():
     answers = list(levels.every_level().values())
     for answer in answers:
         assert answer["noise_loss gradient"] == answers[0]["noise_loss gradient"]
-        assert answer["noise_loss"] == pytest.approx(answers[0]["noise_loss"], rel=1e-6)
+        assert answer["noise_loss"] == pytest.approx(answers[0]["noise_loss"], rel=LOSS)
 
 
 def test_a_network_that_sees_half_of_each_noise_has_a_quarter_of_its_loss():

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out, layouts, shapes
 from levels import DTYPES, digest, values
+from tolerances import Q_SAMPLE
 
 from diffkern import ops, reference
 from diffkern.schedule import Schedule
@@ -31,7 +32,7 @@ def test_q_sample_is_the_papers_equation_in_float64():
     x_t, eps = ops.q_sample(x_0, t, seeds_of(6), TABLE, return_eps=True)
     alpha_bar = SCHEDULE.alpha_bar[t].view(6, 1, 1, 1)
     exact = alpha_bar.sqrt() * x_0.double() + (1 - alpha_bar).sqrt() * eps.double()
-    torch.testing.assert_close(x_t.double(), exact, rtol=0, atol=1e-6)
+    torch.testing.assert_close(x_t.double(), exact, rtol=0, atol=Q_SAMPLE)
     assert torch.equal(eps, ops.noise(seeds_of(6), x_0.shape[1:], step=t, stream=2))
 
 

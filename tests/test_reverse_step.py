@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out, layouts, shapes
 from levels import DTYPES, digest, values
+from tolerances import REVERSE_STEP, REVERSE_STEP_X0, SAME_STEP
 
 from diffkern import ops, reference, samplers
 from diffkern.schedule import Schedule
@@ -92,8 +93,8 @@ def test_reverse_step_is_its_equation_in_float64(options):
     arguments, options = case(**options)
     x_next, x0_hat = ops.reverse_step(*arguments, **options, return_x0=True)
     expected_x_next, expected_x0_hat = exact(*arguments, **options)
-    torch.testing.assert_close(x_next.double(), expected_x_next, rtol=1e-6, atol=2e-5)
-    torch.testing.assert_close(x0_hat.double(), expected_x0_hat, rtol=1e-6, atol=5e-6)
+    torch.testing.assert_close(x_next.double(), expected_x_next, **REVERSE_STEP)
+    torch.testing.assert_close(x0_hat.double(), expected_x0_hat, **REVERSE_STEP_X0)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -174,7 +175,7 @@ def test_algorithm_2_as_printed_is_a_row():
     noisy = (t > 0).view(4, 1, 1, 1)
     expected = (x.double() - beta / (1 - alpha_bar).sqrt() * eps.double()) / alpha.sqrt() + noisy * beta.sqrt() * z
     got = ops.reverse_step(x, eps, table, 999 - t, [1, 2, 3, 4])
-    torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=SAME_STEP)
 
 
 def test_learned_variance_interpolates_the_papers_log_variances():
@@ -187,7 +188,7 @@ def test_learned_variance_interpolates_the_papers_log_variances():
         out = torch.cat((eps, torch.full_like(eps, second_half)), 1)
         for step in (0, 500, 998, 999):
             got = ops.reverse_step(x, out, table, step, seeds, learned_variance=True)
-            torch.testing.assert_close(got, ops.reverse_step(x, eps, fixed, step, seeds), rtol=0, atol=1e-6)
+            torch.testing.assert_close(got, ops.reverse_step(x, eps, fixed, step, seeds), rtol=0, atol=SAME_STEP)
 
 
 def test_guidance_of_one_is_the_conditional_output_and_of_zero_the_unconditional():
@@ -195,7 +196,7 @@ def test_guidance_of_one_is_the_conditional_output_and_of_zero_the_unconditional
     uncond = options["out_uncond"]
     for guidance, alone in ((1.0, out), (0.0, uncond)):
         got = ops.reverse_step(x, out, table, step, seeds, out_uncond=uncond, guidance=guidance)
-        torch.testing.assert_close(got, ops.reverse_step(x, alone, table, step, seeds), rtol=0, atol=5e-6)
+        torch.testing.assert_close(got, ops.reverse_step(x, alone, table, step, seeds), **REVERSE_STEP_X0)
 
 
 def test_a_row_without_sigma_draws_no_noise():

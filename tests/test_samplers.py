@@ -8,7 +8,6 @@ import torch
 from oracles import (
     SCHEDULES,
     SPACINGS,
-    TABLE,
     Gaussian,
     ddim_moments,
     ddpm_moments,
@@ -17,6 +16,7 @@ from oracles import (
     subsequences,
 )
 from oracles import one_thread as one_thread
+from tolerances import ALGORITHM, TABLE
 
 from diffkern import ops
 from diffkern.samplers import PREDICTIONS, ddim, ddpm, fold_x0
@@ -179,7 +179,7 @@ def test_without_clipping_ddpm_is_algorithm_2_as_printed(schedule):
             "k_0": torch.zeros(s.T, dtype=torch.float64),
         }
         for name, column in expected.items():
-            torch.testing.assert_close(literal[:, COLUMN[name]], column, rtol=1e-11, atol=0)
+            torch.testing.assert_close(literal[:, COLUMN[name]], column, rtol=ALGORITHM, atol=0)
         kept = [COLUMN[name] for name in ops.COLUMNS if name not in expected]
         assert torch.equal(literal[:, kept], posterior[:, kept])
 

@@ -5,13 +5,16 @@ import signal
 
 import pytest
 import torch
-from oracles import SAMPLE, Gaussian, ddim_trajectory, ddpm_trajectory
+from oracles import Gaussian, ddim_trajectory, ddpm_trajectory
 from oracles import one_thread as one_thread
+from tolerances import SAMPLE
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from diffkern import ops
 from diffkern.model import Model, save
-from diffkern.sampling import Step, sample
+from diffkern.samplers import ddpm
+from diffkern.sampling import Step, _Loop, sample
 from diffkern.schedule import Schedule
 from diffkern.unet import UNet
 
@@ -363,6 +366,35 @@ def test_training_flags_are_restored_and_dropout_is_off(training):
     first.requires_grad_().sum().backward()  # the result is no inference tensor
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_steps_that_find_their_row_on_the_device_are_those_of_a_loop_of_the_host(guidance):
+    """What a CUDA graph replays is a step that knows neither its number nor its t."""
+    unet, labels, timesteps = small_unet(num_classes=3).eval(), torch.tensor([0, 2]), [900, 500, 499, 0]
+    table, seeds = ddpm(LINEAR, timesteps, "eps").float(), torch.tensor([5, 6])
+    loop = _Loop(unet, table, (2, 2, 8, 8), True, guidance, clip=True, learned_variance=False, dtype=None)
+    x = ops.noise(seeds, (2, 8, 8), step=0)
+    with torch.inference_mode():
+        loop.begin(x, seeds, labels)
+        for _ in timesteps:
+            loop.step()
+        for row, t in enumerate(timesteps):
+            out, null = (unet(x, torch.tensor([t, t]), y) for y in (labels, torch.tensor([-1, -1])))
+            guided = dict(out_uncond=null, guidance=guidance) if guidance != 1 else {}
+            x = ops.reverse_step(x, out, table, row, seeds, clip=True, **guided)
+    assert torch.equal(loop.x, x)
+
+
+def test_a_step_looks_at_no_value_on_the_host():
+    """Tensors without values refuse that; a CUDA graph would, too."""
+    unet, table = small_unet(num_classes=3).eval(), ddpm(LINEAR, [900, 0], "eps").float()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        loop = _Loop(unet, torch.empty(table.shape), (2, 2, 8, 8), True, 3.0, True, False, torch.bfloat16)
+        loop.begin(torch.empty(2, 2, 8, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+        loop.step()
+        with pytest.raises(DataDependentOutputException):
+            loop.row.item()
+
+
 def test_progress_bar_counts_the_steps_of_all_batches(capsys):
     run(n=5, steps=4, batch_size=2, progress=True)
     assert "12/12" in capsys.readouterr().err
@@ -516,6 +548,8 @@ BAD = [
     (dict(x_T=X_T[:2]), ValueError, "x_T: expected 3, one for each image, got 2"),
     (dict(batch_size=0), ValueError, "batch_size: expected an int >= 1, got 0"),
     (dict(batch_size=1.5), TypeError, "batch_size: expected an int >= 1, got 1.5"),
+    (dict(cuda_graph=True), ValueError, "cuda_graph: expected False on a device other than CUDA, got True on 'cpu'"),
+    (dict(cuda_graph=1), TypeError, "cuda_graph: expected True or False, got 1"),
     (dict(device="gpu"), ValueError, "device: expected cpu or cuda, got 'gpu'"),
     (dict(device="meta"), ValueError, ", got meta"),
     (dict(device=1.5), ValueError, "device: expected cpu or cuda, got 1.5"),

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import mp, mpf
-from oracles import SCHEDULES, SPACINGS, TABLE, subsequences
+from oracles import SCHEDULES, SPACINGS, subsequences
 from oracles import one_thread as one_thread
+from tolerances import TABLE
 
 from diffkern import ops
 from diffkern.schedule import Schedule
