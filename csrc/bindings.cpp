@@ -196,7 +196,8 @@ class Lent {
       const auto same = [data = tensor.data_ptr()](const Tensor& other) { return other.data_ptr() == data; };
       const bool written = std::none_of(unwritten_.begin(), unwritten_.end(), same);
       open_.push_back(reinterpret_cast<uint64_t>(tensor.data_ptr()));
-      ptx_memory_add(ptx_runtime_device(), open_.back(), elements * tensor.element_size(), "a tensor", written, readonly);
+      const uint64_t bytes = elements * tensor.element_size();
+      ptx_memory_add(ptx_runtime_device(), open_.back(), bytes, "a tensor", written, readonly);
     }
     kept_ = std::move(asked_);
     asked_.clear();
@@ -209,6 +210,7 @@ class Lent {
   std::vector<uint64_t> open_;
 };
 thread_local Lent lent;
+uint64_t emulated_stream = 0;  // on which ops launch
 #endif
 
 template <class T>
@@ -336,7 +338,7 @@ void run_cuda(const Tensor& where, const Params& params, CudaLauncher<Params> la
   const char* error;
 #ifdef DIFFKERN_EMULATED_CUDA
   lent.open();
-  error = launch(params, nullptr);
+  error = launch(params, reinterpret_cast<void*>(emulated_stream));
 #else
   const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
   error = launch(params, current_stream(where.get_device_index()));
@@ -816,6 +818,8 @@ ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<T
         "packed: expected 1, 9, 16 or 36 matrices, got ", params.matrices);
   const int64_t side = params.matrices == 1 ? 1 : 3;
   check(stride > 0, "stride: expected a value > 0, got ", stride);
+  check(!params.winograd() || (stride == 1 && padding == 1), "stride, padding: expected 1 and 1 with ",
+        params.matrices, " matrices, got ", stride, " and ", padding);
   check(padding >= 0 && padding < side, "padding: expected a value in [0, ", side, "), got ", padding);
   const auto out_size = [&](int64_t size) { return (size * (upsample ? 2 : 1) + stride - 1) / stride; };
   params.out_height = out_size(height);
@@ -823,7 +827,7 @@ ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<T
   params.out_channels = y.dim() == 4 ? y.size(1) : 0;
   const Sizes out_shape = {samples, params.out_channels, params.out_height, params.out_width};
   check_image("y", y, x, out_shape);
-  const int64_t column_block = params.few_columns() ? 1 : kDirectColumns;
+  const int64_t column_block = params.winograd() ? kWinogradColumns : params.few_columns() ? 1 : kDirectColumns;
   check_like("packed", packed, x,
              {params.matrices, (params.out_channels + column_block - 1) / column_block, params.depth(), column_block});
   check_contiguous("packed", packed);
@@ -858,7 +862,9 @@ void conv2d_out(const Tensor& y, const Tensor& x, const std::optional<Tensor>& s
                 const std::optional<Tensor>& residual, int64_t stride, int64_t padding, bool upsample) {
   const ConvParams params = conv2d_params(y, x, skip, packed, bias, add, residual, stride, padding, upsample);
   if (y.numel() == 0) return;
-  check(params.matrices <= 9, "packed: expected 1 or 9 matrices, got ", params.matrices);  // conv_winograd comes here
+  if (params.winograd())
+    return run_cpu(params, cpu::level().kernels.conv_winograd, params.winograd_items(),
+                   grain(params.matrices * params.depth() * params.winograd_tiles() * kWinogradColumns));
   run_cpu(params, cpu::level().kernels.conv_direct, params.direct_items(),
           grain(params.matrices * params.depth() * params.direct_pixels() * kDirectColumns));
 }
@@ -1046,6 +1052,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def_readonly("shared_bytes", &Launch::shared_bytes);
   module.def("plan_elementwise", &plan_elementwise, pybind11::arg("samples"), pybind11::arg("elements"),
              pybind11::arg("element_size"));
+#ifdef DIFFKERN_EMULATED_CUDA
+  module.def("set_stream", [](uint64_t stream) { emulated_stream = stream; }, pybind11::arg("stream"));
+#endif
   module.def("plan_noise_loss", &plan_noise_loss, pybind11::arg("samples"), pybind11::arg("elements"));
   module.def("plan_group_norm_silu", &plan_group_norm_silu, pybind11::arg("samples"), pybind11::arg("channels"),
              pybind11::arg("groups"), pybind11::arg("pixels"), pybind11::arg("element_size"),

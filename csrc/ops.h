@@ -140,11 +140,13 @@ struct GroupNormSiluParams {
 };
 constexpr int64_t kMaxGroupsPerBlock = 64;
 
+constexpr int64_t kDirectColumns = 64, kDirectPixels = 96;  // conv_direct's blocks: of the weight's columns, of pixels
+constexpr int64_t kWinogradColumns = 64, kWinogradTiles = 30;  // conv_winograd's
+constexpr int64_t kFewColumns = 4;                          // so many or fewer are packed one a block
+
 // y = conv(x) + bias + add + residual. Everything is float32 and channels_last: the channels of a pixel together.
 // What lies outside the image is 0. The weight says by its first size how it is to be used: 36 matrices are Winograd's
 // F(4x4, 3x3), 16 are F(2x2, 3x3), 9 and 1 are the taps of a 3x3 and of a 1x1 kernel.
-constexpr int64_t kDirectColumns = 64, kDirectPixels = 96;  // conv_direct's blocks: of the weight's columns, of pixels
-constexpr int64_t kFewColumns = 4;  // so many or fewer are packed one a block, for another loop
 struct ConvParams {
   const float* x[2];  // [N, H, W, channels[0]], [N, H, W, channels[1]]: one after the other; the second may be null
   int64_t channels[2];
@@ -169,6 +171,18 @@ struct ConvParams {
     return share >= kDirectPixels ? kDirectPixels : (share + 23) / 24 * 24;  // whole tiles of 6 pixels, or of 8
   }
   int64_t direct_items() const { return (pixels() + direct_pixels() - 1) / direct_pixels() * direct_columns(); }
+
+  // conv_winograd's work items: a block of tiles, of all samples in a row and as even as they come, and a block of
+  // columns, so that few tiles are enough for several threads too.
+  bool winograd() const { return matrices > 9; }
+  int64_t tile() const { return matrices == 36 ? 4 : 2; }  // outputs a side
+  int64_t tiles_high() const { return (out_height + tile() - 1) / tile(); }
+  int64_t tiles_wide() const { return (out_width + tile() - 1) / tile(); }
+  int64_t tiles() const { return samples * tiles_high() * tiles_wide(); }
+  int64_t winograd_columns() const { return (out_channels + kWinogradColumns - 1) / kWinogradColumns; }
+  int64_t winograd_blocks() const { return (tiles() + kWinogradTiles - 1) / kWinogradTiles; }
+  int64_t winograd_tiles() const { return (tiles() + winograd_blocks() - 1) / winograd_blocks(); }
+  int64_t winograd_items() const { return winograd_blocks() * winograd_columns(); }
 };
 
 // Order-free hashes of a function of one word over runs of codes: the proof that every machine has the same one.

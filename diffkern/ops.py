@@ -385,7 +385,7 @@ def pack_conv(weight: Tensor, *, tile: int | None = None) -> Tensor:
     column_block = 64 if len(weight) > 4 else 1
     if tile is not None:
         _, G, _ = winograd(tile, columns)
-        columns, column_block = torch.kron(G, G) @ columns, 32
+        columns, column_block = torch.kron(G, G) @ columns, 64
     columns = columns.to(weight.dtype).unflatten(1, (weight.shape[1], weight.shape[0]))
     columns = F.pad(columns, (0, -weight.shape[0] % column_block))
     return columns.unflatten(2, (-1, column_block)).transpose(1, 2).contiguous()
@@ -396,7 +396,9 @@ def winograd_tile(height: int, width: int, channels: int, out_channels: int) -> 
 
     By measurement; never by the batch, so that a sample's bits are the same in any.
     """
-    return None
+    if out_channels <= 4 or channels <= 4:
+        return None
+    return 4 if min(height, width) >= 8 else 2
 
 
 def conv2d(

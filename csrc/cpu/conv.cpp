@@ -1,9 +1,9 @@
-// y = conv(x) + bias + add + residual, directly: a matrix product for each tap of the kernel (gemm.h), in which a row of
-// A is the pixel that the tap sees, where it lies; what it sees outside the image is a row of zeros.
+// y = conv(x) + bias + add + residual, directly: for each tap of the kernel a matrix product (gemm.h) in which a row of
+// A is the pixel that the tap sees, where it lies. What it sees outside the image is a row of zeros.
 //
-// A work item is a block of pixels and a block of columns. It starts from y = bias + add + residual and adds the
-// products on top, at most kChain channels at a time: their weights then stay in the L1 cache while the block's pixels
-// go by, and no chain of additions is longer. Few channels make up for it by several taps in one product.
+// A work item is a block of pixels and a block of columns. Its products take at most kChain channels at a time, so that
+// their weights stay in the L2 cache while the block's pixels go by, and no chain of additions is longer. Few channels
+// make up for it by several taps in one product.
 // The order of an element's sum depends on the channels and the taps alone, so that blocks may be cut as is convenient.
 
 #include "gemm.h"
@@ -72,8 +72,8 @@ void find_rows(const ConvParams& p, const Block& block, int64_t tap, int source,
   }
 }
 
-// C += A B, where a column of B is contiguous: registers lie along the depth, and no part of them is empty for the lack
-// of columns.
+// C = A B + bias, or C + A B + bias, for B with its columns one after another: registers lie along the depth, so that
+// few columns leave none half empty.
 template <int columns>
 void multiply_few_columns(const Product& p, int64_t b_column) {
   constexpr int rows = kTileRegisters == 4 ? 6 : 3;  // rows x columns of sums and a column fit into the registers

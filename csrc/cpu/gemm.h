@@ -14,7 +14,8 @@ constexpr int kTileRegisters = kLanes == 16 ? 4 : 2;  // and of 6 x 2 where ther
 constexpr int kTileColumns = kTileRegisters * kLanes;
 constexpr int kPrefetch = 6;  // rows of B ahead, about 70 cycles
 
-// C = after (before C + bias + A B), or C = after (bias + A B). A may be cut into parts along the depth, each row of which lies anywhere.
+// C = after (before C + bias + A B), or C = after (bias + A B).
+// A may be cut into parts along the depth, whose rows may lie anywhere.
 struct Product {
   int64_t rows, columns, depth;  // depth: of a part
   const float* a;                // [rows, depth]
@@ -32,7 +33,9 @@ struct Product {
   const float* const* a_rows = nullptr;  // [parts, rows], instead of a and a_row
   int64_t b_part = 0;                    // from a part of B to the next
 
-  const float* row_of_a(int64_t part, int64_t row) const { return a_rows ? a_rows[part * rows + row] : a + row * a_row; }
+  const float* row_of_a(int64_t part, int64_t row) const {
+    return a_rows ? a_rows[part * rows + row] : a + row * a_row;
+  }
 };
 
 // The tile of C at (row, column); its last register holds `last` columns, kLanes of them if it is whole.

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kWidth = 4 * kLanes;  // elements of a row, at most
 constexpr int64_t kRun = 128;       // rows that are summed in float, before their sum goes on in double
+constexpr int64_t kNear = 8;        // rows whose mean is near enough to that of all
 
 struct Block {
   int64_t sample, first_group, groups, width;  // width: channels a group
@@ -117,6 +118,14 @@ DIFFKERN_FN void for_each_tile(const GroupNormSiluParams& p, const Block& block,
   }
 }
 
+// Calls visit(group, begin, end) for all runs of lanes of the tile that are channels of one group.
+template <class Visit>
+DIFFKERN_FN void for_each_group(const Block& block, const Tile& tile, int64_t lanes, Visit visit) {
+  int64_t group = block.group_of(tile.channel), end = (block.first_group + group + 1) * block.width - tile.channel;
+  for (int64_t begin = 0; begin < lanes; begin = end, end += block.width, ++group)
+    visit(group, begin, end < lanes ? end : lanes);
+}
+
 // --- statistics ------------------------------------------------------------------------------------------------------
 
 // Of `count` numbers: their mean, and the sum of their squared distances from it.
@@ -168,8 +177,8 @@ DIFFKERN_FN double added(const GroupNormSiluParams& p, int64_t sample, int64_t c
   return p.add ? p.add[sample * p.channels + channel] : 0.0;
 }
 
-// The pivot of a run is the mean so far, and of the first run its own mean: no float sum is large beside what it is
-// for, however far the mean from 0.
+// The pivot of a run is the mean so far, and of the first run the mean of its first rows: no float sum is large beside
+// what it is for, however far the mean from 0.
 
 // A tile whose lanes are pixels of one channel.
 template <class T, class Row, int n = Row::registers>
@@ -180,7 +189,7 @@ void add_pixels(const T* x, const Tile& tile, const Row& row, double add, Moment
     const double count = double(rows * row.lanes);
     f32v pivot[n]{};
     double near = group.mean - add;
-    if (group.count == 0) near = total(sum_run(run, rows, tile.source_stride, row, pivot).first) / count;
+    if (group.count == 0) near = total(sum_run(run, 1, tile.source_stride, row, pivot).first) / row.lanes;
     for (int v = 0; v < n; ++v) pivot[v] = broadcast(float(near));
     const Sums<n> sums = sum_run(run, rows, tile.source_stride, row, pivot);
     const double distance = total(sums.first), offset = distance / count;
@@ -188,16 +197,17 @@ void add_pixels(const T* x, const Tile& tile, const Row& row, double add, Moment
   }
 }
 
-// A tile whose lanes are channels: every lane for itself.
+// A tile whose lanes are channels: every lane for itself, then those of a group together.
 template <class T, class Row, int n = Row::registers>
 void add_channels(const T* x, const Tile& tile, const Row& row, const GroupNormSiluParams& p,
                               const Block& block, Moments* groups) {
   constexpr int lanes = n * kLanes;
-  int64_t rows = tile.rows < kRun ? tile.rows : kRun;
+  const int64_t few = tile.rows < kNear ? tile.rows : kNear;
   f32v pivot[n]{};
-  const Sums<n> own = sum_run(x, rows, tile.source_stride, row, pivot);
-  for (int v = 0; v < n; ++v) pivot[v] = own.first[v] * float(1.0 / double(rows));
+  const Sums<n> own = sum_run(x, few, tile.source_stride, row, pivot);
+  for (int v = 0; v < n; ++v) pivot[v] = own.first[v] * (1.0f / float(few));
 
+  int64_t rows = kRun;
   double mean[lanes] = {}, squares[lanes] = {};
   float near[lanes], distance[lanes], square[lanes];
   for (int64_t first = 0; first < tile.rows; first += rows) {
@@ -217,10 +227,31 @@ void add_channels(const T* x, const Tile& tile, const Row& row, const GroupNormS
     }
     for (int v = 0; v < n; ++v) pivot[v] = load(near + v * kLanes);
   }
-  for (int l = 0; l < row.lanes; ++l) {
-    const int64_t c = tile.channel + l;
-    groups[block.group_of(c)].join(double(tile.rows), mean[l] + added(p, block.sample, c), squares[l]);
-  }
+  for_each_group(block, tile, row.lanes, [&](int64_t group, int64_t begin, int64_t end) {
+    double sum = 0, own_squares = 0, between = 0;
+    for (int64_t l = begin; l < end; ++l) sum += mean[l] += added(p, block.sample, tile.channel + l);
+    const double group_mean = sum / double(end - begin);
+    for (int64_t l = begin; l < end; ++l) {
+      own_squares += squares[l];
+      between += (mean[l] - group_mean) * (mean[l] - group_mean);
+    }
+    groups[group].join(double(tile.rows * (end - begin)), group_mean, own_squares + between * double(tile.rows));
+  });
+}
+
+// What statistics see: a group that lies in one piece, and whose channels nothing is added to, is one channel.
+struct Flat {
+  GroupNormSiluParams params;
+  Block block;
+};
+
+Flat flatten(const GroupNormSiluParams& p, const Block& block) {
+  Flat flat{p, block};
+  if (p.channels_last || p.add) return flat;
+  flat.params.channels = p.groups;
+  flat.params.pixels *= block.width;
+  flat.block.width = 1;
+  return flat;
 }
 
 // --- coefficients ----------------------------------------------------------------------------------------------------
@@ -248,15 +279,17 @@ struct Spread {
   f32v of[k][n];
 };
 
-// In every lane its channel's coefficients, which are get(channel).
+// In every lane its channel's coefficients, which are get(channel, group).
 template <int k, class Row, class Get, int n = Row::registers>
-DIFFKERN_FN Spread<k, n> spread(const GroupNormSiluParams& p, const Tile& tile, const Row& row, Get get) {
+DIFFKERN_FN Spread<k, n> spread(const GroupNormSiluParams& p, const Block& block, const Tile& tile, const Row& row,
+                                Get get) {
   float lanes[k][n * kLanes] = {};
-  const int channels = p.channels_last ? row.lanes : 1;
-  for (int l = 0; l < channels; ++l) {
-    const Coefficients<k> coefficients = get(tile.channel + l);
-    for (int j = 0; j < k; ++j) lanes[j][l] = coefficients.of[j];
-  }
+  for_each_group(block, tile, p.channels_last ? row.lanes : 1, [&](int64_t group, int64_t begin, int64_t end) {
+    for (int64_t l = begin; l < end; ++l) {
+      const Coefficients<k> coefficients = get(tile.channel + l, group);
+      for (int j = 0; j < k; ++j) lanes[j][l] = coefficients.of[j];
+    }
+  });
   Spread<k, n> all;
   for (int j = 0; j < k; ++j)
     for (int v = 0; v < n; ++v)
@@ -287,12 +320,13 @@ void normalise(const GroupNormSiluParams& p, const Tile& tile, const Row& row,
 template <class T>
 void forward(const GroupNormSiluParams& p, const Block& block) {
   Moments groups[kMaxGroupsPerBlock];
-  for_each_tile(p, block, [&](const Tile& tile, const auto& row) {
+  const Flat flat = flatten(p, block);
+  for_each_tile(flat.params, flat.block, [&](const Tile& tile, const auto& row) {
     const T* x = tile.template x<T>();
     if (p.channels_last)
       add_channels(x, tile, row, p, block, groups);
     else
-      add_pixels(x, tile, row, added(p, block.sample, tile.channel), groups[block.group_of(tile.channel)]);
+      add_pixels(x, tile, row, added(p, block.sample, tile.channel), groups[flat.block.group_of(tile.channel)]);
   });
 
   double rstd[kMaxGroupsPerBlock];
@@ -304,9 +338,8 @@ void forward(const GroupNormSiluParams& p, const Block& block) {
   }
 
   for_each_tile(p, block, [&](const Tile& tile, const auto& row) {
-    normalise<T>(p, tile, row, spread<3>(p, tile, row, [&](int64_t channel) {
-                   const int64_t g = block.group_of(channel);
-                   return affine(p, block.sample, channel, groups[g].mean, rstd[g]);
+    normalise<T>(p, tile, row, spread<3>(p, block, tile, row, [&](int64_t channel, int64_t group) {
+                   return affine(p, block.sample, channel, groups[group].mean, rstd[group]);
                  }));
   });
 }
@@ -385,14 +418,13 @@ void backward(const GroupNormSiluParams& p, const Block& block) {
   const float* rstd = p.rstd + block.sample * p.groups + block.first_group;
   float* grad_offset = p.grad_offset + block.sample * p.channels;
   float* grad_slope = p.grad_slope + block.sample * p.channels;
-  auto affine_of = [&](int64_t channel) {
-    const int64_t g = block.group_of(channel);
-    return affine(p, block.sample, channel, mean[g], rstd[g]);
+  auto affine_of = [&](int64_t channel, int64_t group) {
+    return affine(p, block.sample, channel, mean[group], rstd[group]);
   };
 
   for (int64_t c = first_channel; c < first_channel + channels; ++c) grad_offset[c] = grad_slope[c] = 0;
   for_each_tile(p, block, [&](const Tile& tile, const auto& row) {
-    add_gradients<T>(p, tile, row, block.sample, spread<3>(p, tile, row, affine_of));
+    add_gradients<T>(p, tile, row, block.sample, spread<3>(p, block, tile, row, affine_of));
   });
 
   double of_one[kMaxGroupsPerBlock] = {}, of_xhat[kMaxGroupsPerBlock] = {};  // rstd m(w grad_z), rstd m(w grad_z xhat)
@@ -400,17 +432,16 @@ void backward(const GroupNormSiluParams& p, const Block& block) {
   for (int64_t c = first_channel; c < first_channel + channels; ++c) {
     const int64_t g = block.group_of(c);
     grad_slope[c] *= rstd[g];
-    const double weight = affine_of(c).of[1] * share;
+    const double weight = affine_of(c, g).of[1] * share;
     of_one[g] += weight * grad_offset[c];
     of_xhat[g] += weight * grad_slope[c];
   }
 
   for_each_tile(p, block, [&](const Tile& tile, const auto& row) {
-    write_gradient<T>(p, tile, row, spread<5>(p, tile, row, [&](int64_t channel) {
-                        const int64_t g = block.group_of(channel);
-                        const auto [center, slope, offset] = affine_of(channel).of;
-                        return Coefficients<5>{
-                            {center, slope, offset, float(-of_xhat[g] * rstd[g]), float(-of_one[g])}};
+    write_gradient<T>(p, tile, row, spread<5>(p, block, tile, row, [&](int64_t channel, int64_t group) {
+                        const auto [center, slope, offset] = affine_of(channel, group).of;
+                        return Coefficients<5>{{center, slope, offset, float(-of_xhat[group] * rstd[group]),
+                                                float(-of_one[group])}};
                       }));
   });
 }

@@ -18,6 +18,7 @@
   X(attention, AttentionParams)                    \
   X(attention_backward, AttentionParams)           \
   X(attention_sum_grad_q, AttentionParams)         \
+  X(conv_winograd, ConvParams)                     \
   X(conv_direct, ConvParams)                       \
   X(word_hash, WordHashParams)
 

@@ -60,6 +60,9 @@ DIFFKERN_FN f32v max(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__
 DIFFKERN_FN f32v min(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
 DIFFKERN_FN f32v multiply_add(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 DIFFKERN_FN f32v times_power_of_2(f32v a, f32v n) { return (f32v)_mm512_scalef_ps((__m512)a, (__m512)n); }
+DIFFKERN_FN f32v from_nearest_whole(f32v a) {
+  return (f32v)_mm512_reduce_ps((__m512)a, _MM_FROUND_TO_NEAREST_INT);
+}
 DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
   return (u64v)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
 }
@@ -129,6 +132,11 @@ DIFFKERN_FN f32v unpack_high_pairs(f32v a, f32v b) { return f32v{a[2], a[3], b[2
 #endif
 
 #if !defined(__AVX512F__)
+// a less the nearest whole number
+DIFFKERN_FN f32v from_nearest_whole(f32v a) {
+  constexpr float kRound = 12582912.0f;  // 1.5 2^23: a sum with it is a whole number
+  return a - ((a + kRound) - kRound);
+}
 // a 2^n for whole n; 0 below 2^-126, infinity above 2^127
 DIFFKERN_FN f32v times_power_of_2(f32v a, f32v n) {
   n = n < -127.0f ? -127.0f : n;
