@@ -12,19 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 Call = Callable[[], Tensor]
 
 
 class Exported(nn.Module):
-    """Tensors in, a tensor out, and attention as plain products, which every exporter knows."""
+    """Tensors in, a tensor out: what exporters want."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        network.set_attn_processor(AttnProcessor())
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.network(x, t, return_dict=False)[0]
