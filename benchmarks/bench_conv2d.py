@@ -17,6 +17,12 @@ DIRECT = [  # N, C, K, pixels a side of x, kernel, stride
     *((n, c, k, 32, 3, 1) for n in (1, 16) for c, k in ((3, 128), (1, 32), (128, 3), (32, 1))),
     *((1, 256, 256, side, 3, 1) for side in (4, 8)),
 ]
+WINOGRAD = [  # N, C, K, pixels a side of x
+    *((n, c, c, 32) for n in (1, 16) for c in (32, 64, 128, 256)),
+    *((n, c, k, 16) for n in (1, 16) for c, k in ((64, 64), (256, 256), (512, 256))),
+    *((n, c, c, 8) for n in (1, 16) for c in (128, 256)),
+    *((n, 256, 256, 4) for n in (1, 16)),
+]
 
 
 def tensors(n: int, c: int, k: int, side: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,4 +47,23 @@ def test_conv2d_direct(compare, n, c, k, side, kernel, stride):
             lambda: ops.conv2d(x, packed, bias, out_channels=k, **options),
             peers,
             flops=2 * n * c * k * (side // stride) ** 2 * kernel**2,
+        )
+
+
+@pytest.mark.parametrize(("n", "c", "k", "side"), WINOGRAD)
+def test_conv2d_winograd(compare, n, c, k, side):
+    """The rate is that of the definition's operations: what is beyond a matrix product's was never computed."""
+    x, weight, bias = tensors(n, c, k, side, 3)
+    tile = ops.winograd_tile(side, side, c, k)
+    packed, direct = ops.pack_conv(weight, tile=tile), ops.pack_conv(weight)
+    with torch.inference_mode():
+        compare(
+            f"conv2d F({tile}x{tile}, 3x3) [{n}, {c}, {side}, {side}] -> {k}",
+            lambda: ops.conv2d(x, packed, bias, out_channels=k),
+            {
+                "torch": lambda: F.conv2d(x, weight, bias, padding=1),
+                "direct": lambda: ops.conv2d(x, direct, bias, out_channels=k),
+            },
+            tolerance=2e-5,
+            flops=2 * 9 * n * c * k * side**2,
         )

@@ -49,3 +49,30 @@ def test_unet(compare, tmp_path, name, n):
         same=close,
         flops=counter.get_total_flops(),
     )
+
+
+@pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_unet_in_bfloat16(compare, tmp_path, name, n):
+    """Beside those who compute in bfloat16 too, and our own float32."""
+    unet = with_random_weights(UNet(**NETWORKS[name]))
+    twin = peers.diffusers_unet(unet)
+    x = torch.randn(n, unet.config["in_channels"], 32, 32, generator=torch.Generator().manual_seed(1))
+    t = torch.full((n,), 500)
+    with FlopCounterMode(display=False) as counter:
+        expected = twin(x, t).sample
+    engine, exact = optimize(unet, dtype=torch.bfloat16), optimize(unet)
+
+    def close(ours: list[Tensor], others: list[Tensor]) -> None:
+        for result in (*ours, *others):
+            assert (result - expected).norm() < 0.02 * expected.norm()
+
+    calls = {name: make(twin, x, t, tmp_path) for name, make in engines.installed(n).items() if "bf16" in name}
+    compare(
+        f"unet {name}, bfloat16, {n} x 32x32",
+        torch.inference_mode()(lambda: engine(x, t)),
+        {"float32": torch.inference_mode()(lambda: exact(x, t)), **calls},
+        same=close,
+        flops=counter.get_total_flops(),
+        dtype=torch.bfloat16,
+    )

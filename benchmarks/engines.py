@@ -56,6 +56,10 @@ def eager(network: nn.Module, x: Tensor, t: Tensor, folder: Path) -> Call:
     return torch.inference_mode()(lambda: network(x, t, return_dict=False)[0])
 
 
+def eager_bf16(network: nn.Module, x: Tensor, t: Tensor, folder: Path) -> Call:
+    return torch.autocast("cpu", torch.bfloat16)(eager(network, x, t, folder))
+
+
 def inductor(network: nn.Module, x: Tensor, t: Tensor, folder: Path) -> Call:
     """With weights frozen, which lets it choose their layout."""
     torch._dynamo.reset()
@@ -157,6 +161,7 @@ ENGINES = {
     "OpenVINO": (openvino, "openvino"),
     "MNN": (mnn, "MNN"),
     "ncnn": (ncnn, "ncnn"),
+    "torch bf16": (eager_bf16, "torch"),
     "OpenVINO bf16": (openvino_bf16, "openvino"),
 }
 

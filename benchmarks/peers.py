@@ -159,7 +159,7 @@ def torch_ddim(network: nn.Module, schedule: Schedule, timesteps: Sequence[int],
         x, x0_hat = x_T.clone(), torch.empty_like(x_T)
         for i, t in enumerate(timesteps):
             ab, prev = alpha_bar[i], alpha_bar[i + 1]
-            eps = network(x, torch.full((len(x),), t)).sample
+            eps = network(x, torch.full((len(x),), t, device=x.device)).sample
             torch.mul(x, ab**-0.5, out=x0_hat).add_(eps, alpha=-((1 / ab - 1) ** 0.5)).clamp_(-1, 1)
             k_x = ((1 - prev) / (1 - ab)) ** 0.5
             x.mul_(k_x).add_(x0_hat, alpha=prev**0.5 - k_x * ab**0.5)

@@ -74,10 +74,11 @@ std::string text(const Parts&... parts) {
   return stream.str();
 }
 
-template <class... Parts>
-void check(bool holds, const Parts&... message) {
-  if (!holds) throw std::runtime_error(text(message...));
-}
+// A macro, so that the message's parts are made only where it is needed: else they would be most of a small call's time.
+#define check(holds, ...)                                          \
+  do {                                                             \
+    if (!(holds)) throw std::runtime_error(text(__VA_ARGS__));     \
+  } while (false)
 
 std::string show(const Sizes& sizes) {
   std::string s = "(";
@@ -113,7 +114,8 @@ void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
 }
 
 void check_shape(const char* name, const Tensor& tensor, const Sizes& expected) {
-  check(sizes_of(tensor) == expected, name, ": expected shape ", show(expected), ", got ", show(sizes_of(tensor)));
+  const auto sizes = tensor.sizes();
+  check(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name, ": expected shape ", show(expected), ", got ", show(sizes_of(tensor)));
 }
 
 void check_device(const char* name, const Tensor& tensor, const Tensor& like) {
@@ -579,7 +581,7 @@ GroupNormSiluParams group_norm_silu_params(const Tensor& x, MemoryFormat layout,
   return params;
 }
 
-constexpr int64_t kGroupNormGrain = 32768;  // elements a thread must have to be worth waking
+constexpr int64_t kGroupNormGrain = 16384;  // elements a thread must have to be worth waking
 
 void run_group_norm_silu(const Tensor& where, const GroupNormSiluParams& params, CpuKernel<GroupNormSiluParams> cpu,
                          CudaLauncher<GroupNormSiluParams> cuda) {
@@ -622,26 +624,21 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor
   return {y, mean, rstd};
 }
 
-// y and x and skip, whose channels follow those of x, are float32 and channels_last, on the CPU.
+// y and x and skip, whose channels follow those of x, are of one dtype and channels_last, on the CPU.
 void group_norm_silu_out(const Tensor& y, const Tensor& x, const std::optional<Tensor>& skip, const Tensor& weight,
                          const Tensor& bias, int64_t groups, double eps, const std::optional<Tensor>& scale_shift,
                          bool silu) {
   check_channels_last("y", y);
-  check_dtype("y", y, ScalarType::Float);
   const int64_t channels = y.size(1), skip_channels = skip && skip->dim() == 4 ? skip->size(1) : 0;
   check_image("x", x, y, {y.size(0), channels - skip_channels, y.size(2), y.size(3)});
   if (skip) check_image("skip", *skip, y, {y.size(0), skip_channels, y.size(2), y.size(3)});
   GroupNormSiluParams params =
       group_norm_silu_params(y, MemoryFormat::ChannelsLast, weight, bias, groups, scale_shift, std::nullopt, silu);
-  Tensor mean = empty_of({params.samples, groups}, ScalarType::Float, x);
-  Tensor rstd = empty_of({params.samples, groups}, ScalarType::Float, x);
   params.eps = float(eps);
   params.x = memory<const void>(x);
   params.skip = skip ? memory<const void>(*skip) : nullptr;
   params.skip_channels = skip_channels;
   params.y = memory<void>(y);
-  params.mean = memory<float>(mean);
-  params.rstd = memory<float>(rstd);
   if (y.numel() > 0) run_group_norm_silu(y, params, cpu::level().kernels.group_norm_silu, nullptr);
 }
 
@@ -800,20 +797,31 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
 
 // --- conv2d ---------------------------------------------------------------------------------------------------------
 
+// float32; with a weight of bfloat16 that too.
+void check_conv_dtype(const char* name, const Tensor& tensor, const Tensor& packed) {
+  const ScalarType dtype = tensor.scalar_type();
+  const bool bf16 = packed.scalar_type() == ScalarType::BFloat16;
+  check(dtype == ScalarType::Float || (bf16 && dtype == ScalarType::BFloat16), name, ": expected float32",
+        bf16 ? " or bfloat16" : "", ", got ", show(dtype));
+}
+
 ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<Tensor>& skip, const Tensor& packed,
                          const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
                          const std::optional<Tensor>& residual, int64_t stride, int64_t padding, bool upsample) {
   check_channels_last("x", x);
-  check_dtype("x", x, ScalarType::Float);
+  check_conv_dtype("x", x, packed);
+  check(x.size(1) > 0, "x: expected at least one channel, got shape ", show(sizes_of(x)));
   const int64_t samples = x.size(0), height = x.size(2), width = x.size(3);
   if (skip) check_image("skip", *skip, x, {samples, skip->dim() == 4 ? skip->size(1) : 0, height, width});
   ConvParams params{};
   params.channels[0] = x.size(1);
   params.channels[1] = skip ? skip->size(1) : 0;
 
-  check(packed.dim() == 4, "packed: expected [matrices, column blocks, C, column block], got shape ",
-        show(sizes_of(packed)));
-  params.matrices = packed.size(0);
+  const bool bf16 = packed.scalar_type() == ScalarType::BFloat16;
+  check(packed.dim() == (bf16 ? 6 : 4), "packed: expected ",
+        bf16 ? "[column blocks, blocks of C, matrices, 16, 32, 2]" : "[matrices, column blocks, C, column block]",
+        ", got shape ", show(sizes_of(packed)));
+  params.matrices = packed.size(bf16 ? 2 : 0);
   check(params.matrices == 1 || params.matrices == 9 || params.matrices == 16 || params.matrices == 36,
         "packed: expected 1, 9, 16 or 36 matrices, got ", params.matrices);
   const int64_t side = params.matrices == 1 ? 1 : 3;
@@ -826,28 +834,39 @@ ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<T
   params.out_width = out_size(width);
   params.out_channels = y.dim() == 4 ? y.size(1) : 0;
   const Sizes out_shape = {samples, params.out_channels, params.out_height, params.out_width};
-  check_image("y", y, x, out_shape);
+  check_device("y", y, x);
+  check_conv_dtype("y", y, packed);
+  check_image("y", y, y, out_shape);
   const int64_t column_block = params.winograd() ? kWinogradColumns : params.few_columns() ? 1 : kDirectColumns;
-  check_like("packed", packed, x,
-             {params.matrices, (params.out_channels + column_block - 1) / column_block, params.depth(), column_block});
+  check_device("packed", packed, x);
+  if (bf16)
+    check_shape("packed", packed,
+                {params.panels(), params.depth_blocks(), params.matrices, kDepthBlock / 2, kPanel, 2});
+  else
+    check_like("packed", packed, x, {params.matrices, (params.out_channels + column_block - 1) / column_block,
+                                     params.depth(), column_block});
   check_contiguous("packed", packed);
   if (bias) check_vector("bias", *bias, ScalarType::Float, params.out_channels, x);
   if (add) {
-    check_like("add", *add, x, {samples, params.out_channels});
+    check_shape("add", *add, {samples, params.out_channels});
+    check_dtype("add", *add, ScalarType::Float);
+    check_device("add", *add, x);
     check(add->stride(1) == 1 || add->size(1) < 2 || samples == 0,
           "add: expected the channels of a sample together, got strides ",
           show({add->strides().begin(), add->strides().end()}));
     params.add_stride = add->stride(0);
   }
-  if (residual) check_image("residual", *residual, x, out_shape);
+  if (residual) check_image("residual", *residual, y, out_shape);
 
-  params.x[0] = memory<const float>(x);
-  params.x[1] = skip ? memory<const float>(*skip) : nullptr;
-  params.weight = memory<const float>(packed);
+  params.x[0] = memory<const void>(x);
+  params.x[1] = skip ? memory<const void>(*skip) : nullptr;
+  params.x_dtype = dtype_of("x", x.scalar_type());
+  params.weight = memory<const void>(packed);
   params.bias = bias ? memory<const float>(*bias) : nullptr;
   params.add = add ? memory<const float>(*add) : nullptr;
-  params.residual = residual ? memory<const float>(*residual) : nullptr;
-  params.y = memory<float>(y);
+  params.residual = residual ? memory<const void>(*residual) : nullptr;
+  params.y = memory<void>(y);
+  params.y_dtype = dtype_of("y", y.scalar_type());
   params.samples = samples;
   params.height = height;
   params.width = width;
@@ -862,6 +881,11 @@ void conv2d_out(const Tensor& y, const Tensor& x, const std::optional<Tensor>& s
                 const std::optional<Tensor>& residual, int64_t stride, int64_t padding, bool upsample) {
   const ConvParams params = conv2d_params(y, x, skip, packed, bias, add, residual, stride, padding, upsample);
   if (y.numel() == 0) return;
+  if (packed.scalar_type() == ScalarType::BFloat16) {
+    const ConvBlocks blocks(params);
+    return run_cpu(params, cpu::level().kernels.conv_bf16, blocks.items(),
+                   grain(params.matrices * params.depth() * kBlockTiles * kTilePixels * blocks.panels * kPanel));
+  }
   if (params.winograd())
     return run_cpu(params, cpu::level().kernels.conv_winograd, params.winograd_items(),
                    grain(params.matrices * params.depth() * params.winograd_tiles() * kWinogradColumns));
@@ -1003,7 +1027,7 @@ std::vector<std::pair<Launch, int32_t>> plan_attention(int64_t heads, int64_t qu
   check(dtype == "float32" || dtype == "bfloat16" || dtype == "float16",
         "dtype: expected 'float32', 'bfloat16' or 'float16', got '", dtype, "'");
   const DType type = dtype == "float32" ? DType::f32 : dtype == "bfloat16" ? DType::bf16 : DType::f16;
-  const bool pieces = cuda::whole_pieces(channels);
+  const bool pieces = cuda::whole_pieces(type, channels);
   const cuda::TensorCores cores = cuda::tensor_cores_for(type, pieces, int(architecture / 10));
   const bool any = cores == cuda::TensorCores::none;
   std::vector<std::pair<Launch, int32_t>> launches;

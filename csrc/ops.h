@@ -118,7 +118,7 @@ struct GroupNormSiluParams {
   const float* bias;         // [C]
   const float* scale_shift;  // [N, 2, C] or null
   const float* add;          // [N, C] or null
-  float* mean;               // [N, G], of x + add
+  float* mean;               // [N, G], of x + add; null on the CPU if it need not be known
   float* rstd;               // [N, G]
   // Backward only. z, the argument of silu, is xhat a channel's slope plus its offset, xhat = (x + add - mean) rstd.
   const void* grad_y;  // [N, C, H, W]
@@ -141,20 +141,25 @@ struct GroupNormSiluParams {
 constexpr int64_t kMaxGroupsPerBlock = 64;
 
 constexpr int64_t kDirectColumns = 64, kDirectPixels = 96;  // conv_direct's blocks: of the weight's columns, of pixels
-constexpr int64_t kWinogradColumns = 64, kWinogradTiles = 30;  // conv_winograd's
-constexpr int64_t kFewColumns = 4;                          // so many or fewer are packed one a block
+constexpr int64_t kWinogradColumns = 64, kWinogradTiles = 30;  // conv_winograd's: of the weight's columns, of tiles
+constexpr int64_t kFewColumns = 4;                             // so many or fewer are packed one a block
+constexpr int64_t kTilePixels = 16, kBlockTiles = 8;           // conv_bf16's: pixels of a tile, tiles of a block,
+constexpr int64_t kPanel = 32, kMaxPanels = 8;                 // columns of a panel, panels of a work item at most,
+constexpr int64_t kDepthBlock = 32;                            // and channels that lie together in its weight
 
-// y = conv(x) + bias + add + residual. Everything is float32 and channels_last: the channels of a pixel together.
-// What lies outside the image is 0. The weight says by its first size how it is to be used: 36 matrices are Winograd's
+// y = conv(x) + bias + add + residual. Everything is channels_last: the channels of a pixel together.
+// What lies outside the image is 0. The weight says by its number of matrices how it is to be used: 36 are Winograd's
 // F(4x4, 3x3), 16 are F(2x2, 3x3), 9 and 1 are the taps of a 3x3 and of a 1x1 kernel.
+// x, residual and y are float32, or with a weight of bfloat16 either dtype; bias and add are float32.
 struct ConvParams {
-  const float* x[2];  // [N, H, W, channels[0]], [N, H, W, channels[1]]: one after the other; the second may be null
+  const void* x[2];  // [N, H, W, channels[0]], [N, H, W, channels[1]]: one after the other; the second may be null
   int64_t channels[2];
-  const float* weight;    // [matrices, column blocks, channels, column block]
-  const float* bias;      // [K] or null
-  const float* add;       // [N, K] or null, a sample apart by add_stride
-  const float* residual;  // [N, H', W', K] or null
-  float* y;               // [N, H', W', K]
+  const void* weight;    // [matrices, column blocks, channels, column block], or conv_bf16's
+  const float* bias;     // [K] or null
+  const float* add;      // [N, K] or null, a sample apart by add_stride
+  const void* residual;  // [N, H', W', K] or null
+  void* y;               // [N, H', W', K]
+  DType x_dtype, y_dtype;
   int64_t samples, height, width, out_height, out_width, out_channels;
   int64_t matrices, stride, padding, add_stride;  // padding: rows above and columns to the left
   bool upsample;  // each pixel of x is four, 2x2, of the image that is convolved
@@ -173,16 +178,54 @@ struct ConvParams {
   int64_t direct_items() const { return (pixels() + direct_pixels() - 1) / direct_pixels() * direct_columns(); }
 
   // conv_winograd's work items: a block of tiles, of all samples in a row and as even as they come, and a block of
-  // columns, so that few tiles are enough for several threads too.
+  // columns. Where that makes less than four, the tiles are cut finer, as long as a block has eight.
   bool winograd() const { return matrices > 9; }
   int64_t tile() const { return matrices == 36 ? 4 : 2; }  // outputs a side
   int64_t tiles_high() const { return (out_height + tile() - 1) / tile(); }
   int64_t tiles_wide() const { return (out_width + tile() - 1) / tile(); }
   int64_t tiles() const { return samples * tiles_high() * tiles_wide(); }
   int64_t winograd_columns() const { return (out_channels + kWinogradColumns - 1) / kWinogradColumns; }
-  int64_t winograd_blocks() const { return (tiles() + kWinogradTiles - 1) / kWinogradTiles; }
+  int64_t winograd_blocks() const {
+    const int64_t enough = (4 + winograd_columns() - 1) / winograd_columns(), most = tiles() / 8;
+    const int64_t fine = enough < most ? enough : most, coarse = (tiles() + kWinogradTiles - 1) / kWinogradTiles;
+    return fine > coarse ? fine : coarse;
+  }
   int64_t winograd_tiles() const { return (tiles() + winograd_blocks() - 1) / winograd_blocks(); }
   int64_t winograd_items() const { return winograd_blocks() * winograd_columns(); }
+
+  int64_t panels() const { return (out_channels + kPanel - 1) / kPanel; }
+  int64_t depth_blocks() const { return (depth() + kDepthBlock - 1) / kDepthBlock; }
+};
+
+// conv_bf16's work items: a block of pixels, of one image or of several small ones, and some panels of columns. Small
+// maps leave few blocks, which are then given fewer panels, to be enough for several threads.
+struct ConvBlocks {
+  bool flat;                       // rows are no whole tiles: a tile goes on in the next one
+  int64_t columns, rows, samples;  // of a block
+  int64_t across, down, along;     // blocks in a row of an image, in a column of it, in the batch
+  int64_t panels, groups;          // of an item; so many groups of them
+  bool weights_once;               // as they are larger than the image: one group meets all blocks, then the next
+
+  explicit ConvBlocks(const ConvParams& p) {
+    const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
+    const auto parts = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    constexpr int64_t most = kBlockTiles * kTilePixels;
+    flat = p.out_width % kTilePixels != 0 && p.out_width < most / 2;
+    columns = least(p.out_width, most / 2);
+    rows = least(p.out_height, most / columns);
+    const bool whole = columns == p.out_width && rows == p.out_height;
+    const int64_t tiles = flat ? parts(rows * columns, kTilePixels) : rows * parts(columns, kTilePixels);
+    samples = whole ? least(p.samples, kBlockTiles / tiles) : 1;
+    across = parts(p.out_width, columns);
+    down = parts(p.out_height, rows);
+    along = parts(p.samples, samples);
+    panels = least(kMaxPanels, p.panels());
+    while (panels > 1 && places() * parts(p.panels(), panels) < 8) panels = parts(panels, 2);
+    groups = parts(p.panels(), panels);
+    weights_once = p.matrices * p.out_channels > p.samples * p.height * p.width;
+  }
+  int64_t places() const { return across * down * along; }
+  int64_t items() const { return places() * groups; }
 };
 
 // Order-free hashes of a function of one word over runs of codes: the proof that every machine has the same one.

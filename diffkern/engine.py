@@ -10,6 +10,7 @@ on any number of threads.
 """
 
 import dataclasses
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -33,25 +34,26 @@ def optimize(network: Any, *, dtype: torch.dtype = torch.float32) -> Any:
     """The same network, run by packed weights and fused kernels where it infers on a CPU in float32.
 
     network  a :class:`diffkern.unet.UNet`, a :class:`diffkern.Model` that holds one, or diffusers' ``UNet2DModel``
-    dtype    what the convolutions compute in: float32
+    dtype    float32; or bfloat16: images and weights between input and output, products of convolutions. Their sums,
+             the embeddings, statistics and attention stay float32, and so does the result
 
     Returns what is called as ``network`` was: an :class:`Engine`, a ``Model``, or a module with the signature and the
     attributes of ``UNet2DModel``. It shares the network's weights and notices when they change (not when they are
     written to behind torch's back, through ``.data``). Where there is a gradient to record, on another device, in
-    another dtype, in training with dropout, or under autocast, the network itself runs.
+    another dtype, in training with dropout, or under autocast, the network itself runs; for bfloat16, under autocast.
 
     Raises TypeError for other networks, ValueError for an option of ``UNet2DModel`` that our U-Net has not.
     """
-    if dtype != torch.float32:
-        raise ValueError(f"dtype: expected torch.float32, got {dtype}")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
     if isinstance(network, Engine | DiffusersEngine):
-        return network
+        return network if network.dtype == dtype else type(network)(network.network, dtype)
     if isinstance(network, Model):
         return dataclasses.replace(network, network=optimize(network.network, dtype=dtype))
     if isinstance(network, UNet):
-        return Engine(network)
+        return Engine(network, dtype)
     if type(network).__name__ == "UNet2DModel":
-        return DiffusersEngine(network)
+        return DiffusersEngine(network, dtype)
     raise TypeError(
         f"network: expected a diffkern UNet or Model, or diffusers' UNet2DModel, got {type(network).__name__}"
     )
@@ -60,9 +62,9 @@ def optimize(network: Any, *, dtype: torch.dtype = torch.float32) -> Any:
 class Engine(nn.Module):
     """A U-Net run by native calls. See :func:`optimize`."""
 
-    def __init__(self, network: UNet):
+    def __init__(self, network: UNet, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.network = network
+        self.network, self.dtype = network, dtype
 
     @property
     def config(self) -> dict[str, Any]:
@@ -78,8 +80,11 @@ class Engine(nn.Module):
             with compiled.lock, torch.inference_mode(False), torch.no_grad():
                 if compiled.update():
                     conditions = compiled.conditions(self.network, t, labels)
-                    return compiled.plan(self.network, x_t.shape).run(x_t, conditions)
-        return self.network(x_t, t, labels)
+                    return compiled.plan(self.network, x_t.shape, self.dtype).run(x_t, conditions)
+        if self.dtype == torch.float32:
+            return self.network(x_t, t, labels)
+        with torch.autocast(x_t.device.type, self.dtype):
+            return self.network(x_t, t, labels).to(x_t.dtype)
 
     def _runs(self, x_t: Tensor) -> bool:
         gradient = torch.is_grad_enabled() and any(a.requires_grad for a in (x_t, *self.network.parameters()))
@@ -108,22 +113,22 @@ class _Compiled:
             self._weights = weights
             self._native = all(map(_native, parameters))
             self._packed: dict[Any, Tensor] = {}
-            self._plans: dict[torch.Size, _Plan] = {}
+            self._plans: dict[tuple[torch.Size, torch.dtype], _Plan] = {}
             self._rows: dict[tuple[int, int], Tensor] = {}  # (t, label) -> the condition of every residual block
         return self._native
 
-    def packed(self, key: Any, weight: Callable[[], Tensor], tile: int | None) -> Tensor:
+    def packed(self, key: Any, weight: Callable[[], Tensor], tile: int | None, dtype: torch.dtype) -> Tensor:
         """``ops.pack_conv`` of a weight, made once."""
-        if (key, tile) not in self._packed:
-            self._packed[key, tile] = ops.pack_conv(weight(), tile=tile)
-        return self._packed[key, tile]
+        if (key, tile, dtype) not in self._packed:
+            self._packed[key, tile, dtype] = ops.pack_conv(weight().to(dtype), tile=tile)
+        return self._packed[key, tile, dtype]
 
-    def plan(self, network: UNet, shape: torch.Size) -> "_Plan":
-        if shape not in self._plans:
+    def plan(self, network: UNet, shape: torch.Size, dtype: torch.dtype) -> "_Plan":
+        if (shape, dtype) not in self._plans:
             while len(self._plans) >= KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]
-            self._plans[shape] = _Plan(self, network, shape)
-        return self._plans[shape]
+            self._plans[shape, dtype] = _Plan(self, network, shape, dtype)
+        return self._plans[shape, dtype]
 
     def conditions(self, network: UNet, t: Tensor, labels: Tensor | None) -> Tensor:
         """Every residual block's projection of the embedding, side by side: [N, sum of their widths]."""
@@ -161,6 +166,16 @@ class _Value:
     """An image [N, C, H, W] that a step makes."""
 
     shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+
+    def image(self, memory: Tensor) -> Tensor:
+        """In channels_last memory, in the first of these bytes."""
+        n, c, h, w = self.shape
+        return memory[: self.bytes].view(self.dtype).view(n, h, w, c).permute(0, 3, 1, 2)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass
@@ -173,14 +188,22 @@ class _Step:
 class _Trace:
     """Walks the network as its ``forward`` does, and notes the steps."""
 
-    def __init__(self, compiled: _Compiled, network: UNet, shape: torch.Size, conditions: list[Tensor]):
-        self.compiled, self.network, self.steps = compiled, network, []
+    def __init__(
+        self, compiled: _Compiled, network: UNet, shape: torch.Size, dtype: torch.dtype, conditions: list[Tensor]
+    ):
+        self.compiled, self.network, self.dtype, self.steps = compiled, network, dtype, []
         self.condition_of = dict(zip(_resblocks(self.network), conditions, strict=True))
-        self.x = _Value(tuple(shape))
+        self.x = _Value(tuple(shape), torch.float32)
         self.y = self._unet(self.x)
 
-    def step(self, run: Callable[..., None], shape: tuple[int, ...], *inputs: _Value | None) -> _Value:
-        y = _Value(tuple(shape))
+    def step(
+        self,
+        run: Callable[..., None],
+        shape: tuple[int, ...],
+        *inputs: _Value | None,
+        dtype: torch.dtype | None = None,
+    ) -> _Value:
+        y = _Value(tuple(shape), dtype or self.dtype)
         self.steps.append(_Step(run, y, inputs))
         return y
 
@@ -195,27 +218,29 @@ class _Trace:
         stride: int = 1,
         padding: int | None = None,
         upsample: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> _Value:
         """By the weight of a ``Conv2d``, or of ``Linear`` modules side by side."""
         modules = weight if isinstance(weight, tuple) else (weight,)
         kernel = 3 if modules[0].weight.ndim == 4 and modules[0].weight.shape[2] == 3 else 1
         weight = lambda: torch.cat([m.weight.view(*m.weight.shape[:2], kernel, kernel) for m in modules])  # noqa: E731
         bias = torch.cat([module.bias for module in modules])
-        return self._conv(modules, weight, bias, kernel, x, skip, residual, add, stride, padding, upsample)
+        return self._conv(modules, weight, bias, kernel, x, skip, residual, add, stride, padding, upsample, dtype)
 
-    def _conv(self, key, weight, bias, kernel, x, skip, residual, add, stride, padding, upsample) -> _Value:
+    def _conv(self, key, weight, bias, kernel, x, skip, residual, add, stride, padding, upsample, dtype=None) -> _Value:
         n, c, h, w = x.shape
         h, w = (-(-size * (2 if upsample else 1) // stride) for size in (h, w))
         channels = c + (skip.shape[1] if skip else 0)
         out_channels = len(bias)
-        tile = ops.winograd_tile(h, w, channels, out_channels) if kernel == 3 and stride == 1 else None
-        packed = self.compiled.packed(key, weight, tile)
         padding = kernel // 2 if padding is None else padding
+        winograd = kernel == 3 and stride == padding == 1 and self.dtype == torch.float32
+        tile = ops.winograd_tile(h, w, channels, out_channels) if winograd else None
+        packed = self.compiled.packed(key, weight, tile, self.dtype)
 
         def run(y: Tensor, x: Tensor, skip: Tensor | None, residual: Tensor | None) -> None:
             _ops.conv2d_out(y, x, skip, packed, bias, add, residual, stride, padding, upsample)
 
-        return self.step(run, (n, out_channels, h, w), x, skip, residual)
+        return self.step(run, (n, out_channels, h, w), x, skip, residual, dtype=dtype)
 
     def norm(
         self,
@@ -265,8 +290,10 @@ class _Trace:
             out = y.permute(0, 2, 3, 1).view(n, h * w, block.heads, d).transpose(1, 2)
             _ops.attention_out(out, q, k, v, None)
 
-        qkv = self.conv(self.norm(block.group_norm, x, silu=False), (block.to_q, block.to_k, block.to_v))
-        return self.conv(self.step(run, x.shape, qkv), block.to_out[0], residual=x)
+        normed, projections = self.norm(block.group_norm, x, silu=False), (block.to_q, block.to_k, block.to_v)
+        qkv = self.conv(normed, projections, dtype=torch.float32)
+        out = self.step(run, x.shape, qkv, dtype=torch.float32)
+        return self.conv(out, block.to_out[0], residual=x)
 
     def resampler(self, module: nn.Module, x: _Value) -> _Value:
         if isinstance(module, ResBlock):
@@ -300,17 +327,14 @@ class _Trace:
                 x = self.level(level, j, x, skips.pop())
             if level.resampler:
                 x = self.resampler(getattr(level, level.resampler)[0], x)
-        return self.conv(self.norm(network.conv_norm_out, x), network.conv_out)
+        return self.conv(self.norm(network.conv_norm_out, x), network.conv_out, dtype=torch.float32)
 
 
 # --- steps -> buffers -> program ---
 
 
-def _image(shape: tuple[int, ...], buffer: Tensor | None = None) -> Tensor:
-    """[N, C, H, W] in channels_last memory, in the first elements of ``buffer`` if there is one."""
-    n, c, h, w = shape
-    buffer = torch.empty(n * c * h * w) if buffer is None else buffer[: n * c * h * w]
-    return buffer.view(n, h, w, c).permute(0, 3, 1, 2)
+def _bytes(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8)
 
 
 def _buffers(steps: list[_Step], fixed: dict[_Value, Tensor]) -> dict[_Value, Tensor]:
@@ -325,12 +349,10 @@ def _buffers(steps: list[_Step], fixed: dict[_Value, Tensor]) -> dict[_Value, Te
     owner: dict[_Value, Tensor] = {}
     for i, step in enumerate(steps):
         if step.y not in memory:
-            n, c, h, w = step.y.shape
-            size = n * c * h * w
-            fitting = [j for j, buffer in enumerate(free) if buffer.numel() >= size]
+            fitting = [j for j, buffer in enumerate(free) if buffer.numel() >= step.y.bytes]
             best = min(fitting, key=lambda j: free[j].numel(), default=None)
-            owner[step.y] = torch.empty(size) if best is None else free.pop(best)
-            memory[step.y] = _image(step.y.shape, owner[step.y])
+            owner[step.y] = _bytes(step.y.bytes) if best is None else free.pop(best)
+            memory[step.y] = step.y.image(owner[step.y])
         free += [owner[value] for value in ends.get(i, ())]
     return memory
 
@@ -338,11 +360,11 @@ def _buffers(steps: list[_Step], fixed: dict[_Value, Tensor]) -> dict[_Value, Te
 class _Plan:
     """The program for one shape of input, with the memory that it works on."""
 
-    def __init__(self, compiled: _Compiled, network: UNet, shape: torch.Size):
+    def __init__(self, compiled: _Compiled, network: UNet, shape: torch.Size, dtype: torch.dtype):
         self.widths = [block.time_emb_proj.out_features for block in _resblocks(network)]
         self.conditions = [torch.zeros(shape[0], width) for width in self.widths]
-        trace = _Trace(compiled, network, shape, self.conditions)
-        self.x, self.y = _image(trace.x.shape).zero_(), _image(trace.y.shape)
+        trace = _Trace(compiled, network, shape, dtype, self.conditions)
+        self.x, self.y = (value.image(_bytes(value.bytes).zero_()) for value in (trace.x, trace.y))
         memory = _buffers(trace.steps, {trace.x: self.x, trace.y: self.y})
         self.program = _C.Program()
         with self.program:
@@ -362,10 +384,10 @@ class _Plan:
 class DiffusersEngine(nn.Module):
     """A ``UNet2DModel`` with its own signature and attributes, so that pipelines take it."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.network = network
-        self.engine = Engine(from_diffusers(network))
+        self.network, self.dtype = network, dtype
+        self.engine = Engine(from_diffusers(network), dtype)
 
     def __getattr__(self, name: str) -> Any:
         try:

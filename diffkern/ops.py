@@ -370,17 +370,23 @@ torch.library.register_autograd("diffkern::attention", _attention_gradient, setu
 def pack_conv(weight: Tensor, *, tile: int | None = None) -> Tensor:
     """A convolution's weight as :func:`conv2d` reads it: to be made once, in float64 and rounded once.
 
-    weight  [K, C, k, k], k of 1 or 3
-    tile    None: direct, by the taps of the kernel as they are; 4 or 2, for k = 3: by Winograd's F(4x4, 3x3) or
-            F(2x2, 3x3) (Lavin & Gray 2016), a quarter or 4/9 of the multiplications
+    weight  [K, C, k, k], k of 1 or 3. In bfloat16 it is for products of bfloat16, which are summed in float32
+    tile    None: direct, by the taps of the kernel as they are, the only way in bfloat16; 4 or 2, for k = 3: by
+            Winograd's F(4x4, 3x3) or F(2x2, 3x3) (Lavin & Gray 2016), a quarter or 4/9 of the multiplications
 
-    Returns [matrices, column blocks, C, column block], the columns being the K output channels and zeros behind them.
+    Returns [matrices, column blocks, C, column block], the columns being the K output channels and zeros behind them;
+    in bfloat16 [columns / 32, C / 32, matrices, 16, 32, 2], zeros behind C too: pairs of channels in each column.
     """
     _check("a tensor", Tensor, weight=weight)
     if weight.ndim != 4 or weight.shape[2:] not in ((1, 1), (3, 3)):
         raise RuntimeError(f"weight: expected [K, C, 3, 3] or [K, C, 1, 1], got shape {tuple(weight.shape)}")
     if tile is not None and (tile not in (2, 4) or weight.shape[2] != 3):
         raise ValueError(f"tile: expected None, or 2 or 4 for a 3x3 kernel, got {tile!r}")
+    if weight.dtype == torch.bfloat16:
+        if tile is not None:
+            raise ValueError(f"tile: expected None with a weight in bfloat16, got {tile!r}")
+        blocks = F.pad(weight.detach().flatten(2), (0, 0, 0, -weight.shape[1] % 32, 0, -len(weight) % 32))
+        return blocks.unflatten(1, (-1, 16, 2)).unflatten(0, (-1, 32)).permute(0, 2, 5, 3, 1, 4).contiguous()
     columns = weight.detach().double().permute(2, 3, 1, 0).flatten(0, 1).flatten(1)  # [k k, C K]
     column_block = 64 if len(weight) > 4 else 1
     if tile is not None:
@@ -396,9 +402,10 @@ def winograd_tile(height: int, width: int, channels: int, out_channels: int) -> 
 
     By measurement; never by the batch, so that a sample's bits are the same in any.
     """
-    if out_channels <= 4 or channels <= 4:
+    if min(channels, out_channels) <= 4:
         return None
-    return 4 if min(height, width) >= 8 else 2
+    tiles = -(-height // 4) * -(-width // 4)
+    return 4 if channels * out_channels <= (64 * tiles) ** 2 else 2  # tile 4 has more weights to read, for few tiles
 
 
 def conv2d(
@@ -414,9 +421,9 @@ def conv2d(
     residual: Tensor | None = None,
     upsample: bool = False,
 ) -> Tensor:
-    """conv(cat(x, skip)) + bias + add + residual in one pass: for inference on a CPU, float32, channels_last.
+    """conv(cat(x, skip)) + bias + add + residual in one pass: for inference on a CPU, channels_last.
 
-    x             [N, C, H, W]
+    x             [N, C, H, W], float32, or with a weight in bfloat16 either, the result being like it
     packed        the weight, by :func:`pack_conv`
     bias          [K] or None
     out_channels  K

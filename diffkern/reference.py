@@ -246,6 +246,8 @@ def conv2d(
     x = x if skip is None else torch.cat((x, skip), dim=1)
     x = F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x
     height, width = (-(-size // stride) for size in x.shape[2:])
+    if packed.dtype == torch.bfloat16:
+        packed = packed.to(x.dtype).permute(2, 1, 3, 5, 0, 4).flatten(1, 3)[:, : x.shape[1]].transpose(1, 2)
     matrices = packed.transpose(1, 2).flatten(2)[:, :, :out_channels]  # [matrices, C, K]
     side = math.isqrt(len(matrices))
     matrices = matrices.unflatten(0, (side, side))

@@ -83,7 +83,8 @@ def sample(
     x_T         where to start, [N, C, H, W]; None draws it from the seeds
     batch_size  rows of every network call, at most 16 unless given; the last batch is padded to it
     device      where to run; None is where the network is, and the CPU for a name, a file or a bare function
-    dtype       torch.bfloat16 or float16 runs the network under autocast; x_t and the update stay float32
+    dtype       torch.bfloat16 or float16 runs the network under autocast; the engine has bfloat16 kernels of its own.
+                x_t and the update stay float32
     engine      run a U-Net on a CPU by :func:`diffkern.optimize`, which is faster and rounds otherwise
     cuda_graph  on a CUDA device, record one step, network and update, and replay it for all: no step waits for the
                 host. The network must be one that a CUDA graph can hold; there is no ``callback``
@@ -113,8 +114,12 @@ def sample(
     timesteps = source.schedule.timesteps(steps, spacing)
     table = _coefficients(sampler, source.schedule, timesteps, source.prediction, variance, eta)
     table = (table if clip else fold_x0(table)).float().to(device)
+    network = source.network
+    if engine and isinstance(network, UNet):
+        bf16 = dtype == torch.bfloat16
+        network, dtype = (Engine(network, dtype), None) if bf16 else (Engine(network), dtype)
     loop = _Loop(
-        network=Engine(source.network) if engine and isinstance(source.network, UNet) else source.network,
+        network=network,
         table=table,
         shape=(batch_size, *source.shape),
         labelled=labels is not None,

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import hypothesis
@@ -13,7 +13,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads leave a busy machine's cores alone
 import torch  # noqa: E402
 from interpreted import ROOT as ROOT  # noqa: E402
-from interpreted import interpreter, missing  # noqa: E402
+from interpreted import Interpreter, load_interpreter, missing  # noqa: E402
 
 # Small tensors gain nothing by more threads; a test of threads sets its own number and this one again.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -72,7 +72,27 @@ def cuda(request: pytest.FixtureRequest) -> SimpleNamespace:
 
     if cuda_backend(request.config)[0] == "gpu":
         return SimpleNamespace(ops=torch.ops.diffkern, device=torch.device("cuda"), interpreter=None)
-    return SimpleNamespace(ops=interpreter().ops, device=torch.device("cpu"), interpreter=interpreter())
+    return SimpleNamespace(ops=load_interpreter().ops, device=torch.device("cpu"), interpreter=load_interpreter())
+
+
+@pytest.fixture(autouse=True)
+def without_complaint(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the interpreter saw is part of every test of the CUDA kernels."""
+    interpreter = request.node.get_closest_marker("cuda") and request.getfixturevalue("cuda").interpreter
+    if not interpreter:
+        yield
+        return
+    interpreter.clear()
+    yield
+    complaints = [report["text"] for report in interpreter.reports()]
+    assert not complaints, "\n".join(complaints)
+
+
+@pytest.fixture
+def interpreter(cuda: SimpleNamespace) -> Interpreter:
+    if cuda.interpreter is None:
+        pytest.skip("a card tells neither its order nor its counts")
+    return cuda.interpreter
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

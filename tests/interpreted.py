@@ -11,13 +11,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[1]
-BUILD = ROOT / "build" / "emulated"
+BUILD, BUILT = ROOT / "build" / "emulated", "DIFFKERN_EMULATED_BUILT"
 ARCHITECTURES = (75, 80, 90)  # a process interprets one of them: PTXEMU_SM, 80 unless given
 
 # Data races in shared and in global memory, and reads of memory that nobody wrote. That accesses are in bounds and
@@ -38,7 +38,8 @@ class Interpreter:
         self.device = ctypes.c_void_p(self.runtime.ptx_runtime_device())
         (self.module,) = (BUILD / "diffkern").glob("_C_emulated.*.so")
         spec = importlib.util.spec_from_file_location("_C_emulated", self.module)
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        self.binding = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.binding)
         self.ops = torch.ops.diffkern_emulated
         self.set(**DEFAULTS)
 
@@ -56,6 +57,27 @@ class Interpreter:
         finally:
             self.set(**DEFAULTS)
 
+    @contextlib.contextmanager
+    def graph(self, *tensors: torch.Tensor) -> Iterator[Callable[[], None]]:
+        """What ops do within is recorded instead; afterwards each call of what this gives does it, on these tensors."""
+        stream, graph, recorded = (ctypes.c_void_p() for _ in range(3))
+
+        def replay() -> None:
+            for tensor in tensors:
+                arguments = [ctypes.c_uint64(tensor.data_ptr()), ctypes.c_uint64(tensor.nbytes), b"a tensor", 1, 0]
+                self.runtime.ptx_memory_add(self.device, *arguments)
+            assert self.runtime.cudaGraphLaunch(recorded, stream) == 0, self.reports()
+
+        assert self.runtime.cudaStreamCreate(ctypes.byref(stream)) == 0
+        assert self.runtime.cudaStreamBeginCapture(stream, 0) == 0
+        self.binding.set_stream(stream.value)
+        try:
+            yield replay
+        finally:
+            self.binding.set_stream(0)
+            assert self.runtime.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0
+            assert self.runtime.cudaGraphInstantiate(ctypes.byref(recorded), graph, ctypes.c_uint64(0)) == 0
+
     def reports(self) -> list[dict]:
         """What it complained of since ``clear``: each a kind, a text, a kernel and a line of the source."""
         return json.loads(self.runtime.ptx_reports(self.device))
@@ -70,6 +92,9 @@ class Interpreter:
 
 
 def build() -> None:
+    """Once: processes that this one starts know of it."""
+    if BUILT in os.environ:
+        return
     tools = str(Path(sys.executable).parent)
     options = {
         "DIFFKERN_CUDART": "shared",
@@ -84,6 +109,7 @@ def build() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    os.environ[BUILT] = "yes"
 
 
 def missing() -> str:
@@ -96,5 +122,5 @@ def missing() -> str:
 
 
 @functools.cache  # a process registers the ops once
-def interpreter() -> Interpreter:
+def load_interpreter() -> Interpreter:
     return Interpreter(Path(os.environ["DIFFKERN_PTXEMU"]))

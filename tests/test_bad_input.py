@@ -305,6 +305,7 @@ BAD = {
     ops.conv2d: [
         (dict(x=None), TypeError, "x: expected a tensor, got None"),
         (dict(x=torch.zeros(2, 3, 4)), RuntimeError, "x: expected [N, C, H, W], got shape (2, 3, 4)"),
+        (dict(x=X[:, :0], skip=X), RuntimeError, "x: expected at least one channel, got shape (2, 0, 4, 4)"),
         (dict(x=X.double()), RuntimeError, "x: expected float32, got float64"),
         (dict(x=X.to("meta")), RuntimeError, "packed: expected device meta, got cpu"),
         (

@@ -71,7 +71,7 @@ def test_a_wrong_philox_is_found(monkeypatch, verdict):
     assert status == 1 and "Random123's known answers" in text
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def test_each_level_is_well(run_at_level, level):
     done = run_at_level(level, "from diffkern.doctor import main; raise SystemExit(main())")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -81,7 +81,8 @@ def test_each_level_is_well(run_at_level, level):
 def test_an_unknown_level_is_named(run_at_level):
     done = run_at_level("avx1024", "from diffkern.doctor import main; raise SystemExit(main())")
     assert done.returncode == 1
-    assert "FAILED: DIFFKERN_CPU_LEVEL: expected baseline, avx2 or avx512, got 'avx1024'" in done.stdout
+    levels = "baseline, avx2, avx512, avx512_bf16 or avx512_amx"
+    assert f"FAILED: DIFFKERN_CPU_LEVEL: expected {levels}, got 'avx1024'" in done.stdout
 
 
 def test_the_known_noise_is_box_mullers():

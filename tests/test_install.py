@@ -43,12 +43,17 @@ def needs(program: str):
 
 @needs("nm")
 @pytest.mark.parametrize(
-    "level", ["baseline", pytest.param("avx2", marks=on_x86), pytest.param("avx512", marks=on_x86)]
+    ("level", "kernel"),
+    [
+        ("baseline", "noise"),
+        *(pytest.param(level, "noise", marks=on_x86) for level in ("avx2", "avx512")),
+        *(pytest.param(level, "conv_bf16", marks=on_x86) for level in ("avx512_bf16", "avx512_amx")),
+    ],
 )
-def test_a_level_shares_no_symbol_with_another(level):
+def test_a_level_shares_no_symbol_with_another(level, kernel):
     """The linker keeps one of several weak definitions: perhaps the one with AVX-512, for every processor."""
     defined = re.findall(r"^[0-9a-f]+ (\w) (.*)$", output("nm", "-C", "--defined-only", *objects(level)), re.MULTILINE)
-    assert any(f"{level}::noise(" in name for _, name in defined)
+    assert any(f"{level}::{kernel}(" in name for _, name in defined)
     assert [name for kind, name in defined if kind in "WVu"] == []
     shared = [name for kind, name in defined if kind.isupper() and f"diffkern::cpu::{level}::" not in name]
     assert shared == []

@@ -94,7 +94,8 @@ def test_tensor_cores_are_taken_where_the_card_has_them_for_the_rows():
 
     assert on_tensor_cores("float16", 75, 64) and not on_tensor_cores("bfloat16", 75, 64)
     assert on_tensor_cores("float16", 80, 512) and on_tensor_cores("bfloat16", 90, 512)
-    for dtype, d in (("float32", 64), ("bfloat16", 60), ("bfloat16", 520)):
+    assert on_tensor_cores("float32", 80, 252) and not on_tensor_cores("float32", 75, 64)
+    for dtype, d in (("float32", 62), ("float32", 260), ("bfloat16", 60), ("bfloat16", 520)):
         assert not on_tensor_cores(dtype, 90, d)
 
 

@@ -43,8 +43,8 @@ void start(const ConvParams& p, const Block& block) {
       const int count = int(min(kLanes, block.columns - c));
       f32v y{};
       if (add) y = load(add + k, count);
-      if (p.residual) y = y + load(p.residual + i * p.out_channels + k, count);
-      store(p.y + i * p.out_channels + k, y, count);
+      if (p.residual) y = y + load(static_cast<const float*>(p.residual) + i * p.out_channels + k, count);
+      store(static_cast<float*>(p.y) + i * p.out_channels + k, y, count);
     }
   }
 }
@@ -64,7 +64,8 @@ void find_rows(const ConvParams& p, const Block& block, int64_t tap, int source,
     const int64_t end = block.pixels - start < p.out_width ? block.pixels : start + p.out_width;
     const bool inside = 0 <= h && h < height;
     const int64_t first = inside ? min(max(start + enter, i), end) : end, last = max(first, min(start + leave, end));
-    const float* line = p.x[source] + (sample * p.height + (h >> p.upsample)) * p.width * channels + channel;
+    const float* line = static_cast<const float*>(p.x[source]) + channel +
+                        (sample * p.height + (h >> p.upsample)) * p.width * channels;
     for (; i < first; ++i) rows[i] = kZeros;
     for (; i < last; ++i) rows[i] = line + (((i - start) * p.stride - left) >> p.upsample) * channels;
     for (; i < end; ++i) rows[i] = kZeros;
@@ -123,7 +124,7 @@ void convolve(const ConvParams& p, const Block& block) {
   if (started) start(p, block);
   for (int64_t tap = 0; tap < p.matrices; tap += fit) {
     const int64_t taps = min(fit, p.matrices - tap);
-    const float* weight = p.weight + tap * tap_stride + block.column * depth;
+    const float* weight = static_cast<const float*>(p.weight) + tap * tap_stride + block.column * depth;
     for (int source = 0; source < 2; ++source)
       for (int64_t c = 0; c < p.channels[source]; c += kChain) {
         for (int64_t t = 0; t < taps; ++t) find_rows(p, block, tap + t, source, c, rows + t * block.pixels);
@@ -131,7 +132,8 @@ void convolve(const ConvParams& p, const Block& block) {
             .rows = block.pixels, .columns = block.columns, .depth = min(kChain, p.channels[source] - c),
             .a = nullptr, .a_row = 0, .a_depth = 1,
             .b = weight + (source * p.channels[0] + c) * b_depth, .b_depth = b_depth,
-            .c = p.y + block.first * p.out_channels + block.column, .c_row = p.out_channels, .add = started,
+            .c = static_cast<float*>(p.y) + block.first * p.out_channels + block.column, .c_row = p.out_channels,
+            .add = started,
             .bias = p.bias && tap + source + c == 0 ? p.bias + block.column : nullptr,
             .parts = taps, .a_rows = rows, .b_part = tap_stride};
         few ? multiply_few_columns(product, depth) : multiply(product);

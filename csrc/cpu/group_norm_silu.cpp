@@ -283,17 +283,22 @@ struct Spread {
 template <int k, class Row, class Get, int n = Row::registers>
 DIFFKERN_FN Spread<k, n> spread(const GroupNormSiluParams& p, const Block& block, const Tile& tile, const Row& row,
                                 Get get) {
+  Spread<k, n> all;
+  if (!p.channels_last) {
+    const Coefficients<k> coefficients = get(tile.channel, block.group_of(tile.channel));
+    for (int j = 0; j < k; ++j)
+      for (int v = 0; v < n; ++v) all.of[j][v] = broadcast(coefficients.of[j]);
+    return all;
+  }
   float lanes[k][n * kLanes] = {};
-  for_each_group(block, tile, p.channels_last ? row.lanes : 1, [&](int64_t group, int64_t begin, int64_t end) {
+  for_each_group(block, tile, row.lanes, [&](int64_t group, int64_t begin, int64_t end) {
     for (int64_t l = begin; l < end; ++l) {
       const Coefficients<k> coefficients = get(tile.channel + l, group);
       for (int j = 0; j < k; ++j) lanes[j][l] = coefficients.of[j];
     }
   });
-  Spread<k, n> all;
   for (int j = 0; j < k; ++j)
-    for (int v = 0; v < n; ++v)
-      all.of[j][v] = p.channels_last ? load(lanes[j] + v * kLanes) : broadcast(lanes[j][0]);
+    for (int v = 0; v < n; ++v) all.of[j][v] = load(lanes[j] + v * kLanes);
   return all;
 }
 
@@ -333,6 +338,7 @@ void forward(const GroupNormSiluParams& p, const Block& block) {
   const int64_t first = block.sample * p.groups + block.first_group;
   for (int64_t g = 0; g < block.groups; ++g) {
     rstd[g] = 1.0 / __builtin_sqrt(groups[g].squares / groups[g].count + p.eps);
+    if (!p.mean) continue;
     p.mean[first + g] = float(groups[g].mean);
     p.rstd[first + g] = float(rstd[g]);
   }

@@ -35,9 +35,26 @@ DIFFKERN_FN void store_16_bits(void* p, i32v a) {
 DIFFKERN_FN f32v load(const BFloat16* p) { return as_float(load_16_bits(p) << 16); }
 
 DIFFKERN_FN void store(BFloat16* p, f32v a) {
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)a);  // what is below 2^-126 to 0
+  std::memcpy(p, &rounded, sizeof rounded);
+#else
   i32v bits = as_int(a);
   i32v rounded = i32v((u32v)bits + 0x7FFFu + ((u32v)bits >> 16 & 1u)) >> 16;
   store_16_bits(p, a == a ? rounded : (bits >> 16 | 0x40));
+#endif
+}
+
+DIFFKERN_FN f32v load(const BFloat16* p, int count) {
+  BFloat16 all[kLanes] = {};
+  std::memcpy(all, p, count * sizeof *p);
+  return load(all);
+}
+
+DIFFKERN_FN void store(BFloat16* p, f32v a, int count) {
+  BFloat16 all[kLanes];
+  store(all, a);
+  std::memcpy(p, all, count * sizeof *p);
 }
 
 #if defined(__AVX512F__)

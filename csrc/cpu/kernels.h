@@ -20,6 +20,7 @@
   X(attention_sum_grad_q, AttentionParams)         \
   X(conv_winograd, ConvParams)                     \
   X(conv_direct, ConvParams)                       \
+  X(conv_bf16, ConvParams)                         \
   X(word_hash, WordHashParams)
 
 namespace diffkern::cpu {
@@ -34,7 +35,7 @@ struct Kernels {
 struct Level {
   const char* name;
   const char* error;  // null, or why that level cannot be used (the best one then is)
-  const Kernels& kernels;
+  Kernels kernels;
 };
 const Level& level();
 

@@ -1,5 +1,13 @@
 // Which level's kernels run.
 
+#if defined(DIFFKERN_BFLOAT16_LEVELS)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
@@ -17,9 +25,41 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+#if defined(DIFFKERN_BFLOAT16_LEVELS)
+namespace avx512_bf16 {
+void conv_bf16(const ConvParams&, int64_t begin, int64_t end);
+}
+namespace avx512_amx {
+void conv_bf16(const ConvParams&, int64_t begin, int64_t end);
+}
+#endif
 #endif
 
 namespace {
+
+#if defined(DIFFKERN_BFLOAT16_LEVELS)
+
+// The AVX-512 kernels, but for those that the instructions of a later level are for.
+Kernels avx512_but(decltype(Kernels::conv_bf16) conv_bf16) {
+  Kernels kernels = avx512::kernels;
+  kernels.conv_bf16 = conv_bf16;
+  return kernels;
+}
+
+// The tiles are 8 KB of a thread's state, which a process has to ask Linux for.
+bool may_use_amx() {
+#if defined(__linux__)
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tile) &&
+         syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+#endif
 
 Level choose() {
 #if defined(__x86_64__)
@@ -28,24 +68,32 @@ Level choose() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#if defined(DIFFKERN_BFLOAT16_LEVELS)
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
   struct {
     const char* name;
     bool supported;
-    const Kernels& kernels;
-  } const levels[] = {{"avx512", has_avx512, avx512::kernels},
+    Kernels kernels;
+  } const levels[] = {
+#if defined(DIFFKERN_BFLOAT16_LEVELS)
+                      {"avx512_amx", has_bf16 && may_use_amx(), avx512_but(avx512_amx::conv_bf16)},
+                      {"avx512_bf16", has_bf16, avx512_but(avx512_bf16::conv_bf16)},
+#endif
+                      {"avx512", has_avx512, avx512::kernels},
                       {"avx2", has_avx2, avx2::kernels},
                       {"baseline", true, baseline::kernels}};
 #else
   struct {
     const char* name;
     bool supported;
-    const Kernels& kernels;
+    Kernels kernels;
   } const levels[] = {{"baseline", true, baseline::kernels}};
 #endif
 
   const char* wanted = std::getenv("DIFFKERN_CPU_LEVEL");
   const bool forced = wanted != nullptr && *wanted != '\0';
-  const char* error = forced ? "expected baseline, avx2 or avx512" : nullptr;
+  const char* error = forced ? "expected baseline, avx2, avx512, avx512_bf16 or avx512_amx" : nullptr;
   if (forced)
     for (const auto& level : levels)
       if (std::strcmp(level.name, wanted) == 0) {

@@ -22,9 +22,9 @@ namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
 
 namespace {
 
-constexpr int64_t kChain = 64;                    // channels that are added up one by one; more would cost precision
-constexpr int kRegisters = kLanes == 16 ? 4 : 2;  // of columns at a time, times 6 tiles: 24 sums where there are 32
-constexpr int kSums = 6 * kRegisters;             // registers, 12 where there are 16
+constexpr int64_t kChain = 64;                    // channels that are added up one by one: precision is dear here
+constexpr int kRegisters = kLanes == 16 ? 4 : 2;  // of columns at a time
+constexpr int kSums = 6 * kRegisters;             // registers that add up: 24 of 32, or 12 of 16
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -130,7 +130,7 @@ void multiply(const Product& p) {
   }
 }
 
-// A thread's own memory, which it keeps: to ask for it anew would cost page faults at every layer.
+// A thread's own memory, a few megabytes that it keeps: to ask for them anew would cost page faults at every layer.
 struct Scratch {
   float* data = nullptr;
   int64_t size = 0;
@@ -147,7 +147,7 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
-// A block of tiles on its way through the layer.
+// A block of tiles on its way through the layer. V lies in the thread's memory, where the next item finds it.
 template <int m>
 class Block {
   static constexpr int kSize = m + 2, kMatrices = kSize * kSize;
@@ -180,7 +180,8 @@ class Block {
     const int64_t width = p.channels[source];
     for (int64_t y = at.y - 1; y <= at.y + m; ++y) {
       const bool inside = y >= 0 && y < p.out_height;
-      const float* row = p.x[source] + (at.sample * p.height + (y >> p.upsample)) * p.width * width;
+      const float* row = static_cast<const float*>(p.x[source]) +
+                         (at.sample * p.height + (y >> p.upsample)) * p.width * width;
       for (int64_t x = at.x - 1; x <= at.x + m; ++x)
         *d++ = inside && x >= 0 && x < p.out_width ? row + (x >> p.upsample) * width : zeros;
     }
@@ -233,8 +234,8 @@ class Block {
         if (at.x + j >= p.out_width) break;
         const int64_t to = (pixel(at) + i * p.out_width + j) * p.out_channels + k;
         f32v y = y_i[j] + shift;
-        if (p.residual) y = y + get(p.residual + to);
-        whole ? store(p.y + to, y) : store(p.y + to, y, count);
+        if (p.residual) y = y + get(static_cast<const float*>(p.residual) + to);
+        whole ? store(static_cast<float*>(p.y) + to, y) : store(static_cast<float*>(p.y) + to, y, count);
       }
     }
   }
@@ -268,12 +269,17 @@ class Block {
     const int64_t columns = p.winograd_columns(), panel = channels * kWinogradColumns;
     const int64_t width = min(p.out_channels - column * kWinogradColumns, kWinogradColumns);
     const int64_t chunk = divide_up(channels, divide_up(channels, kChain));
-    const float* u = p.weight + column * panel;
+    const float* u = static_cast<const float*>(p.weight) + column * panel;
     for (int64_t matrix = 0; matrix < kMatrices; ++matrix, u += columns * panel) {
       for (int64_t c = 0; c < channels; c += chunk) {
         const bool last = c + chunk >= channels;
-        Product part = {.v = v + matrix * v_row + c, .u = u + c * kWinogradColumns, .m = product + matrix * kWinogradColumns,
-                        .tiles = tiles, .depth = min(chunk, channels - c), .v_tile = v_tile, .add = c > 0,
+        Product part = {.v = v + matrix * v_row + c,
+                        .u = u + c * kWinogradColumns,
+                        .m = product + matrix * kWinogradColumns,
+                        .tiles = tiles,
+                        .depth = min(chunk, channels - c),
+                        .v_tile = v_tile,
+                        .add = c > 0,
                         .next = u + (last ? columns * panel : (c + chunk) * kWinogradColumns)};
         for (int64_t k = 0; k < width; k += kRegisters * kLanes) {
           switch (min(divide_up(width - k, kLanes), kRegisters)) {
@@ -286,18 +292,18 @@ class Block {
           part.m += kRegisters * kLanes;
         }
       }
-      for (int64_t tile = matrix; tile < tiles; tile += kMatrices)
-        ask_for(p.y + pixel(corner(tile)) * p.out_channels + column * kWinogradColumns, p.out_width * p.out_channels,
-                p.out_channels);
+      for (int64_t tile = matrix; tile < tiles; tile += kMatrices) ask_for_outputs(tile, column);
     }
   }
 
-  // The outputs of a tile, to be written into the cache soon. GCC takes a function that only prefetches for one that
-  // does nothing, unless it is always inlined.
-  DIFFKERN_FN void ask_for(const float* y, int64_t row, int64_t pixel) {
+  // What the tile is to be written to soon. A function that only prefetches does nothing in the eyes of GCC, which
+  // would not call it.
+  __attribute__((always_inline)) void ask_for_outputs(int64_t tile, int64_t column) const {
+    const float* y = static_cast<float*>(p.y) + pixel(corner(tile)) * p.out_channels + column * kWinogradColumns;
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < m; ++j)
-        for (int64_t k = 0; k < kWinogradColumns; k += 16) __builtin_prefetch(y + i * row + j * pixel + k, 0, 2);
+        for (int64_t k = 0; k < kWinogradColumns; k += 16)
+          __builtin_prefetch(y + (i * p.out_width + j) * p.out_channels + k, 0, 2);
   }
 
   void transform_outputs(int64_t column) const {

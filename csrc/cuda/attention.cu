@@ -3,14 +3,20 @@
 // A block owns queries of one head and keeps them in shared memory; keys and values come in 64 at a time, 64 channels
 // at a time (attention.cuh). Each warp has 16 queries, or 32: it adds up their scores with 64 keys over the channels,
 // makes probabilities of them where they are, in registers, and these are the left operand of the product with the
-// values. Sums are float32, probabilities are rounded to the inputs' dtype. Up to 256 channels the warp holds its
+// values. Sums are float32, probabilities are rounded to the inputs' dtype; products of float32 are three of its halves
+// (mma.cuh). Up to 256 channels the warp holds its
 // queries' whole sums; beyond, two warps share 16 queries, each with half of the keys' scores and half of the channels.
 //
 // Bytes: q is read once, out and lse are written once, k and v are read once by each block, from the L2 cache but for
 // the first time. A barrier for each chunk of 8 KiB.
 //
-// What has no tensor-core product here (float32; bfloat16 on Turing), and rows that are not of aligned 16-byte pieces,
-// go to attention_any.cu.
+// The products around it stay with cuBLAS: q, k, v and the projection are tokens x channels by channels x channels, and
+// plain. Fused into this one, k and v would be made again for each block of queries, and the norm before them too. No
+// copy stands between them: the norm writes the channels of a token together (channels_last), the products take them as
+// rows and give [N, tokens, heads, d], whose strides this kernel reads; out is written so, as the projection's rows.
+//
+// What has no tensor-core product here (float32 and bfloat16 on Turing, float32 of more than 256 channels), and rows
+// that are not of aligned 16-byte pieces, go to attention_any.cu.
 
 #include "attention.cuh"
 
@@ -99,9 +105,8 @@ DIFFKERN_FN void scale_rows(Scores<Tiling> (&sum)[Tiling::chunks], const float (
 
 template <class T, class Tiling>
 DIFFKERN_FN void attend(const AttentionParams& p) {
-  extern __shared__ __align__(128) uint16_t shared[];
-  const uint32_t q_chunks = shared_address(shared), slots = q_chunks + Tiling::owned * 2;
-  const uint32_t exchange = slots + Tiling::ring * 2;
+  extern __shared__ __align__(128) uint8_t shared[];
+  const uint32_t q_chunks = shared_address(shared), slots = q_chunks + Tiling::owned, exchange = slots + Tiling::ring;
   float* const row_values = reinterpret_cast<float*>(shared + Tiling::owned + Tiling::ring + Tiling::scores);
   const Place place = place_of(blockIdx.x, p.heads, p.queries, Tiling::rows);
   const int channels = int(p.channels);
@@ -117,12 +122,12 @@ DIFFKERN_FN void attend(const AttentionParams& p) {
 #pragma unroll 1
     for (int channel = 0; channel < channels; channel += kChannels) {
       const uint32_t k_chunk = ring.next();
-      multiply_transposed<T, Tiling>(s, q_chunks + channel * Tiling::rows * 2, k_chunk, channels - channel);
+      multiply_transposed<T, Tiling>(s, owned_chunk<Tiling>(q_chunks, channel), k_chunk, channels - channel);
     }
     float shrink[Tiling::row_tiles][2];
     online_softmax<Tiling>(state, s, slope, int(p.keys) - key, row_values, shrink);
     scale_rows<Tiling>(out, shrink);
-    Operand<Tiling> probabilities;
+    Operand<T, Tiling> probabilities;
     as_operand<T, Tiling>(probabilities, s, exchange);
 #pragma unroll
     for (int c = 0; c < Tiling::chunks; ++c) {
@@ -143,7 +148,7 @@ DIFFKERN_FN void attend(const AttentionParams& p) {
   });
   scale_rows<Tiling>(out, inverse);
 #pragma unroll
-  for (int c = 0; c < Tiling::chunks; ++c) put<T, Tiling>(q_chunks + c * Tiling::rows * kChannels * 2, out[c]);
+  for (int c = 0; c < Tiling::chunks; ++c) put<T, Tiling>(q_chunks + c * Tiling::owned_chunk, out[c]);
   write_rows<Tiling>(rows_of<T>(p.out, place.sample, place.head, p.queries), q_chunks, place.first, channels);
 }
 
@@ -152,9 +157,10 @@ __global__ void __launch_bounds__(Tiling::threads, 1) attention_kernel(const __g
   if constexpr (turing == kTuring) attend<T, Tiling>(p);
 }
 
-template <class T, bool turing>
+template <class T, TensorCores cores>
 const char* launch(const AttentionParams& p, Stream stream) {
-  return with_forward_tiling<turing>(p.queries, p.channels, [&](auto tiling) {
+  constexpr bool turing = cores == TensorCores::f16_turing;
+  return with_forward_tiling<cores>(p.queries, p.channels, [&](auto tiling) {
     using Tiling = decltype(tiling);
     const AttentionPlan plan = plan_of<Tiling>(p.queries, p.samples * p.heads);
     return launch_planned(attention_kernel<T, Tiling, turing>, plan, p, stream);
@@ -164,10 +170,11 @@ const char* launch(const AttentionParams& p, Stream stream) {
 }  // namespace
 
 const char* attention(const AttentionParams& p, Stream stream) {
-  switch (tensor_cores_for(p.dtype, in_pieces(p.channels, {p.q, p.k, p.v, p.out}))) {
-    case TensorCores::f16_turing: return launch<__half, true>(p, stream);
-    case TensorCores::f16: return launch<__half, false>(p, stream);
-    case TensorCores::bf16: return launch<__nv_bfloat16, false>(p, stream);
+  switch (tensor_cores_for(p.dtype, in_pieces(p, {p.q, p.k, p.v, p.out}))) {
+    case TensorCores::f16_turing: return launch<__half, TensorCores::f16_turing>(p, stream);
+    case TensorCores::f16: return launch<__half, TensorCores::f16>(p, stream);
+    case TensorCores::bf16: return launch<__nv_bfloat16, TensorCores::bf16>(p, stream);
+    case TensorCores::tf32: return launch<float, TensorCores::tf32>(p, stream);
     case TensorCores::none: return attention_any(p, stream);
   }
   return "unknown tensor cores";

@@ -1,12 +1,15 @@
 // What the forward and the backward of attention share on tensor cores: chunks of 64 tokens x 64 channels that stream
 // through a ring in shared memory, and the two products of a warp with a chunk.
 //
-// A chunk's row is 128 bytes. Its 16-byte piece j lies at place j ^ (row % 8), so that the eight rows of a matrix that
-// ldmatrix reads, and the eight pieces of a row that a copy writes, are in different banks.
+// A chunk's row is 128 bytes, of which 16-byte piece j lies at place j ^ (row % 8), so that the eight rows of a matrix
+// that ldmatrix reads, and the eight pieces of a row that a copy writes, are in different banks. Of float32 a row is
+// twice as long, and row % 8 has its bits mixed, so that of rows 2q, of rows 2q + 1, of rows 0..3 and of rows 4..7 two
+// pieces each are in different banks.
 
 #pragma once
 
 #include <initializer_list>
+#include <type_traits>
 
 #include "../ops.h"
 #include "attention_plan.h"
@@ -19,7 +22,10 @@ namespace diffkern::cuda {
 const char* attention_any(const AttentionParams&, Stream);
 const char* attention_backward_any(const AttentionParams&, Stream);
 
-constexpr int kChunkBytes = kTokens * kChannels * 2;  // of 64 tokens
+template <class T>
+constexpr int kPieces = kChannels / kVector<T>;  // of a row of a chunk, of 16 bytes
+template <class T>
+constexpr int kDepth = 32 / sizeof(T);  // of one product: two pieces
 
 // The tokens of one head.
 template <class T>
@@ -46,28 +52,40 @@ DIFFKERN_FN Place place_of(int64_t block, int64_t heads, int64_t tokens, int row
 }
 
 // The address of piece `piece` of row `row` of a chunk.
-DIFFKERN_FN uint32_t at(uint32_t chunk, int row, int piece) { return chunk + (row * 8 + (piece ^ (row & 7))) * 16; }
+template <class T>
+DIFFKERN_FN uint32_t at(uint32_t chunk, int row, int piece) {
+  const int mix = sizeof(T) == 2 ? row & 7 : (row & 2) << 1 | ((row << 1 ^ row >> 1) & 2) | (row >> 2 & 1);
+  return chunk + (row * kPieces<T> + (piece ^ mix)) * 16;
+}
 
 // Starts to copy `tokens` tokens from `first`, 64 channels from `channel`; zeros where there are none.
 template <int tokens, int threads, class T>
 DIFFKERN_FN void fetch(uint32_t chunk, const Rows<T>& rows, int first, int channel, int channels) {
-  static_assert(tokens * 8 % threads == 0);
-  const int piece = threadIdx.x % 8;
-  const bool wide = channel + piece * kPiece < channels;
+  using Element = std::remove_const_t<T>;
+  constexpr int pieces = kPieces<Element>;
+  static_assert(tokens * pieces % threads == 0);
+  const int piece = threadIdx.x % pieces, offset = channel + piece * kVector<Element>;
+  const bool wide = offset < channels;
 #pragma unroll
-  for (int i = 0; i < tokens * 8 / threads; ++i) {
-    const int row = threadIdx.x / 8 + i * (threads / 8);
+  for (int i = 0; i < tokens * pieces / threads; ++i) {
+    const int row = threadIdx.x / pieces + i * (threads / pieces);
     const bool inside = wide && first + row < rows.count;
-    const T* from = rows.data + (inside ? (first + row) * rows.stride + channel + piece * kPiece : 0);
-    copy_16_bytes(at(chunk, row, piece), from, inside);
+    const T* from = rows.data + (inside ? (first + row) * rows.stride + offset : 0);
+    copy_16_bytes(at<Element>(chunk, row, piece), from, inside);
   }
+}
+
+// Of the chunks of an operand's rows that a block owns, the one with that channel.
+template <class Tiling>
+DIFFKERN_FN uint32_t owned_chunk(uint32_t owned, int channel) {
+  return owned + channel / kChannels * Tiling::owned_chunk;
 }
 
 // All channels of the rows that a block owns, chunk after chunk.
 template <class Tiling, class T>
 DIFFKERN_FN void fetch_owned(uint32_t owned, const Rows<T>& rows, int first, int channels) {
   for (int channel = 0; channel < channels; channel += kChannels)
-    fetch<Tiling::rows, Tiling::threads>(owned + channel * Tiling::rows * 2, rows, first, channel, channels);
+    fetch<Tiling::rows, Tiling::threads>(owned_chunk<Tiling>(owned, channel), rows, first, channel, channels);
 }
 
 // The chunks in the order in which a kernel uses them, two copies ahead of it: for each 64 tokens, for each part, all
@@ -87,7 +105,7 @@ class Ring {
     wait_for_copies<kAhead - 1>();
     __syncthreads();
     fetch_next();
-    const uint32_t chunk = slots_ + read_ * kChunkBytes;
+    const uint32_t chunk = slots_ + read_ * Tiling::chunk;
     read_ = read_ + 1 == Tiling::slots ? 0 : read_ + 1;
     return chunk;
   }
@@ -97,7 +115,7 @@ class Ring {
     if (token_ < first_.count) {
       const bool second = kOrder >> part_ & 1;
       const Rows<T> rows = {second ? second_.data : first_.data, second ? second_.stride : first_.stride, first_.count};
-      fetch<kTokens, Tiling::threads>(slots_ + written_ * kChunkBytes, rows, token_, channel_, channels_);
+      fetch<kTokens, Tiling::threads>(slots_ + written_ * Tiling::chunk, rows, token_, channel_, channels_);
       written_ = written_ + 1 == Tiling::slots ? 0 : written_ + 1;
       channel_ += kChannels;
       if (channel_ >= channels_) {
@@ -133,9 +151,10 @@ constexpr int kShare = 64 / Tiling::column_warps;
 template <class Tiling>
 using Scores = float[Tiling::row_tiles][kShare<Tiling> / 8][4];
 
-// A warp's rows of 64 columns, as four A's.
-template <class Tiling>
-using Operand = uint32_t[Tiling::row_tiles][4][4];
+// A warp's rows of 64 columns, as A's. Of float32 an A's column q is column 2q of its eight, and q + 4 is 2q + 1, so
+// that scores are A's where they are.
+template <class T, class Tiling>
+using Operand = uint32_t[Tiling::row_tiles][64 / kDepth<T>][4];
 
 // s += owned chunk^T, over the 64 channels of a chunk or those that there are.
 template <class T, class Tiling>
@@ -143,16 +162,16 @@ DIFFKERN_FN void multiply_transposed(Scores<Tiling>& s, uint32_t owned, uint32_t
   const Warp<Tiling> warp;
   const int token = warp.column_warp * kShare<Tiling> + warp.lane % 8 + warp.lane / 16 * 8;
 #pragma unroll
-  for (int k = 0; k < kChannels / 16; ++k) {
-    if (k * 16 >= channels) break;
+  for (int k = 0; k < kChannels / kDepth<T>; ++k) {
+    if (k * kDepth<T> >= channels) break;
     uint32_t a[Tiling::row_tiles][4];
 #pragma unroll
     for (int m = 0; m < Tiling::row_tiles; ++m)
-      load_matrices(a[m], at(owned, warp.row + m * 16 + warp.lane % 16, 2 * k + warp.lane / 16));
+      load_matrices(a[m], at<T>(owned, warp.row + m * 16 + warp.lane % 16, 2 * k + warp.lane / 16));
 #pragma unroll
     for (int n = 0; n < kShare<Tiling> / 8; n += 2) {
       uint32_t b[4];
-      load_matrices(b, at(chunk, token + n * 8, 2 * k + warp.lane / 8 % 2));
+      load_matrices(b, at<T>(chunk, token + n * 8, 2 * k + warp.lane / 8 % 2));
 #pragma unroll
       for (int m = 0; m < Tiling::row_tiles; ++m) {
         multiply_add<T>(s[m][n], a[m], b[0], b[1]);
@@ -164,16 +183,23 @@ DIFFKERN_FN void multiply_transposed(Scores<Tiling>& s, uint32_t owned, uint32_t
 
 // sum += p chunk, over 64 tokens, for the warp's share of the 64 channels of a chunk or of those that there are.
 template <class T, class Tiling>
-DIFFKERN_FN void multiply(Scores<Tiling>& sum, const Operand<Tiling>& p, uint32_t chunk, int channels) {
+DIFFKERN_FN void multiply(Scores<Tiling>& sum, const Operand<T, Tiling>& p, uint32_t chunk, int channels) {
   const Warp<Tiling> warp;
   const int share = warp.column_warp * kShare<Tiling>;
 #pragma unroll
   for (int n = 0; n < kShare<Tiling> / 8; n += 2) {
     if (share + n * 8 >= channels) break;
 #pragma unroll
-    for (int k = 0; k < kTokens / 16; ++k) {
+    for (int k = 0; k < kTokens / kDepth<T>; ++k) {
       uint32_t b[4];
-      load_matrices_transposed(b, at(chunk, k * 16 + warp.lane % 16, share / 8 + n + warp.lane / 16));
+      if constexpr (sizeof(T) == 2) {
+        load_matrices_transposed(b, at<T>(chunk, k * 16 + warp.lane % 16, share / 8 + n + warp.lane / 16));
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          b[i] = load_word(at<T>(chunk, k * 8 + warp.q * 2 + i % 2, share / 4 + 2 * (n + i / 2) + warp.g / 4) +
+                           warp.g % 4 * 4);
+      }
 #pragma unroll
       for (int m = 0; m < Tiling::row_tiles; ++m) {
         multiply_add<T>(sum[m][n], p[m][k], b[0], b[1]);
@@ -200,34 +226,39 @@ DIFFKERN_FN void put(uint32_t chunk, const Scores<Tiling>& s) {
   const Warp<Tiling> warp;
   for_each_row<Tiling>([&](int m, int row, int half) {
 #pragma unroll
-    for (int n = 0; n < kShare<Tiling> / 8; ++n)
-      asm volatile("st.shared.u32 [%0], %1;"
-                   :: "r"(at(chunk, row, warp.column_warp * (kShare<Tiling> / 8) + n) + warp.q * 4),
-                      "r"(pack<T>(s[m][n][2 * half], s[m][n][2 * half + 1])) : "memory");
+    for (int n = 0; n < kShare<Tiling> / 8; ++n) {
+      const int column = warp.column_warp * kShare<Tiling> + n * 8 + warp.q * 2;
+      const uint32_t to = at<T>(chunk, row, column / kVector<T>) + column % kVector<T> * sizeof(T);
+      store_two<T>(to, s[m][n][2 * half], s[m][n][2 * half + 1]);
+    }
   });
 }
 
 // The scores of a warp's rows as an operand. Where several warps share them they meet in `exchange`, at a barrier.
 template <class T, class Tiling>
-DIFFKERN_FN void as_operand(Operand<Tiling>& to, const Scores<Tiling>& s, uint32_t exchange) {
+DIFFKERN_FN void as_operand(Operand<T, Tiling>& to, const Scores<Tiling>& s, uint32_t exchange) {
   const Warp<Tiling> warp;
-  if constexpr (Tiling::column_warps == 1) {
-#pragma unroll
-    for (int m = 0; m < Tiling::row_tiles; ++m)
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          to[m][k][i] = pack<T>(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
-  } else {
+  if constexpr (Tiling::column_warps > 1) {
     put<T, Tiling>(exchange, s);
     __syncthreads();
-#pragma unroll
-    for (int m = 0; m < Tiling::row_tiles; ++m)
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        load_matrices(to[m][k], at(exchange, warp.row + m * 16 + warp.lane % 16, 2 * k + warp.lane / 16));
   }
+#pragma unroll
+  for (int m = 0; m < Tiling::row_tiles; ++m)
+#pragma unroll
+    for (int k = 0; k < 64 / kDepth<T>; ++k)
+      if constexpr (Tiling::column_warps > 1 && sizeof(T) == 2) {
+        load_matrices(to[m][k], at<T>(exchange, warp.row + m * 16 + warp.lane % 16, 2 * k + warp.lane / 16));
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if constexpr (sizeof(T) == 2)
+            to[m][k][i] = pack<T>(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
+          else if constexpr (Tiling::column_warps == 1)
+            to[m][k][i] = __float_as_uint(s[m][k][i % 2 * 2 + i / 2]);
+          else if (i < 2)
+            load_two_words(to[m][k][i], to[m][k][i + 2],
+                           at<T>(exchange, warp.row + m * 16 + i * 8 + warp.g, 2 * k + warp.q / 2) + warp.q % 2 * 8);
+      }
 }
 
 // Writes a block's rows, which it has put into its chunks `owned`, 16 bytes a thread.
@@ -235,14 +266,14 @@ template <class Tiling, class T>
 DIFFKERN_FN void write_rows(const Rows<T>& rows, uint32_t owned, int first, int channels) {
   __syncthreads();
   for (int channel = 0; channel < channels; channel += kChannels) {
-    const int piece = threadIdx.x % 8;
-    if (channel + piece * kPiece >= channels) return;
+    const int piece = threadIdx.x % kPieces<T>, offset = channel + piece * kVector<T>;
+    if (offset >= channels) return;
 #pragma unroll
-    for (int i = 0; i < Tiling::rows * 8 / Tiling::threads; ++i) {
-      const int row = threadIdx.x / 8 + i * (Tiling::threads / 8);
+    for (int i = 0; i < Tiling::rows * kPieces<T> / Tiling::threads; ++i) {
+      const int row = threadIdx.x / kPieces<T> + i * (Tiling::threads / kPieces<T>);
       if (first + row >= rows.count) break;
-      write_16_bytes(rows.data + (first + row) * rows.stride + channel + piece * kPiece,
-                     at(owned + channel * Tiling::rows * 2, row, piece));
+      write_16_bytes(rows.data + (first + row) * rows.stride + offset,
+                     at<T>(owned_chunk<Tiling>(owned, channel), row, piece));
     }
   }
 }
@@ -258,11 +289,12 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 DIFFKERN_FN float infinity() { return __int_as_float(0x7F800000); }
 
 // Whether all rows are of aligned 16-byte pieces, as the copies are.
-inline bool in_pieces(int64_t channels, std::initializer_list<HeadsView> views) {
-  bool holds = whole_pieces(channels);
+inline bool in_pieces(const AttentionParams& p, std::initializer_list<HeadsView> views) {
+  bool holds = whole_pieces(p.dtype, p.channels);
+  const int64_t piece = p.dtype == DType::f32 ? 4 : 8;
   for (const HeadsView& x : views)
-    holds = holds && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.sample_stride % kPiece == 0 &&
-            x.head_stride % kPiece == 0 && x.token_stride % kPiece == 0;
+    holds = holds && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.sample_stride % piece == 0 &&
+            x.head_stride % piece == 0 && x.token_stride % piece == 0;
   return holds;
 }
 

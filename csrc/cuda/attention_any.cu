@@ -1,4 +1,4 @@
-// Attention and its gradients without tensor cores: for float32, for bfloat16 on Turing, for rows that are not of
+// Attention and its gradients without tensor cores: for float32 and bfloat16 on Turing, for rows that are not of
 // aligned 16-byte pieces, for any number of channels. All arithmetic is float32.
 //
 // A block owns 64 rows of one head and adds up 64, 128, 256 or 512 channels of one sum over the tokens that they meet,

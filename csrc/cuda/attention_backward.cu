@@ -30,11 +30,11 @@ __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(const __grid_const
   if (sample < p.samples) {
     const T* out = rows_of<const T>(p.out, sample, head, p.queries).data + query * p.out.token_stride;
     const T* grad_out = rows_of<const T>(p.grad_out, sample, head, p.queries).data + query * p.grad_out.token_stride;
-    for (int64_t c = threadIdx.x % kDeltaLanes * kPiece; c < p.channels; c += kDeltaLanes * kPiece) {
+    for (int64_t c = threadIdx.x % kDeltaLanes * kVector<T>; c < p.channels; c += kDeltaLanes * kVector<T>) {
       const Packed<T> a = *reinterpret_cast<const Packed<T>*>(out + c);
       const Packed<T> b = *reinterpret_cast<const Packed<T>*>(grad_out + c);
 #pragma unroll
-      for (int i = 0; i < kPiece; ++i) sum += to_f32(a.value[i]) * to_f32(b.value[i]);
+      for (int i = 0; i < kVector<T>; ++i) sum += to_f32(a.value[i]) * to_f32(b.value[i]);
     }
   }
 #pragma unroll
@@ -82,15 +82,15 @@ DIFFKERN_FN void put_all(uint32_t owned, Scores<Tiling> (&sum)[Tiling::chunks], 
   for (int c = 0; c < Tiling::chunks; ++c) {
 #pragma unroll
     for (int i = 0; i < Tiling::row_tiles * kShare<Tiling> / 2; ++i) (&sum[c][0][0][0])[i] *= scale;
-    put<T, Tiling>(owned + c * Tiling::rows * kChannels * 2, sum[c]);
+    put<T, Tiling>(owned + c * Tiling::owned_chunk, sum[c]);
   }
 }
 
 template <class T, class Tiling, bool kKeyRows>
 DIFFKERN_FN void differentiate(const AttentionParams& p) {
-  extern __shared__ __align__(128) uint16_t shared[];
-  const uint32_t a_chunks = shared_address(shared), b_chunks = a_chunks + Tiling::owned;  // half of them, of 2 bytes
-  const uint32_t slots = a_chunks + Tiling::owned * 2, exchange = slots + Tiling::ring * 2;
+  extern __shared__ __align__(128) uint8_t shared[];
+  const uint32_t a_chunks = shared_address(shared), b_chunks = a_chunks + Tiling::owner;
+  const uint32_t slots = a_chunks + Tiling::owned, exchange = slots + Tiling::ring;
   Statistics* const of_column = reinterpret_cast<Statistics*>(shared + Tiling::owned + Tiling::ring + Tiling::scores);
   const int rows = int(kKeyRows ? p.keys : p.queries), columns = int(kKeyRows ? p.queries : p.keys);
   const Place place = place_of(blockIdx.x, p.heads, rows, Tiling::rows);
@@ -118,15 +118,15 @@ DIFFKERN_FN void differentiate(const AttentionParams& p) {
       second = ring.next();
       if (kKeyRows && channel == 0 && threadIdx.x < kTokens)
         of_column[threadIdx.x] = statistics_of(p, place, token + threadIdx.x);
-      multiply_transposed<T, Tiling>(dp, b_chunks + channel * Tiling::rows * 2, second, channels - channel);
+      multiply_transposed<T, Tiling>(dp, owned_chunk<Tiling>(b_chunks, channel), second, channels - channel);
     }
 #pragma unroll 1
     for (int channel = 0; channel < channels; channel += kChannels) {
       first = ring.next();
-      multiply_transposed<T, Tiling>(s, a_chunks + channel * Tiling::rows * 2, first, channels - channel);
+      multiply_transposed<T, Tiling>(s, owned_chunk<Tiling>(a_chunks, channel), first, channels - channel);
     }
     probabilities<Tiling, kKeyRows>(s, dp, p.scale * kLog2e, columns - token, of_row, of_column);
-    Operand<Tiling> operand;
+    Operand<T, Tiling> operand;
     as_operand<T, Tiling>(operand, dp, exchange);
 #pragma unroll
     for (int c = 0; c < Tiling::chunks; ++c) {
@@ -159,12 +159,13 @@ __global__ void __launch_bounds__(Tiling::threads, 1)
   if constexpr (turing == kTuring) differentiate<T, Tiling, kKeyRows>(p);
 }
 
-template <class T, bool turing>
+template <class T, TensorCores cores>
 const char* launch(const AttentionParams& p, Stream stream) {
+  constexpr bool turing = cores == TensorCores::f16_turing;
   const int64_t heads = p.samples * p.heads;
   const char* error = launch_planned(delta_kernel<T>, plan_delta(p.queries, heads, kDeltaLanes), p, stream);
   if (error != nullptr) return error;
-  return with_backward_tiling<turing>(p.channels, [&](auto tiling) {
+  return with_backward_tiling<cores>(p.channels, [&](auto tiling) {
     using Tiling = decltype(tiling);
     const char* error = launch_planned(attention_backward_kernel<T, Tiling, turing, true>,
                                        plan_of<Tiling>(p.keys, heads), p, stream);
@@ -177,11 +178,12 @@ const char* launch(const AttentionParams& p, Stream stream) {
 }  // namespace
 
 const char* attention_backward(const AttentionParams& p, Stream stream) {
-  const bool pieces = in_pieces(p.channels, {p.q, p.k, p.v, p.out, p.grad_out, p.grad_q, p.grad_k, p.grad_v});
+  const bool pieces = in_pieces(p, {p.q, p.k, p.v, p.out, p.grad_out, p.grad_q, p.grad_k, p.grad_v});
   switch (tensor_cores_for(p.dtype, pieces)) {
-    case TensorCores::f16_turing: return launch<__half, true>(p, stream);
-    case TensorCores::f16: return launch<__half, false>(p, stream);
-    case TensorCores::bf16: return launch<__nv_bfloat16, false>(p, stream);
+    case TensorCores::f16_turing: return launch<__half, TensorCores::f16_turing>(p, stream);
+    case TensorCores::f16: return launch<__half, TensorCores::f16>(p, stream);
+    case TensorCores::bf16: return launch<__nv_bfloat16, TensorCores::bf16>(p, stream);
+    case TensorCores::tf32: return launch<float, TensorCores::tf32>(p, stream);
     case TensorCores::none: return attention_backward_any(p, stream);
   }
   return "unknown tensor cores";

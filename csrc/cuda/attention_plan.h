@@ -14,14 +14,26 @@
 namespace diffkern::cuda {
 
 constexpr int kTokens = 64;    // that a block meets at a time
-constexpr int kChannels = 64;  // that a chunk in shared memory is wide: 128 bytes, so that a row is every bank once
+constexpr int kChannels = 64;  // that a chunk in shared memory is wide: 128 bytes, or 256 of float32
 constexpr int kAhead = 2;      // chunks on their way while one is in use
-constexpr int kMaxChannels = 512;
-constexpr int kPiece = 8;  // 16-bit values in 16 bytes
-constexpr bool whole_pieces(int64_t channels) { return channels % kPiece == 0 && channels <= kMaxChannels; }
 
-// owners: operands of a block's own rows that it keeps, q forward, two backward.
-template <int width_, int row_warps_, int column_warps_, int row_tiles_, int owners_>
+// Whether rows of so many channels are pieces of 16 bytes that tensor cores take. Operands of float32 of more than 256
+// channels do not fit.
+constexpr bool whole_pieces(DType dtype, int64_t channels) {
+  return dtype == DType::f32 ? channels % 4 == 0 && channels <= 256 : channels % 8 == 0 && channels <= 512;
+}
+
+enum class TensorCores { none, tf32, bf16, f16, f16_turing };
+
+// What a card of that major compute capability has for such rows; pieces: they are of aligned 16-byte pieces.
+inline TensorCores tensor_cores_for(DType dtype, bool pieces, int major) {
+  if (!pieces) return TensorCores::none;
+  if (major < 8) return dtype == DType::f16 ? TensorCores::f16_turing : TensorCores::none;
+  return dtype == DType::f32 ? TensorCores::tf32 : dtype == DType::f16 ? TensorCores::f16 : TensorCores::bf16;
+}
+
+// owners: operands of a block's own rows that it keeps, q forward, two backward. bytes: of an element.
+template <int width_, int row_warps_, int column_warps_, int row_tiles_, int owners_, int bytes_ = 2>
 struct Tiling {
   static constexpr int width = width_;  // channels, rounded up
   static constexpr int row_warps = row_warps_, column_warps = column_warps_;
@@ -33,12 +45,12 @@ struct Tiling {
   static constexpr bool held = owners_ > 1 && chunks == 1;
   static constexpr int slots = held ? 2 + kAhead : 1 + kAhead;
 
-  // Elements of 16 bits in shared memory, in this order; then float32 that the warps tell each other.
-  static constexpr int owned = owners_ * rows * width;
-  static constexpr int ring = slots * kTokens * kChannels;
-  static constexpr int scores = column_warps > 1 ? rows * kTokens : 0;
-  static constexpr int floats = owners_ > 1 ? 2 * kTokens : column_warps > 1 ? rows * column_warps : 0;
-  static constexpr int shared_bytes = 2 * (owned + ring + scores) + 4 * floats;
+  // Bytes in shared memory, in this order: all owners' rows, the ring, scores, and what warps tell each other.
+  static constexpr int owned_chunk = bytes_ * rows * kChannels, owner = owned_chunk * chunks, owned = owners_ * owner;
+  static constexpr int chunk = bytes_ * kTokens * kChannels, ring = slots * chunk;
+  static constexpr int scores = column_warps > 1 ? bytes_ * rows * kTokens : 0;
+  static constexpr int told = 4 * (owners_ > 1 ? 2 * kTokens : column_warps > 1 ? rows * column_warps : 0);
+  static constexpr int shared_bytes = owned + ring + scores + told;
 };
 
 // Warps that an SM of sm_80 or sm_90 holds at a time, by the registers that ptxas gives them (no spill on any card):
@@ -48,22 +60,37 @@ struct Tiling {
 //     dk, dv            8     8     8     8
 //     dq               12    16     8     8
 //
+// Of float32, whose ring is twice as large, sm_80 holds 4 to 8 and sm_90 8 to 12.
+//
 // Turing has 64 KiB of shared memory, the smallest card after it 99 KiB. Forward, a warp takes 32 rows where there are
 // so many: a matrix of keys or values that it reads from shared memory then serves two products.
-template <bool turing, class Run>
+template <TensorCores cores, class Run>
 auto with_forward_tiling(int64_t queries, int64_t channels, Run run) {
-  if (channels <= 64) return queries > 64 ? run(Tiling<64, 4, 1, 2, 1>{}) : run(Tiling<64, 4, 1, 1, 1>{});
-  if (channels <= 128) return queries > 64 ? run(Tiling<128, 4, 1, 2, 1>{}) : run(Tiling<128, 4, 1, 1, 1>{});
-  if (channels <= 256) return run(Tiling<256, 4, 1, 1, 1>{});
-  return run(Tiling<512, turing ? 2 : 4, 2, 1, 1>{});
+  if constexpr (cores == TensorCores::tf32) {
+    if (channels <= 64) return run(Tiling<64, 4, 1, 1, 1, 4>{});
+    if (channels <= 128) return run(Tiling<128, 4, 1, 1, 1, 4>{});
+    return run(Tiling<256, 2, 2, 1, 1, 4>{});
+  } else {
+    if (channels <= 64) return queries > 64 ? run(Tiling<64, 4, 1, 2, 1>{}) : run(Tiling<64, 4, 1, 1, 1>{});
+    if (channels <= 128) return queries > 64 ? run(Tiling<128, 4, 1, 2, 1>{}) : run(Tiling<128, 4, 1, 1, 1>{});
+    if (channels <= 256) return run(Tiling<256, 4, 1, 1, 1>{});
+    return run(Tiling<512, cores == TensorCores::f16_turing ? 2 : 4, 2, 1, 1>{});
+  }
 }
 
-template <bool turing, class Run>
+template <TensorCores cores, class Run>
 auto with_backward_tiling(int64_t channels, Run run) {
-  if (channels <= 64) return run(Tiling<64, 4, 1, 1, 2>{});
-  if (channels <= 128) return run(Tiling<128, turing ? 2 : 4, 2, 1, 2>{});
-  if (channels <= 256) return run(Tiling<256, turing ? 2 : 4, 2, 1, 2>{});
-  return run(Tiling<512, turing ? 1 : 2, 4, 1, 2>{});
+  constexpr bool turing = cores == TensorCores::f16_turing;
+  if constexpr (cores == TensorCores::tf32) {
+    if (channels <= 64) return run(Tiling<64, 4, 1, 1, 2, 4>{});
+    if (channels <= 128) return run(Tiling<128, 2, 2, 1, 2, 4>{});
+    return run(Tiling<256, 1, 4, 1, 2, 4>{});
+  } else {
+    if (channels <= 64) return run(Tiling<64, 4, 1, 1, 2>{});
+    if (channels <= 128) return run(Tiling<128, turing ? 2 : 4, 2, 1, 2>{});
+    if (channels <= 256) return run(Tiling<256, turing ? 2 : 4, 2, 1, 2>{});
+    return run(Tiling<512, turing ? 1 : 2, 4, 1, 2>{});
+  }
 }
 
 // Without tensor cores a block has 64 rows, and so many channels of their sums: the blocks along y share the channels.
@@ -101,28 +128,21 @@ inline AttentionPlan plan_delta(int64_t queries, int64_t heads, int lanes) {
   return {row_blocks(queries * heads, 1, rows), 1, rows, kDeltaThreads, 0};
 }
 
-enum class TensorCores { none, bf16, f16, f16_turing };
-
-// What a card of that major compute capability has for such rows; pieces: they are of aligned 16-byte pieces.
-inline TensorCores tensor_cores_for(DType dtype, bool pieces, int major) {
-  if (!pieces || dtype == DType::f32) return TensorCores::none;
-  if (major < 8) return dtype == DType::f16 ? TensorCores::f16_turing : TensorCores::none;
-  return dtype == DType::f16 ? TensorCores::f16 : TensorCores::bf16;
-}
-
 inline AttentionPlan plan_attention(TensorCores cores, int64_t queries, int64_t heads, int64_t channels) {
   const auto plan = [&](auto tiling) { return plan_of<decltype(tiling)>(queries, heads); };
   if (cores == TensorCores::none) return plan_attention_any(queries, heads, channels);
-  if (cores == TensorCores::f16_turing) return with_forward_tiling<true>(queries, channels, plan);
-  return with_forward_tiling<false>(queries, channels, plan);
+  if (cores == TensorCores::tf32) return with_forward_tiling<TensorCores::tf32>(queries, channels, plan);
+  if (cores == TensorCores::f16_turing) return with_forward_tiling<TensorCores::f16_turing>(queries, channels, plan);
+  return with_forward_tiling<TensorCores::f16>(queries, channels, plan);
 }
 
 // Of dk and dv, or of dq.
 inline AttentionPlan plan_attention_backward(TensorCores cores, int64_t tokens, int64_t heads, int64_t channels) {
   const auto plan = [&](auto tiling) { return plan_of<decltype(tiling)>(tokens, heads); };
   if (cores == TensorCores::none) return plan_attention_any(tokens, heads, channels);
-  if (cores == TensorCores::f16_turing) return with_backward_tiling<true>(channels, plan);
-  return with_backward_tiling<false>(channels, plan);
+  if (cores == TensorCores::tf32) return with_backward_tiling<TensorCores::tf32>(channels, plan);
+  if (cores == TensorCores::f16_turing) return with_backward_tiling<TensorCores::f16_turing>(channels, plan);
+  return with_backward_tiling<TensorCores::f16>(channels, plan);
 }
 
 }  // namespace diffkern::cuda

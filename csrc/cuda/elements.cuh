@@ -101,8 +101,9 @@ DIFFKERN_FN void store(const Access<T>& access, int64_t sample, int64_t first, i
   Packed<T> packed;
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) packed.value[i] = from_f32<T>(from[i]);
-  if (access.vectors)
-    *vector_address<T>(access.view, sample, first) = packed;
+  if (access.vectors)  // by __stwb: of an assignment nvcc here makes a store an element
+    __stwb(reinterpret_cast<uint4*>(vector_address<T>(access.view, sample, first)),
+           reinterpret_cast<const uint4&>(packed));
   else
     scatter<T>(access.view, sample, first, end, packed);
 }

@@ -56,7 +56,17 @@ DIFFKERN_FN void write_16_bytes(void* to, uint32_t from) {
                :: "l"(__cvta_generic_to_global(to)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit values: lane i gives the address of row i % 8 of matrix i / 8.
+DIFFKERN_FN uint32_t load_word(uint32_t from) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+  return value;
+}
+
+DIFFKERN_FN void load_two_words(uint32_t& first, uint32_t& second, uint32_t from) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(first), "=r"(second) : "r"(from) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit values, or 8 x 4 of 32-bit ones: lane i gives the address of row i % 8 of matrix i / 8.
 DIFFKERN_FN void load_matrices(uint32_t (&to)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
@@ -97,6 +107,32 @@ __device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&c)[4], const
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// a = big + small, each of the 11 bits that a tensor core takes of a float32.
+struct Split {
+  uint32_t big, small;
+
+  __device__ __forceinline__ explicit Split(uint32_t word) {
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(big) : "f"(__uint_as_float(word)));
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(small) : "f"(__uint_as_float(word) - __uint_as_float(big)));
+  }
+};
+
+// Of float32: big big + big small + small big, which is float32's own product but for its last bit (3xTF32).
+template <>
+__device__ __forceinline__ void multiply_add<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (!kTuring) {
+    const Split x0(a[0]), x1(a[1]), x2(a[2]), x3(a[3]), y0(b0), y1(b1);
+    const auto add = [&](uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+      asm volatile(DIFFKERN_MMA("m16n8k8", "tf32", "{%4, %5, %6, %7}, {%8, %9}")
+                   : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                   : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    };
+    add(x0.small, x1.small, x2.small, x3.small, y0.big, y1.big);
+    add(x0.big, x1.big, x2.big, x3.big, y0.small, y1.small);
+    add(x0.big, x1.big, x2.big, x3.big, y0.big, y1.big);
+  }
+}
+
 #undef DIFFKERN_MMA
 
 // Two floats rounded to T, the first in the low half.
@@ -113,6 +149,15 @@ template <>
 __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<const uint32_t&>(both);
+}
+
+// Two floats as T's, side by side in shared memory.
+template <class T>
+DIFFKERN_FN void store_two(uint32_t to, float first, float second) {
+  if constexpr (sizeof(T) == 2)
+    asm volatile("st.shared.u32 [%0], %1;" :: "r"(to), "r"(pack<T>(first, second)) : "memory");
+  else
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(to), "f"(first), "f"(second) : "memory");
 }
 
 }  // namespace diffkern::cuda

@@ -19,13 +19,14 @@ DIFFKERN_FN f32v quotient(f32v a, f32v b) { return a / b; }
 
 // Within 2e-7 (1 + |x|) of itself; 0 and infinity beyond about 87, NaN for NaN.
 DIFFKERN_FN f32v exp_approx(f32v x) {
-  constexpr float kLog2e = 0x1.715476p+0f, kRound = 12582912.0f;  // 1.5 2^23: a sum with it is a whole number
+  constexpr float kLog2e = 0x1.715476p+0f;
   // 2^z on [-1/2, 1/2]
   constexpr float kExp2[] = {1.0f, 0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
-  f32v y = x * kLog2e, n = (y + kRound) - kRound, z = y - n, power = broadcast(kExp2[5]);
+  const f32v y = x * kLog2e, z = from_nearest_whole(y);
+  f32v power = broadcast(kExp2[5]);
 #pragma GCC unroll 5
   for (int k = 4; k >= 0; --k) power = multiply_add(power, z, broadcast(kExp2[k]));
-  return times_power_of_2(power, n);
+  return times_power_of_2(power, y - z);
 }
 
 #endif

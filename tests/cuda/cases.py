@@ -56,5 +56,7 @@ CASES = {
     "attention, a ring that holds its chunks": attention(133, 40, BF16),
     "attention, a warp a row": attention(69, 104, BF16),
     "attention, several warps a row": attention(69, 264, BF16),
-    "attention without tensor cores": attention(69, 40, torch.float32),
+    "attention in float32, a warp a row": attention(69, 40, torch.float32),
+    "attention in float32, several warps a row": attention(69, 132, torch.float32),
+    "attention without tensor cores": attention(69, 42, torch.float32),
 }

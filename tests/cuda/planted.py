@@ -70,9 +70,9 @@ def register(interpreter: Interpreter, ptx: str) -> None:
 
 
 @contextlib.contextmanager
-def planted(interpreter: Interpreter, file: str, change: tuple[str, str, str]) -> Iterator[None]:
-    """The kernels of csrc/cuda/``file`` with that change."""
-    register(interpreter, compiled(file, change))
+def planted(interpreter: Interpreter, file: str, ptx: str) -> Iterator[None]:
+    """That PTX for the kernels of csrc/cuda/``file``."""
+    register(interpreter, ptx)
     try:
         yield
     finally:

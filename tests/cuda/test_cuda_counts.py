@@ -1,0 +1,85 @@
+"""What the kernels were designed for, counted: bytes, sectors, bank conflicts, products, warps that a card holds."""
+
+import re
+
+import pytest
+import torch
+from interpreted import ROOT
+
+from benchmarks import cuda_on_paper
+from diffkern import _C
+
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("interpreter")]
+
+with_registers = pytest.mark.skipif(not _C.COMPILED_CUDA_ARCHITECTURES, reason="built without CUDA kernels")
+architectures = pytest.mark.parametrize("architecture", cuda_on_paper.ARCHITECTURES)
+MINOR = 0.02  # of an op's sectors: what is below it, as the sums of chunks, may be read as it comes
+
+
+def counts(architecture: int) -> list[tuple[cuda_on_paper.Case, dict]]:
+    return list(zip(cuda_on_paper.cases(architecture), cuda_on_paper.counted()[architecture], strict=True))
+
+
+@architectures
+def test_an_op_moves_its_tensors_once(architecture):
+    """Distinct bytes: K and V, which each block of queries reads, come from L2 but for the first time."""
+    for case, counted in counts(architecture):
+        assert 1 <= counted["moved"] / (case.inputs + case.outputs) < 1.01, (case.op, case.shape)
+
+
+@architectures
+def test_every_request_of_a_warp_takes_as_few_sectors_as_its_bytes(architecture):
+    for case, counted in counts(architecture):
+        total = sum(asked for asked, _ in counted["sectors"].values())
+        for instruction, (asked, fewest) in counted["sectors"].items():
+            assert asked == fewest or asked < MINOR * total, (case.op, case.shape, instruction)
+
+
+@architectures
+def test_every_shared_access_takes_as_few_passes_as_its_bytes(architecture):
+    loaded = 0
+    for case, counted in counts(architecture):
+        for instruction, (passes, fewest) in counted["passes"].items():
+            assert passes == fewest, (case.op, case.shape, instruction)
+            loaded += "ldmatrix" in instruction
+    assert loaded > 0
+
+
+@architectures
+def test_attention_issues_no_product_that_the_arithmetic_does_not_need(architecture):
+    on_full_tiles = [(case, counted) for case, counted in counts(architecture) if case.flops]
+    assert len(on_full_tiles) == 14
+    for case, counted in on_full_tiles:
+        assert 1 <= counted["flops"] / case.flops <= 1.05, (case.op, case.shape)
+
+
+@with_registers
+@architectures
+def test_a_multiprocessor_holds_as_many_warps_as_the_plan_of_attention_says(architecture):
+    """The table in csrc/cuda/attention_plan.h."""
+    text = (ROOT / "csrc" / "cuda" / "attention_plan.h").read_text()
+
+    def held(d: int, tokens: int, kernel: str, dtype: torch.dtype = torch.bfloat16) -> int:
+        cases = cuda_on_paper.attention_cases(tokens, d, dtype, architecture)
+        (found,) = (k for case in cases for k in case.kernels if k.label == kernel)
+        return cuda_on_paper.resources_of(found, architecture).warps(architecture, found.launch)
+
+    for line, kernel, tokens in (("forward", "", 256), ("dk, dv", "dk, dv", 256), ("dq", "dq", 256)):
+        row = re.search(rf"^//     {line} +(\d+) +(\d+) +(\d+) +(\d+)", text, re.MULTILINE).groups()
+        assert [held(d, tokens, kernel) for d in (64, 128, 256, 512)] == [int(warps) for warps in row], line
+    few = re.search(r"(\d+) and (\d+) where there are 64 queries or fewer", text).groups()
+    assert [held(d, 64, "") for d in (64, 128)] == [int(warps) for warps in few]
+    few, many = re.search(rf"sm_{architecture}(?: holds)? (\d+) to (\d+)", text).groups()
+    of_float32 = [held(d, 256, kernel, torch.float32) for d in (64, 128, 256) for kernel in ("", "dk, dv", "dq")]
+    assert (min(of_float32), max(of_float32)) == (int(few), int(many))
+
+
+@with_registers
+@architectures
+def test_a_multiprocessor_holds_two_blocks_of_group_norm(architecture):
+    for case in cuda_on_paper.cases(architecture):
+        for kernel in case.kernels:
+            resources = cuda_on_paper.resources_of(kernel, architecture)
+            assert resources.spilled == 0
+            if case.op.startswith("group_norm"):
+                assert resources.warps(architecture, kernel.launch) >= 2 * kernel.launch.threads // 32

@@ -1,0 +1,201 @@
+"""bfloat16 on a CPU: products of bfloat16 summed in float32, against float64, and the engine that is made of them."""
+
+import itertools
+
+import pytest
+import torch
+from networks import CONFIGS, config_of, inputs, with_random_weights
+from test_conv2d import OPTIONS, SHAPES, arguments, exact
+from tolerances import CONV, ROUNDING
+from torch import Tensor
+
+import diffkern
+from diffkern import UNet, ops, optimize, reference, sample
+
+LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx"]
+WIDE = [(1, 40, 33, 2, 70), (1, 33, 64, 3, 129), (9, 40, 300, 4, 4), (3, 600, 40, 8, 8), (20, 5, 5, 1, 1)]
+
+
+def rounded(tensors: dict, *names: str) -> dict:
+    return tensors | {name: tensors[name].bfloat16() for name in names if name in tensors}
+
+
+def assert_exact(x: Tensor, weight: Tensor, x_dtype: torch.dtype, **options) -> None:
+    """Of what was rounded on the way in: sums within float32 arithmetic, then one rounding on the way out."""
+    x, weight, options = x.bfloat16(), weight.bfloat16(), rounded(options, "skip", "residual")
+    expected = exact(x, weight, **options)
+    magnitudes = {name: o.abs() if isinstance(o, Tensor) else o for name, o in options.items()}
+    size = exact(x.abs(), weight.abs(), **magnitudes)
+    given = {name: o.to(x_dtype) if name in ("skip", "residual") else o for name, o in options.items()}
+    y = ops.conv2d(x.to(x_dtype), ops.pack_conv(weight), out_channels=len(weight), **given)
+    assert y.dtype == x_dtype and y.is_contiguous(memory_format=torch.channels_last) and y.shape == expected.shape
+    rounding = ROUNDING[x_dtype] * expected.abs() if x_dtype == torch.bfloat16 else 0
+    assert ((y.double() - expected).abs() <= CONV[None] * size.max() + rounding).all()
+
+
+# --- the convolution ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
+def test_conv2d_is_its_definition_with_every_option(shape, dtype):
+    for options in OPTIONS:
+        x, weight, options = arguments(*shape, **options)
+        assert_exact(x, weight, dtype, **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
+def test_strides_kernels_and_paddings_are_the_definitions(shape):
+    for side, stride, padding, upsample in itertools.product((1, 3), (1, 2, 3, 4), (0, 1, 2), (False, True)):
+        x, weight, options = arguments(
+            *shape, side=side, stride=stride, padding=padding, upsample=upsample, bias=True, residual=True
+        )
+        assert_exact(x, weight, torch.bfloat16, **options)
+
+
+def test_nothing_is_read_outside_a_sample_or_behind_its_channels():
+    x, weight, options = arguments(3, 5, 20, 6, 6, skip=True)
+    x, skip, packed = x.bfloat16(), options["skip"].bfloat16(), ops.pack_conv(weight.bfloat16())
+    alone = ops.conv2d(x[1:2], packed, out_channels=20, skip=skip[1:2])
+    x[::2], skip[::2] = torch.nan, torch.inf
+    y = ops.conv2d(x, packed, out_channels=20, skip=skip)
+    assert torch.equal(y[1:2], alone) and not y[::2].isfinite().any()
+
+
+@pytest.mark.parametrize("shape", [(5, 48, 70, 12, 10), (9, 130, 300, 4, 4), (2, 3, 16, 33, 40)], ids=str)
+def test_the_bits_depend_on_no_thread_count_and_no_batch(shape):
+    x, weight, options = arguments(*shape, bias=True, skip=True, add=True, residual=True)
+    x, packed, options = x.bfloat16(), ops.pack_conv(weight.bfloat16()), rounded(options, "skip", "residual")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = ops.conv2d(x, packed, out_channels=len(weight), **options)
+        for count in range(2, 9):
+            torch.set_num_threads(count)
+            assert torch.equal(ops.conv2d(x, packed, out_channels=len(weight), **options), expected)
+    finally:
+        torch.set_num_threads(threads)
+    for of in (slice(0, 1), slice(1, None)):
+        part = options | {name: options[name][of] for name in ("skip", "add", "residual")}
+        assert torch.equal(ops.conv2d(x[of], packed, out_channels=len(weight), **part), expected[of])
+
+
+AT_A_LEVEL = """
+import torch
+from test_bf16 import WIDE, assert_exact
+from test_conv2d import OPTIONS, SHAPES, arguments
+from diffkern import _C
+
+assert _C.cpu_level() == "{level}"
+for shape in SHAPES + WIDE:
+    for options in OPTIONS[::5]:
+        x, weight, options = arguments(*shape, **options)
+        assert_exact(x, weight, torch.bfloat16, **options)
+    for side in (1, 3):
+        x, weight, options = arguments(*shape, side=side, stride=2, padding=0)
+        assert_exact(x, weight, torch.float32, **options)
+print("exact")
+"""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_each_cpu_level_is_exact(run_at_level, level):
+    done = run_at_level(level, AT_A_LEVEL.format(level=level))
+    assert done.stdout == "exact\n", done.stderr
+
+
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+def test_the_reference_is_the_definition_with_packed_weights(shape):
+    for options in OPTIONS:
+        x, weight, options = arguments(*shape, **options)
+        weight, wide = weight.bfloat16(), {k: o.double() if isinstance(o, Tensor) else o for k, o in options.items()}
+        y = reference.conv2d(x.double(), ops.pack_conv(weight), out_channels=len(weight), **wide)
+        torch.testing.assert_close(y, exact(x, weight, **options), rtol=1e-11, atol=1e-11)
+
+
+def test_the_dtypes_that_do_not_go_together_are_named():
+    x, weight, _ = arguments(1, 4, 5, 6, 6)
+    with pytest.raises(RuntimeError, match="^x: expected float32, got bfloat16"):
+        ops.conv2d(x.bfloat16(), ops.pack_conv(weight), out_channels=5)
+    with pytest.raises(RuntimeError, match="^x: expected float32 or bfloat16, got float16"):
+        ops.conv2d(x.half(), ops.pack_conv(weight.bfloat16()), out_channels=5)
+    with pytest.raises(RuntimeError, match=r"^packed: expected shape \(1, 1, 9, 16, 32, 2\), got \(2, 1"):
+        ops.conv2d(x, ops.pack_conv(weight.bfloat16()).repeat(2, 1, 1, 1, 1, 1), out_channels=5)
+    with pytest.raises(ValueError, match="^tile: expected None with a weight in bfloat16, got 4"):
+        ops.pack_conv(weight.bfloat16(), tile=4)
+
+
+# --- the engine ---
+
+
+def network_of(name: str) -> UNet:
+    return with_random_weights(UNet(**config_of(name))).eval().requires_grad_(False)
+
+
+def deviation(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_engine_is_as_near_to_float32_as_autocast(name):
+    network = network_of(name)
+    x, t, labels = inputs(network)
+    expected = network(x, t, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = network(x, t, labels).float()
+    engine = optimize(network, dtype=torch.bfloat16)
+    for _ in range(2):  # recorded, then replayed
+        y = engine(x, t, labels)
+        assert y.dtype == torch.float32
+        assert 1e-4 < deviation(y, expected) < 1.1 * deviation(autocast, expected) + 1e-3
+
+
+@pytest.mark.parametrize("name", ["ddpm_cifar10", "improved_ddpm"])
+def test_a_sample_has_the_same_bits_in_any_batch(name):
+    network = network_of(name)
+    engine = optimize(network, dtype=torch.bfloat16)
+    x = torch.randn(7, network.config["in_channels"], 16, 16, generator=torch.Generator().manual_seed(3))
+    t = torch.tensor([0, 999, 5, 5, 5, 17, 400])
+    whole = engine(x, t)
+    for split in ([1] * 7, [2, 5], [4, 3]):
+        parts = [engine(*part) for part in zip(x.split(split), t.split(split), strict=True)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_an_engine_of_another_dtype_is_another_engine_on_the_same_network():
+    network = network_of("plain")
+    x, t, _ = inputs(network)
+    engine, exact_engine = optimize(network, dtype=torch.bfloat16), optimize(network)
+    assert optimize(engine, dtype=torch.bfloat16) is engine
+    assert torch.equal(optimize(engine)(x, t), exact_engine(x, t))
+    assert torch.equal(optimize(exact_engine, dtype=torch.bfloat16)(x, t), engine(x, t))
+    assert not torch.equal(engine(x, t), exact_engine(x, t))
+
+
+def test_changed_weights_are_noticed():
+    network = network_of("plain")
+    x, t, _ = inputs(network)
+    engine = optimize(network, dtype=torch.bfloat16)
+    before = engine(x, t)
+    network.conv_out.bias.add_(1)
+    torch.testing.assert_close(engine(x, t), before + 1)
+
+
+def test_a_gradient_is_autocasts():
+    network = with_random_weights(UNet(**config_of("plain")))
+    x, t, _ = inputs(network)
+    y = optimize(network, dtype=torch.bfloat16)(x, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(y, network(x, t).float())
+    y.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_sample_runs_the_engine_in_bfloat16():
+    model = diffkern.load("fashion-mnist")
+    options = dict(seeds=[1, 2], labels=[3, 7], sampler="ddim", steps=6, progress=False)
+    expected = sample(model, **options)
+    images = sample(model, dtype=torch.bfloat16, **options)
+    autocast = sample(model, dtype=torch.bfloat16, engine=False, **options)
+    assert torch.equal(images, sample(optimize(model, dtype=torch.bfloat16), **options))
+    assert 1e-4 < deviation(images, expected) < 1.5 * deviation(autocast, expected)

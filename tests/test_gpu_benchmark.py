@@ -1,0 +1,32 @@
+"""What a machine without a card can know of ``python -m benchmarks.gpu``: its cases, its answers, its options."""
+
+import pytest
+import torch
+
+from benchmarks import gpu
+
+
+def test_every_case_agrees_with_its_peers(capsys):
+    gpu.main(["--device", "cpu", "--check", "--no-compile"])
+    lines = capsys.readouterr().out.splitlines()
+    ops = ("noise", "q_sample", "reverse_step", "noise_loss", "group_norm_silu", "attention", "U-Net", "sampling")
+    for op in ops:
+        assert any(line.startswith(op) and "agrees with" in line for line in lines), op
+
+
+def test_a_wrong_result_is_not_timed():
+    wrong = gpu.Case("wrong", lambda: torch.ones(3), {"peer": lambda: torch.zeros(3)}, gpu.close(0.5))
+    with pytest.raises(AssertionError, match="expected an error of at most"):
+        gpu.check(wrong)
+
+
+def test_without_a_card_it_says_so_and_fails(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="there is no CUDA device"):
+        gpu.main([])
+
+
+def test_times_are_of_a_card_only(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu"])
+    assert "--device cpu: expected --check with it" in capsys.readouterr().err
