@@ -28,6 +28,7 @@ from torch import Tensor
 TURNS = 25
 SECONDS = 1.5  # for all turns of one comparison, roughly
 SHORTEST = 2e-3  # a measurement repeats a call until it lasts this long
+SETTLE = 5e-3  # before it, with one call that is not timed: the threads of the one before spin, its data fill the caches
 
 Call = Callable[[], object]
 _report: list[str] = []
@@ -51,6 +52,8 @@ def _in_turns(calls: Mapping[str, Call]) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
         for name, call in calls.items():
+            time.sleep(SETTLE)
+            call()
             times[name].append(_seconds(call, repeats[name]))
     return times
 

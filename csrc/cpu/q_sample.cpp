@@ -16,6 +16,7 @@ void q_sample(const QSampleParams& p, int64_t begin, int64_t end) {
     const float* x_0 = staged(p.x_0, chunk, x_0_buffer);
     float* x_t = target(p.x_t, chunk, x_t_buffer);
     float* eps = p.eps.data ? target(p.eps, chunk, eps_buffer) : eps_buffer.data;
+    ask_for(x_0, chunk);
     normals(address, chunk.first, chunk.padded(), eps);
     for (int i = 0; i < chunk.padded(); i += kLanes) store(x_t + i, a * load(x_0 + i) + s * load(eps + i));
     commit(p.x_t, chunk, x_t_buffer);

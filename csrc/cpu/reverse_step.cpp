@@ -34,7 +34,11 @@ void steps(const ReverseStepParams& p, int64_t begin, int64_t end) {
     float* x0_hat = p.x0_hat.data ? target(p.x0_hat, chunk, x0_buffer) : x0_buffer.data;
 
     const auto update = [&]<bool kNoisy>() __attribute__((always_inline)) {
-      if constexpr (kNoisy) normals(address, chunk.first, chunk.padded(), z.data);
+      if constexpr (kNoisy) {
+        ask_for(x, chunk);
+        ask_for(out, chunk);
+        normals(address, chunk.first, chunk.padded(), z.data);
+      }
       for (int i = 0; i < chunk.padded(); i += kLanes) {
         const f32v x_t = load(x + i);
         f32v o = load(out + i);

@@ -97,6 +97,12 @@ DIFFKERN_FN float* address(const View& view, const Chunk& chunk) {
   return static_cast<float*>(view.data) + chunk.sample * view.batch_stride + chunk.first;
 }
 
+// Asks for what lies in place, to come while the noise is being made: a chunk is a page, where the processor's own
+// foresight ends.
+DIFFKERN_FN void ask_for(const float* p, const Chunk& chunk) {
+  for (int i = 0; i < chunk.count; i += 16) __builtin_prefetch(p + i);
+}
+
 // The chunk's elements, then zeros up to a multiple of kNormals.
 DIFFKERN_FN const float* staged(const View& view, const Chunk& chunk, Buffer& buffer) {
   if (in_place(view, chunk)) return address(view, chunk);
