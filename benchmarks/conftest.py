@@ -28,7 +28,7 @@ from torch import Tensor
 TURNS = 25
 SECONDS = 1.5  # for all turns of one comparison, roughly
 SHORTEST = 2e-3  # a measurement repeats a call until it lasts this long
-SETTLE = 5e-3  # before it, with one call that is not timed: the threads of the one before spin, its data fill the caches
+SETTLE = 5e-3  # before it, and one call untimed: the threads of the call before still spin, its data fill the caches
 
 Call = Callable[[], object]
 _report: list[str] = []
