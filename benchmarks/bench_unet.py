@@ -4,7 +4,7 @@ import engines
 import peers
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffkern import optimize
@@ -24,15 +24,21 @@ def with_random_weights(unet: UNet) -> UNet:
     return unet.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("n", [1, 16])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_unet(compare, tmp_path, name, n):
+def case(name: str, n: int) -> tuple[UNet, nn.Module, Tensor, Tensor, Tensor, int]:
+    """The network, diffusers' twin of it, x, t, what the twin makes of them, and the operations that this takes."""
     unet = with_random_weights(UNet(**NETWORKS[name]))
     twin = peers.diffusers_unet(unet)
     x = torch.randn(n, unet.config["in_channels"], 32, 32, generator=torch.Generator().manual_seed(1))
     t = torch.full((n,), 500)
     with FlopCounterMode(display=False) as counter:
         expected = twin(x, t).sample
+    return unet, twin, x, t, expected, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_unet(compare, tmp_path, name, n):
+    unet, twin, x, t, expected, flops = case(name, n)
     scale = expected.abs().max()
     engine = optimize(unet)
 
@@ -47,7 +53,7 @@ def test_unet(compare, tmp_path, name, n):
         others,
         unchecked=low,
         same=close,
-        flops=counter.get_total_flops(),
+        flops=flops,
     )
 
 
@@ -55,12 +61,7 @@ def test_unet(compare, tmp_path, name, n):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_unet_in_bfloat16(compare, tmp_path, name, n):
     """Beside those who compute in bfloat16 too, and our own float32."""
-    unet = with_random_weights(UNet(**NETWORKS[name]))
-    twin = peers.diffusers_unet(unet)
-    x = torch.randn(n, unet.config["in_channels"], 32, 32, generator=torch.Generator().manual_seed(1))
-    t = torch.full((n,), 500)
-    with FlopCounterMode(display=False) as counter:
-        expected = twin(x, t).sample
+    unet, twin, x, t, expected, flops = case(name, n)
     engine, exact = optimize(unet, dtype=torch.bfloat16), optimize(unet)
 
     def close(ours: list[Tensor], others: list[Tensor]) -> None:
@@ -73,6 +74,6 @@ def test_unet_in_bfloat16(compare, tmp_path, name, n):
         torch.inference_mode()(lambda: engine(x, t)),
         {"float32": torch.inference_mode()(lambda: exact(x, t)), **calls},
         same=close,
-        flops=counter.get_total_flops(),
+        flops=flops,
         dtype=torch.bfloat16,
     )
