@@ -1,4 +1,4 @@
-"""Builds diffkern._C: CMake makes the kernels, torch's BuildExtension the one file that knows torch.
+"""Builds diffkern._C: CMake makes the kernels, torch's BuildExtension the files that know torch.
 
 Environment: DIFFKERN_CUDA=OFF leaves the CUDA kernels out, DIFFKERN_CUDA_ARCHITECTURES="80;90" chooses for which cards
 they are (default: all), DIFFKERN_CMAKE_ARGS goes to CMake, MAX_JOBS bounds the parallel compilations.
@@ -73,7 +73,7 @@ setup(
     ext_modules=[
         CppExtension(
             "diffkern._C_emulated" if EMULATED else "diffkern._C",
-            ["csrc/bindings.cpp"],
+            sorted(str(source.relative_to(ROOT)) for source in ROOT.glob("csrc/bindings/*.cpp")),
             depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/**/*.h")),
             define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
             extra_compile_args=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Wall"],

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a card: csrc/bindings.cpp built once more, with kernels in PTX alone, over a CUDA runtime
+"""The CUDA kernels without a card: csrc/bindings/ built once more, with kernels in PTX alone, over a CUDA runtime
 that interprets them and checks every access. Its ops take CPU tensors and go through the very launchers.
 """
 

@@ -1,0 +1,137 @@
+// Attention, into given memory too, and its gradient.
+
+#include <algorithm>
+#include <cmath>
+
+#include "op.h"
+
+namespace diffkern {
+namespace {
+
+Tensor as_dtype(const Tensor& x, ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);  // which would cost a microsecond to do nothing
+}
+
+// What the kernels read and write: float32 on the CPU.
+ScalarType heads_dtype(const Tensor& x) { return on_cuda(x) ? x.scalar_type() : ScalarType::Float; }
+
+// Of that dtype, with the channels of a token together: what the kernels read.
+Tensor as_heads(const Tensor& x) {
+  const Tensor heads = as_dtype(x, heads_dtype(x));
+  return heads.stride(3) == 1 ? heads : torch::stable::contiguous(heads);
+}
+
+HeadsView heads_view(const Tensor& x) {
+  return {memory<void>(x), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// Laid out as [N, tokens, heads, d], as the projections around attention have it.
+Tensor empty_heads(const Tensor& like) {
+  return torch::stable::transpose(
+      empty_of({like.size(0), like.size(2), like.size(1), like.size(3)}, heads_dtype(like), like), 1, 2);
+}
+
+// q, k and v are as_heads already.
+AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
+  AttentionParams params{};
+  params.q = heads_view(q);
+  params.k = heads_view(k);
+  params.v = heads_view(v);
+  params.dtype = dtype_of("q", q.scalar_type());
+  params.samples = q.size(0);
+  params.heads = q.size(1);
+  params.queries = q.size(2);
+  params.keys = k.size(2);
+  params.channels = q.size(3);
+  params.scale = float(scale.value_or(1 / std::sqrt(double(q.size(3)))));
+  return params;
+}
+
+void check_attention(const Tensor& q, const Tensor& k, const Tensor& v) {
+  check(q.dim() == 4, "q: expected [N, heads, tokens, d], got shape ", show(sizes_of(q)));
+  check(k.dim() == 4, "k: expected [N, heads, tokens, d], got shape ", show(sizes_of(k)));
+  dtype_of("q", q.scalar_type());
+  check_like("k", k, q, {q.size(0), q.size(1), k.size(2), q.size(3)});
+  check_like("v", v, q, sizes_of(k));
+  check(q.size(2) > 0 && q.size(3) > 0, "q: expected at least one token and one channel, got shape ",
+        show(sizes_of(q)));
+  check(k.size(2) > 0, "k: expected at least one token, got shape ", show(sizes_of(k)));
+}
+
+// out, which is as_heads, and lse
+Tensor run_attention(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
+  const Tensor q_heads = as_heads(q), k_heads = as_heads(k), v_heads = as_heads(v);
+  Tensor lse = empty_of({q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q);
+  AttentionParams params = attention_params(q_heads, k_heads, v_heads, scale);
+  params.out = heads_view(out);
+  params.lse = memory<float>(lse);
+  if (!on_cuda(q))
+    run_cpu(params, cpu::level().kernels.attention, params.samples * params.heads * attention_blocks(params.queries),
+            grain(2 * kAttentionBlock * params.keys * params.channels));
+  else if (q.numel() > 0)
+    run_cuda(q, params, DIFFKERN_CUDA_LAUNCHER(attention));
+  return lse;
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
+  check_attention(q, k, v);
+  Tensor out = empty_heads(q);
+  Tensor lse = run_attention(out, q, k, v, scale);
+  return {as_dtype(out, q.scalar_type()), lse};
+}
+
+void attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
+  check_attention(q, k, v);
+  check_like("out", out, q, sizes_of(q));
+  check_dtype("q", q, heads_dtype(q));
+  for (const auto& [name, tensor] : {std::pair("out", out), {"q", q}, {"k", k}, {"v", v}})  // used where they lie
+    check(tensor.stride(3) == 1, name, ": expected the channels of a token together, got a stride of ",
+          tensor.stride(3));
+  check_writable("out", out);
+  run_attention(out, q, k, v, scale);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                      std::optional<double> scale) {
+  check_attention(q, k, v);
+  check_like("grad_out", grad_out, q, sizes_of(q));
+  check_like("out", out, q, sizes_of(q));
+  check_shape("lse", lse, {q.size(0), q.size(1), q.size(2)});
+  check_dtype("lse", lse, ScalarType::Float);
+  check_contiguous("lse", lse);
+  const Tensor q_heads = as_heads(q), k_heads = as_heads(k), v_heads = as_heads(v);
+  const Tensor out_heads = as_heads(out), grad_out_heads = as_heads(grad_out);
+  Tensor grad_q = empty_heads(q), grad_k = empty_heads(k), grad_v = empty_heads(k);
+  AttentionParams params = attention_params(q_heads, k_heads, v_heads, scale);
+  params.out = heads_view(out_heads);
+  params.lse = memory<float>(lse);
+  params.grad_out = heads_view(grad_out_heads);
+  params.grad_q = heads_view(grad_q);
+  params.grad_k = heads_view(grad_k);
+  params.grad_v = heads_view(grad_v);
+  if (on_cuda(q)) {
+    Tensor delta = empty_of(sizes_of(lse), ScalarType::Float, q);
+    params.delta = memory<float>(delta);
+    if (q.numel() > 0) run_cuda(q, params, DIFFKERN_CUDA_LAUNCHER(attention_backward));
+    return {grad_q, grad_k, grad_v};
+  }
+  const int64_t spans = attention_spans(params.keys), elements = params.queries * params.channels;
+  Tensor parts = empty_of({(spans - 1) * q.numel()}, ScalarType::Float, q);
+  params.grad_q_parts = memory<float>(parts);
+  const auto& kernels = cpu::level().kernels;
+  run_cpu(params, kernels.attention_backward, params.samples * params.heads * spans,
+          grain(5 * elements * std::min(params.keys, attention_span(params.keys))));
+  if (spans > 1) run_cpu(params, kernels.attention_sum_grad_q, chunks(q.numel()), kChunkGrain);
+  const ScalarType dtype = q.scalar_type();
+  return {as_dtype(grad_q, dtype), as_dtype(grad_k, dtype), as_dtype(grad_v, dtype)};
+}
+
+DIFFKERN_OP(attention, "(Tensor q, Tensor k, Tensor v, float? scale) -> (Tensor, Tensor)")
+DIFFKERN_OP(attention_out, "(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float? scale) -> ()")
+DIFFKERN_OP(attention_backward,
+            "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float? scale) -> (Tensor, Tensor, "
+            "Tensor)")
+
+}  // namespace
+}  // namespace diffkern

@@ -1,0 +1,109 @@
+// Convolution with a packed weight, into given memory, on the CPU.
+
+#include "op.h"
+
+namespace diffkern {
+namespace {
+
+// float32; with a weight of bfloat16 that too.
+void check_conv_dtype(const char* name, const Tensor& tensor, const Tensor& packed) {
+  const ScalarType dtype = tensor.scalar_type();
+  const bool bf16 = packed.scalar_type() == ScalarType::BFloat16;
+  check(dtype == ScalarType::Float || (bf16 && dtype == ScalarType::BFloat16), name, ": expected float32",
+        bf16 ? " or bfloat16" : "", ", got ", show(dtype));
+}
+
+ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<Tensor>& skip, const Tensor& packed,
+                         const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
+                         const std::optional<Tensor>& residual, int64_t stride, int64_t padding, bool upsample) {
+  check_channels_last("x", x);
+  check_conv_dtype("x", x, packed);
+  check(x.size(1) > 0, "x: expected at least one channel, got shape ", show(sizes_of(x)));
+  const int64_t samples = x.size(0), height = x.size(2), width = x.size(3);
+  if (skip) check_image("skip", *skip, x, {samples, skip->dim() == 4 ? skip->size(1) : 0, height, width});
+  ConvParams params{};
+  params.channels[0] = x.size(1);
+  params.channels[1] = skip ? skip->size(1) : 0;
+
+  const bool bf16 = packed.scalar_type() == ScalarType::BFloat16;
+  check(packed.dim() == (bf16 ? 6 : 4), "packed: expected ",
+        bf16 ? "[column blocks, blocks of C, matrices, 16, 32, 2]" : "[matrices, column blocks, C, column block]",
+        ", got shape ", show(sizes_of(packed)));
+  params.matrices = packed.size(bf16 ? 2 : 0);
+  check(params.matrices == 1 || params.matrices == 9 || params.matrices == 16 || params.matrices == 36,
+        "packed: expected 1, 9, 16 or 36 matrices, got ", params.matrices);
+  const int64_t side = params.matrices == 1 ? 1 : 3;
+  check(stride > 0, "stride: expected a value > 0, got ", stride);
+  check(!params.winograd() || (stride == 1 && padding == 1), "stride, padding: expected 1 and 1 with ",
+        params.matrices, " matrices, got ", stride, " and ", padding);
+  check(padding >= 0 && padding < side, "padding: expected a value in [0, ", side, "), got ", padding);
+  const auto out_size = [&](int64_t size) { return (size * (upsample ? 2 : 1) + stride - 1) / stride; };
+  params.out_height = out_size(height);
+  params.out_width = out_size(width);
+  params.out_channels = y.dim() == 4 ? y.size(1) : 0;
+  const Sizes out_shape = {samples, params.out_channels, params.out_height, params.out_width};
+  check_device("y", y, x);
+  check_conv_dtype("y", y, packed);
+  check_image("y", y, y, out_shape);
+  const int64_t column_block = params.winograd() ? kWinogradColumns : params.few_columns() ? 1 : kDirectColumns;
+  check_device("packed", packed, x);
+  if (bf16)
+    check_shape("packed", packed,
+                {params.panels(), params.depth_blocks(), params.matrices, kDepthBlock / 2, kPanel, 2});
+  else
+    check_like("packed", packed, x, {params.matrices, (params.out_channels + column_block - 1) / column_block,
+                                     params.depth(), column_block});
+  check_contiguous("packed", packed);
+  if (bias) check_vector("bias", *bias, ScalarType::Float, params.out_channels, x);
+  if (add) {
+    check_shape("add", *add, {samples, params.out_channels});
+    check_dtype("add", *add, ScalarType::Float);
+    check_device("add", *add, x);
+    check(add->stride(1) == 1 || add->size(1) < 2 || samples == 0,
+          "add: expected the channels of a sample together, got strides ",
+          show({add->strides().begin(), add->strides().end()}));
+    params.add_stride = add->stride(0);
+  }
+  if (residual) check_image("residual", *residual, y, out_shape);
+
+  params.x[0] = memory<const void>(x);
+  params.x[1] = skip ? memory<const void>(*skip) : nullptr;
+  params.x_dtype = dtype_of("x", x.scalar_type());
+  params.weight = memory<const void>(packed);
+  params.bias = bias ? memory<const float>(*bias) : nullptr;
+  params.add = add ? memory<const float>(*add) : nullptr;
+  params.residual = residual ? memory<const void>(*residual) : nullptr;
+  params.y = memory<void>(y);
+  params.y_dtype = dtype_of("y", y.scalar_type());
+  params.samples = samples;
+  params.height = height;
+  params.width = width;
+  params.stride = stride;
+  params.padding = padding;
+  params.upsample = upsample;
+  return params;
+}
+
+void conv2d_out(const Tensor& y, const Tensor& x, const std::optional<Tensor>& skip, const Tensor& packed,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
+                const std::optional<Tensor>& residual, int64_t stride, int64_t padding, bool upsample) {
+  const ConvParams params = conv2d_params(y, x, skip, packed, bias, add, residual, stride, padding, upsample);
+  if (y.numel() == 0) return;
+  if (packed.scalar_type() == ScalarType::BFloat16) {
+    const ConvBlocks blocks(params);
+    return run_cpu(params, cpu::level().kernels.conv_bf16, blocks.items(),
+                   grain(params.matrices * params.depth() * kBlockTiles * kTilePixels * blocks.panels * kPanel));
+  }
+  if (params.winograd())
+    return run_cpu(params, cpu::level().kernels.conv_winograd, params.winograd_items(),
+                   grain(params.matrices * params.depth() * params.winograd_tiles() * kWinogradColumns));
+  run_cpu(params, cpu::level().kernels.conv_direct, params.direct_items(),
+          grain(params.matrices * params.depth() * params.direct_pixels() * kDirectColumns));
+}
+
+DIFFKERN_CPU_OP(conv2d_out,
+                "(Tensor(a!) y, Tensor x, Tensor? skip, Tensor packed, Tensor? bias, Tensor? add, Tensor? residual, int "
+                "stride, int padding, bool upsample) -> ()")
+
+}  // namespace
+}  // namespace diffkern

@@ -1,0 +1,146 @@
+// The memory of tensors, as kernels are given it: every pointer that they get comes from here.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <type_traits>
+
+#include "../ops.h"
+#include "checks.h"
+#include "program.h"
+
+#ifdef DIFFKERN_EMULATED_CUDA
+extern "C" {
+void* ptx_runtime_device();
+void ptx_memory_add(void* device, uint64_t address, uint64_t bytes, const char* name, int written, int readonly);
+void ptx_memory_remove(void* device, uint64_t address);
+}
+#endif
+
+namespace diffkern {
+
+#ifdef DIFFKERN_EMULATED_CUDA
+// The interpreter faults an access that lies in no memory it was lent, a read of what nobody wrote, and a write to an
+// input. A launch lends it that of its op's tensors, until the next one: so what it counted of them can be read.
+class Lent {
+ public:
+  void make(const Tensor& tensor) { unwritten_.push_back(tensor); }
+  void add(const Tensor& tensor, bool readonly) { asked_.emplace_back(tensor, readonly); }
+  void open() {
+    for (const uint64_t address : open_) ptx_memory_remove(ptx_runtime_device(), address);
+    open_.clear();
+    for (const auto& [tensor, readonly] : asked_) {
+      int64_t elements = tensor.numel() > 0;
+      for (int64_t d = 0; d < tensor.dim() && elements > 0; ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
+      if (elements == 0) continue;
+      const auto same = [data = tensor.data_ptr()](const Tensor& other) { return other.data_ptr() == data; };
+      const bool written = std::none_of(unwritten_.begin(), unwritten_.end(), same);
+      open_.push_back(reinterpret_cast<uint64_t>(tensor.data_ptr()));
+      const uint64_t bytes = elements * tensor.element_size();
+      ptx_memory_add(ptx_runtime_device(), open_.back(), bytes, "a tensor", written, readonly);
+    }
+    kept_ = std::move(asked_);
+    asked_.clear();
+    unwritten_.clear();
+  }
+
+ private:
+  std::vector<Tensor> unwritten_;
+  std::vector<std::pair<Tensor, bool>> asked_, kept_;  // kept: no other tensor gets memory that is still lent
+  std::vector<uint64_t> open_;
+};
+inline thread_local Lent lent;
+inline uint64_t emulated_stream = 0;  // on which ops launch
+#endif
+
+template <class T>
+T* memory(const Tensor& tensor) {
+#ifdef DIFFKERN_EMULATED_CUDA
+  lent.add(tensor, std::is_const_v<T>);
+#endif
+  if (recording) recording->tensors.push_back(tensor);
+  if constexpr (std::is_const_v<T>)
+    return static_cast<T*>(tensor.const_data_ptr());
+  else
+    return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// An index for each sample, or one for all.
+struct Index {
+  const int64_t* data;
+  int64_t stride;
+};
+
+// Values must lie in [0, limit). Only the CPU's are looked at: a CUDA kernel writes NaN for those outside.
+inline Index index_of(const char* name, const Tensor& tensor, int64_t samples, int64_t limit, const Tensor& like) {
+  check_dtype(name, tensor, ScalarType::Long);
+  check_device(name, tensor, like);
+  const bool one = tensor.dim() == 0 || (tensor.dim() == 1 && tensor.size(0) == 1);
+  check(one || (tensor.dim() == 1 && tensor.size(0) == samples), name, ": expected shape () or (", samples,
+        ",), got ", show(sizes_of(tensor)));
+  const Index index{memory<const int64_t>(tensor), one ? 0 : tensor.stride(0)};
+  if (!on_cuda(tensor))
+    for (int64_t n = 0; n < (one ? int64_t(1) : samples); ++n) {
+      const int64_t value = index.data[n * index.stride];
+      check(value >= 0 && value < limit, name, ": expected values in [0, ", limit, "), got ", value);
+    }
+  return index;
+}
+
+// --- views ----------------------------------------------------------------------------------------------------------
+
+inline DType dtype_of(const char* name, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: throw std::runtime_error(text(name, ": expected float32, bfloat16 or float16, got ", show(dtype)));
+  }
+}
+
+inline View view_of(const char* name, const Tensor& tensor) {
+  View view{memory<void>(tensor), dtype_of(name, tensor.scalar_type()), 0, tensor.stride(0), {}, {}};
+  for (int64_t d = 1; d < tensor.dim(); ++d) {
+    const int64_t size = tensor.size(d), stride = tensor.stride(d);
+    if (size == 1) continue;
+    const int32_t last = view.dims - 1;
+    if (view.dims > 0 && view.strides[last] == size * stride) {
+      view.sizes[last] *= size;
+      view.strides[last] = stride;
+    } else {
+      check(view.dims < kMaxDims, name, ": expected at most ", kMaxDims, " separate dimensions a sample, got more");
+      view.sizes[view.dims] = size;
+      view.strides[view.dims++] = stride;
+    }
+  }
+  if (view.dims == 0) {  // one element a sample
+    view.sizes[0] = view.strides[0] = 1;
+    view.dims = 1;
+  }
+  return view;
+}
+
+inline int64_t elements_of(const Tensor& tensor) {  // of one sample
+  int64_t elements = 1;
+  for (int64_t d = 1; d < tensor.dim(); ++d) elements *= tensor.size(d);
+  return elements;
+}
+
+inline Tensor made(const Tensor& tensor) {
+#ifdef DIFFKERN_EMULATED_CUDA
+  lent.make(tensor);
+#endif
+  return tensor;
+}
+
+inline Tensor empty_of(const Sizes& sizes, ScalarType dtype, const Tensor& like) {
+  return made(torch::stable::empty(sizes, dtype, std::nullopt, like.device()));
+}
+
+inline Tensor empty_as(const Tensor& like) { return made(torch::stable::empty_like(like)); }
+
+inline Tensor absent(const Tensor& like) { return empty_of({0}, like.scalar_type(), like); }
+
+}  // namespace diffkern

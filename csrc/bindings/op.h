@@ -1,0 +1,40 @@
+// What the file of an op includes, and how the op is made known to torch.
+//
+// An op reads: check, allocate, fill the params, run. It goes through the dispatcher by LibTorch's stable ABI, so that one
+// build serves every later torch, and without a CUDA header, so that it builds and loads beside a CPU torch.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/kernels.h"
+#include "checks.h"
+#include "memory.h"
+#include "run.h"
+#ifdef DIFFKERN_CUDA
+#include "../cuda/kernels.h"
+#define DIFFKERN_CUDA_LAUNCHER(name) cuda::name
+#else
+#define DIFFKERN_CUDA_LAUNCHER(name) nullptr
+#endif
+
+#ifdef DIFFKERN_EMULATED_CUDA
+#define DIFFKERN_LIBRARY diffkern_emulated
+#else
+#define DIFFKERN_LIBRARY diffkern
+#endif
+
+// The function `name` as an op of CPU tensors, or of these and CUDA's: it looks at their device itself. Tensors of other
+// devices find no kernel and raise.
+#define DIFFKERN_CPU_OP(name, schema)                                                         \
+  STABLE_TORCH_LIBRARY_FRAGMENT(DIFFKERN_LIBRARY, library) { library.def(#name schema); }     \
+  STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CPU, library) { library.impl(#name, TORCH_BOX(&name)); }
+#define DIFFKERN_OP(name, schema) \
+  DIFFKERN_CPU_OP(name, schema)   \
+  STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CUDA, library) { library.impl(#name, TORCH_BOX(&name)); }
