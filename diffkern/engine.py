@@ -186,15 +186,16 @@ class _Step:
 
 
 class _Trace:
-    """Walks the network as its ``forward`` does, and notes the steps."""
+    """Walks the network as its ``forward`` does (``UNet.walk``), and notes the steps."""
 
     def __init__(
         self, compiled: _Compiled, network: UNet, shape: torch.Size, dtype: torch.dtype, conditions: list[Tensor]
     ):
-        self.compiled, self.network, self.dtype, self.steps = compiled, network, dtype, []
-        self.condition_of = dict(zip(_resblocks(self.network), conditions, strict=True))
+        self.compiled, self.dtype, self.steps = compiled, dtype, []
+        self.condition_of = dict(zip(_resblocks(network), conditions, strict=True))
         self.x = _Value(tuple(shape), torch.float32)
-        self.y = self._unet(self.x)
+        x = network.walk(self.conv(self.x, network.conv_in), self.block)
+        self.y = self.conv(self.norm(network.conv_norm_out, x), network.conv_out, dtype=torch.float32)
 
     def step(
         self,
@@ -295,39 +296,15 @@ class _Trace:
         out = self.step(run, x.shape, qkv, dtype=torch.float32)
         return self.conv(out, block.to_out[0], residual=x)
 
-    def resampler(self, module: nn.Module, x: _Value) -> _Value:
-        if isinstance(module, ResBlock):
-            return self.resblock(module, x)
-        if isinstance(module, Downsample):
-            return self.conv(x, module.conv, stride=2, padding=module.conv.padding[0])
-        return self.conv(x, module.conv, upsample=True)
-
-    def level(self, level: nn.Module, j: int, x: _Value, skip: _Value | None = None) -> _Value:
-        x = self.resblock(level.resnets[j], x, skip)
-        return self.attention(level.attentions[j], x) if hasattr(level, "attentions") else x
-
-    def _unet(self, x: _Value) -> _Value:
-        network = self.network
-        x = self.conv(x, network.conv_in)
-        skips = [x]
-        for level in network.down_blocks:
-            for j in range(len(level.resnets)):
-                x = self.level(level, j, x)
-                skips.append(x)
-            if level.resampler:
-                x = self.resampler(getattr(level, level.resampler)[0], x)
-                skips.append(x)
-        middle = network.mid_block
-        x = self.resblock(middle.resnets[0], x)
-        for attention in middle.attentions:
-            x = self.attention(attention, x)
-        x = self.resblock(middle.resnets[1], x)
-        for level in network.up_blocks:
-            for j in range(len(level.resnets)):
-                x = self.level(level, j, x, skips.pop())
-            if level.resampler:
-                x = self.resampler(getattr(level, level.resampler)[0], x)
-        return self.conv(self.norm(network.conv_norm_out, x), network.conv_out, dtype=torch.float32)
+    def block(self, block: nn.Module, x: _Value, skip: _Value | None = None) -> _Value:
+        """Any of those that ``UNet.walk`` meets."""
+        if isinstance(block, ResBlock):
+            return self.resblock(block, x, skip)
+        if isinstance(block, AttentionBlock):
+            return self.attention(block, x)
+        if isinstance(block, Downsample):
+            return self.conv(x, block.conv, stride=2, padding=block.conv.padding[0])
+        return self.conv(x, block.conv, upsample=True)
 
 
 # --- steps -> buffers -> program ---

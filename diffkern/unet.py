@@ -6,13 +6,16 @@ Parameter names are those of diffusers' ``UNet2DModel``, so that the field's che
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
+
+Image = TypeVar("Image")
 
 
 def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> Tensor:
@@ -116,7 +119,7 @@ class AttentionBlock(nn.Module):
         nn.init.zeros_(self.to_out[0].weight)
         nn.init.zeros_(self.to_out[0].bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         n, c, h, w = x.shape
         tokens = group_norm_silu(self.group_norm, x, silu=False).permute(0, 2, 3, 1).reshape(n, h * w, c)
         q, k, v = (
@@ -145,12 +148,14 @@ class Level(nn.Module):
             self.add_module(name, nn.ModuleList([module]))
         self.resampler = None if resampler is None else resampler[0]
 
-    def block(self, j: int, x: Tensor, emb: Tensor) -> Tensor:
-        x = self.resnets[j](x, emb)
-        return self.attentions[j](x) if hasattr(self, "attentions") else x
+    def stages(self) -> list[list[nn.Module]]:
+        """Each residual block, with the attention behind it if it has one."""
+        attentions = getattr(self, "attentions", None)
+        return [[resnet] if attentions is None else [resnet, attentions[j]] for j, resnet in enumerate(self.resnets)]
 
-    def resample(self, x: Tensor, emb: Tensor) -> Tensor:
-        return getattr(self, self.resampler)[0](x, emb)
+    def resampling(self) -> list[nn.Module]:
+        """The block that leads to the next resolution, or nothing."""
+        return [] if self.resampler is None else list(getattr(self, self.resampler))
 
 
 class MidBlock(nn.Module):
@@ -161,11 +166,8 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList([] if attention is None else [attention])
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        x = self.resnets[0](x, emb)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x, emb)
+    def stages(self) -> list[nn.Module]:
+        return [self.resnets[0], *self.attentions, self.resnets[1]]
 
 
 class UNet(nn.Module):
@@ -284,22 +286,39 @@ class UNet(nn.Module):
         """
         self.check(x_t, t, labels)
         emb = self.embedding(t, labels)
-        x = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))
+
+        def run(block: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
+            return block(x if skip is None else torch.cat([x, skip], dim=1), emb)
+
+        x = self.walk(self.conv_in(x_t.contiguous(memory_format=torch.channels_last)), run)
+        return self.conv_out(group_norm_silu(self.conv_norm_out, x))
+
+    def walk(self, x: Image, run: Callable[..., Image]) -> Image:
+        """All between the first convolution and the last norm: down the U, and up with what was met on the way.
+
+        ``run(block, x)``, or ``run(block, x, skip)`` for a block that sees x and skip side by side, gives the next x.
+        What an x is, is the caller's matter: a tensor in ``forward``, a step of a program in :mod:`diffkern.engine`.
+        """
+
+        def through(blocks: list[nn.Module], x: Image) -> Image:
+            for block in blocks:
+                x = run(block, x)
+            return x
+
         skips = [x]
         for level in self.down_blocks:
-            for j in range(len(level.resnets)):
-                x = level.block(j, x, emb)
+            for stage in level.stages():
+                x = through(stage, x)
                 skips.append(x)
-            if level.resampler:
-                x = level.resample(x, emb)
+            if level.resampling():
+                x = through(level.resampling(), x)
                 skips.append(x)
-        x = self.mid_block(x, emb)
+        x = through(self.mid_block.stages(), x)
         for level in self.up_blocks:
-            for j in range(len(level.resnets)):
-                x = level.block(j, torch.cat([x, skips.pop()], dim=1), emb)
-            if level.resampler:
-                x = level.resample(x, emb)
-        return self.conv_out(group_norm_silu(self.conv_norm_out, x))
+            for resnet, *attention in level.stages():
+                x = through(attention, run(resnet, x, skips.pop()))
+            x = through(level.resampling(), x)
+        return x
 
     def embedding(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """What conditions the residual blocks: [N, 4 channels] of t [N] and labels [N] or None."""
