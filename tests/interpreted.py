@@ -58,12 +58,14 @@ class Interpreter:
             self.set(**DEFAULTS)
 
     @contextlib.contextmanager
-    def graph(self, *tensors: torch.Tensor) -> Iterator[Callable[[], None]]:
-        """What ops do within is recorded instead; afterwards each call of what this gives does it, on these tensors."""
+    def graph(self, *tensors: torch.Tensor) -> Iterator[Callable[..., None]]:
+        """What ops do within is recorded instead; afterwards each call of what this gives does it, on these tensors
+        and on those that it is called with: results, which there were none of before.
+        """
         stream, graph, recorded = (ctypes.c_void_p() for _ in range(3))
 
-        def replay() -> None:
-            for tensor in tensors:
+        def replay(*results: torch.Tensor) -> None:
+            for tensor in (*tensors, *results):
                 arguments = [ctypes.c_uint64(tensor.data_ptr()), ctypes.c_uint64(tensor.nbytes), b"a tensor", 1, 0]
                 self.runtime.ptx_memory_add(self.device, *arguments)
             assert self.runtime.cudaGraphLaunch(recorded, stream) == 0, self.reports()

@@ -49,7 +49,7 @@ const char* cpu_level() {
 }
 
 void add_program(pybind11::module_& module) {
-  pybind11::class_<Program>(module, "Program")
+  pybind11::class_<Program>(module, "Program", pybind11::module_local())
       .def(pybind11::init<>())
       .def("__enter__",
            [](Program& program) {

@@ -108,13 +108,21 @@ DIFFKERN_FN void store(const Access<T>& access, int64_t sample, int64_t first, i
     scatter<T>(access.view, sample, first, end, packed);
 }
 
-// The normals of elements [first, first + n), n a multiple of 4, of a sample.
+DIFFKERN_FN float nan() { return __int_as_float(0x7FFFFFFF); }
+
+// The normals of elements [first, first + n), n a multiple of 4, of a sample; NaN if the step is no word.
 template <int n>
-DIFFKERN_FN void normals(uint64_t seed, uint32_t step, uint32_t stream, int64_t first, float (&z)[n]) {
+DIFFKERN_FN void normals(uint64_t seed, int64_t step, uint32_t stream, int64_t first, float (&z)[n]) {
+  if (uint64_t(step) >> 32 != 0) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) z[i] = nan();
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < n; i += 4) {
     const uint64_t block = uint64_t(first + i) / 4;
-    const Words<uint64_t> w = philox(Words<uint64_t>{uint32_t(block), block >> 32, step, stream}, round_keys(seed));
+    const Words<uint64_t> counter{uint32_t(block), block >> 32, uint32_t(step), stream};
+    const Words<uint64_t> w = philox(counter, round_keys(seed));
     const Rounded r0 = radius<Rounded>(uint32_t(w.w0)), r2 = radius<Rounded>(uint32_t(w.w2));
     const CosSin<Rounded> p1 = cos_sin<Rounded>(uint32_t(w.w1)), p3 = cos_sin<Rounded>(uint32_t(w.w3));
     z[i] = (r0 * p1.cos).value;
@@ -132,8 +140,6 @@ DIFFKERN_FN void for_each_vector(int64_t samples, int64_t elements, Visit visit)
   for (int64_t sample = blockIdx.y; sample < samples; sample += gridDim.y)
     for (int64_t first = start; first < elements; first += stride) visit(sample, first);
 }
-
-DIFFKERN_FN float nan() { return __int_as_float(0x7FFFFFFF); }
 
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();

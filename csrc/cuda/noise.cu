@@ -10,7 +10,7 @@ template <class T>
 __global__ void noise_kernel(const __grid_constant__ NoiseParams p, const __grid_constant__ Access<T> z) {
   for_each_vector<kVector<T>>(p.samples, p.elements, [&](int64_t n, int64_t first) {
     float value[kVector<T>];
-    normals(uint64_t(p.seeds[n]), uint32_t(p.step[n * p.step_stride]), p.stream, first, value);
+    normals(uint64_t(p.seeds[n]), p.step[n * p.step_stride], p.stream, first, value);
     store(z, n, first, p.elements, value);
   });
 }

@@ -14,7 +14,7 @@ DIFFKERN_FN void errors(const NoiseLossParams& p, const Access<T>& out, int64_t 
                         float (&error)[kVector<T>]) {
   float z[kVector<T>];
   load(out, n, first, p.elements, error);
-  normals(uint64_t(p.seeds[n]), uint32_t(p.t[n * p.t_stride]), kForwardNoising, first, z);
+  normals(uint64_t(p.seeds[n]), p.t[n * p.t_stride], kForwardNoising, first, z);
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) error[i] = first + i < p.elements ? __fsub_rn(error[i], z[i]) : 0.0f;
 }

@@ -119,6 +119,15 @@ def test_a_row_outside_the_table_gives_nan_in_its_sample_alone(cuda):
         assert result[0].isfinite().all() and result[1:].isnan().all()
 
 
+def test_a_step_that_is_no_word_gives_nan_in_its_sample_alone(cuda):
+    seeds, _ = seeds_and_steps()
+    out, step = random((3, 8, 8), torch.float32, 3).to(cuda.device), torch.tensor([2**32 - 1, 2**32, -1])
+    seeds, step = seeds.to(cuda.device), step.to(cuda.device)
+    z = cuda.ops.noise(seeds, [3, 8, 8], step, 1, torch.float32)
+    for result in (z, cuda.ops.noise_loss(out, seeds, step, None)):
+        assert result[0].isfinite().all() and result[1:].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_noise_loss_and_its_gradient_are_the_cpus(on, shape, dtype):

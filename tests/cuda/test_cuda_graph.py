@@ -5,7 +5,7 @@ import torch
 from levels import rows, values
 from torch import nn
 
-from diffkern import sample
+from diffkern import noise, sample
 from diffkern.schedule import Schedule
 
 pytestmark = pytest.mark.cuda
@@ -25,6 +25,16 @@ def test_a_replayed_step_is_the_step_launched_at_each_row(interpreter):
         assert torch.equal(x, expected)
         drawn.append(x.clone())
     assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_replayed_noise_is_that_of_the_step_in_memory(interpreter):
+    seeds, step = torch.tensor([3, 4]), torch.tensor(0)
+    with interpreter.graph(seeds, step) as replay:
+        z = interpreter.ops.noise(seeds, [3, 5, 7], step, 1, torch.float32)
+    for t in (0, 7, 999):
+        step.fill_(t)
+        replay(z)
+        assert torch.equal(z, noise(seeds, (3, 5, 7), step=t, stream=1))
 
 
 class Network(nn.Module):
