@@ -16,8 +16,8 @@ DIFFKERN_FN void for_each_error(const NoiseLossParams& p, const Chunk& chunk, Vi
   for (int l = 0; l < kLanes; ++l) lane[l] = l;
   const uint32_t t = uint32_t(p.t[chunk.sample * p.t_stride]);
   const NoiseAddress address(uint64_t(p.seeds[chunk.sample]), t, kForwardNoising);
+  normals(address, chunk.first, chunk.padded(), eps.data, wanted(p.out, chunk), wanted(p.grad_out, chunk));
   const float* out = staged(p.out, chunk, buffer);
-  normals(address, chunk.first, chunk.padded(), eps.data);
   for (int i = 0; i < chunk.padded(); i += kLanes)
     visit(i, lane + i < chunk.count ? load(out + i) - load(eps.data + i) : f32v{});
 }

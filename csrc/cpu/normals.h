@@ -39,6 +39,18 @@ DIFFKERN_FN Chains operator^(const Chains& a, const u64v& b) {
 
 constexpr int kNormals = kChains * 2 * kLanes;  // what is made at a time: a Philox block of four in each half register
 
+// Memory that is needed soon, to be asked for a little at a time, in step with normals that are being made: requests for
+// all of it at once would fill the processor's queue, and the normals would wait behind them.
+alignas(64) constexpr char kNothing[4 * kNormals] = {};
+struct Wanted {
+  const char* from = kNothing;
+  int64_t size = 0;  // bytes that go with a normal: 4, or less, and then some is asked for twice rather than branch
+
+  __attribute__((always_inline)) void ask(int first, int count) const {
+    for (int i = 0; i < 4 * count; i += 64) __builtin_prefetch(from + first * size + i);
+  }
+};
+
 // What all elements of a sample share. The round keys lie in memory as whole registers, to be operands as they are.
 struct NoiseAddress {
   struct {
@@ -59,7 +71,7 @@ struct NoiseAddress {
 
 // to[0, count): of each run of kLanes / 2 blocks a register of w0 and w2 in turn, then one of w1 and w3.
 // The order of a run's blocks is that in which box_muller leaves their elements in order.
-DIFFKERN_FN void philox_words(const NoiseAddress& address, int64_t first, int count, float* to) {
+DIFFKERN_FN void philox_words(const NoiseAddress& address, int64_t first, int count, float* to, const Wanted& wanted) {
   const uint64_t block = uint64_t(first) / 4;
   u64v order;
   for (int i = 0; i < kLanes / 2; ++i) order[i] = i / 2 + i % 2 * (kLanes / 4);
@@ -68,7 +80,8 @@ DIFFKERN_FN void philox_words(const NoiseAddress& address, int64_t first, int co
   const auto all = [](u64v a) __attribute__((always_inline)) {
     return each([&](int) __attribute__((always_inline)) { return a; });
   };
-  for (float* const end = to + count; to < end; to += kNormals) {
+  for (int n = 0; n < count; n += kNormals, to += kNormals) {
+    wanted.ask(n, kNormals);
     const Chains c0 = each([&](int i) __attribute__((always_inline)) { return low + i * (kLanes / 2); });
     low += kChains * (kLanes / 2);
     const auto w = philox(Words<Chains>{c0, all(high), all(address.step), all(address.stream)}, address.keys);
@@ -81,9 +94,13 @@ DIFFKERN_FN void philox_words(const NoiseAddress& address, int64_t first, int co
 }
 
 // The normals of words as philox_words leaves them, in place.
-DIFFKERN_FN void box_muller(float* z, int count) {
-  for (int i = 0; i < count; i += 2 * kLanes) store(z + i, radius<f32v>((u32v)load(z + i)));
+DIFFKERN_FN void box_muller(float* z, int count, const Wanted& by_radii, const Wanted& by_phases) {
   for (int i = 0; i < count; i += 2 * kLanes) {
+    by_radii.ask(i, 2 * kLanes);
+    store(z + i, radius<f32v>((u32v)load(z + i)));
+  }
+  for (int i = 0; i < count; i += 2 * kLanes) {
+    by_phases.ask(i, 2 * kLanes);
     const f32v r = load(z + i);
     const CosSin<f32v> phase = cos_sin<f32v>((u32v)load(z + i + kLanes));
     const f32v even = r * phase.cos, odd = r * phase.sin;
@@ -93,9 +110,11 @@ DIFFKERN_FN void box_muller(float* z, int count) {
 }
 
 // z[0, count) = elements [first, first + count) of the sample's noise; both are multiples of kNormals.
-static void normals(const NoiseAddress& address, int64_t first, int count, float* z) {
-  philox_words(address, first, count, z);
-  box_muller(z, count);
+// What is wanted afterwards comes meanwhile, by each of the three loops one.
+DIFFKERN_FN void normals(const NoiseAddress& address, int64_t first, int count, float* z, const Wanted& by_words = {},
+                         const Wanted& by_radii = {}, const Wanted& by_phases = {}) {
+  philox_words(address, first, count, z, by_words);
+  box_muller(z, count, by_radii, by_phases);
 }
 
 }  // namespace diffkern

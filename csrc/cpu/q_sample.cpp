@@ -13,11 +13,10 @@ void q_sample(const QSampleParams& p, int64_t begin, int64_t end) {
     const NoiseAddress address(uint64_t(p.seeds[chunk.sample]), uint32_t(t), kForwardNoising);
     const float a = p.table[2 * t], s = p.table[2 * t + 1];
 
+    float* eps = p.eps.data ? target(p.eps, chunk, eps_buffer) : eps_buffer.data;
+    normals(address, chunk.first, chunk.padded(), eps, wanted(p.x_0, chunk), wanted(p.x_t, chunk));
     const float* x_0 = staged(p.x_0, chunk, x_0_buffer);
     float* x_t = target(p.x_t, chunk, x_t_buffer);
-    float* eps = p.eps.data ? target(p.eps, chunk, eps_buffer) : eps_buffer.data;
-    ask_for(x_0, chunk);
-    normals(address, chunk.first, chunk.padded(), eps);
     for (int i = 0; i < chunk.padded(); i += kLanes) store(x_t + i, a * load(x_0 + i) + s * load(eps + i));
     commit(p.x_t, chunk, x_t_buffer);
     if (p.eps.data) commit(p.eps, chunk, eps_buffer);

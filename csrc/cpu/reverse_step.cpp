@@ -20,7 +20,11 @@ void steps(const ReverseStepParams& p, int64_t begin, int64_t end) {
     Row row;
     std::memcpy(&row, columns, sizeof row);
     const float* history_k = columns + kRowColumns;
-    const NoiseAddress address(uint64_t(p.seeds[chunk.sample]), uint32_t(row.t), kReverseStep);
+    if (row.sigma != 0) {
+      const NoiseAddress address(uint64_t(p.seeds[chunk.sample]), uint32_t(row.t), kReverseStep);
+      normals(address, chunk.first, chunk.padded(), z.data, wanted(p.x, chunk), wanted(p.out, chunk),
+              wanted(kGuided ? p.out_uncond : p.x_next, chunk));
+    }
 
     Chunk second_half = chunk;
     second_half.first += p.elements;
@@ -34,11 +38,6 @@ void steps(const ReverseStepParams& p, int64_t begin, int64_t end) {
     float* x0_hat = p.x0_hat.data ? target(p.x0_hat, chunk, x0_buffer) : x0_buffer.data;
 
     const auto update = [&]<bool kNoisy>() __attribute__((always_inline)) {
-      if constexpr (kNoisy) {
-        ask_for(x, chunk);
-        ask_for(out, chunk);
-        normals(address, chunk.first, chunk.padded(), z.data);
-      }
       for (int i = 0; i < chunk.padded(); i += kLanes) {
         const f32v x_t = load(x + i);
         f32v o = load(out + i);

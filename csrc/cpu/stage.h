@@ -97,10 +97,11 @@ DIFFKERN_FN float* address(const View& view, const Chunk& chunk) {
   return static_cast<float*>(view.data) + chunk.sample * view.batch_stride + chunk.first;
 }
 
-// Asks for what lies in place, to come while the noise is being made: a chunk is a page, where the processor's own
-// foresight ends.
-DIFFKERN_FN void ask_for(const float* p, const Chunk& chunk) {
-  for (int i = 0; i < chunk.count; i += 16) __builtin_prefetch(p + i);
+// The chunk's memory, if it lies together.
+DIFFKERN_FN Wanted wanted(const View& view, const Chunk& chunk) {
+  if (view.data == nullptr || !view.contiguous()) return {};
+  const int size = view.dtype == DType::f32 ? 4 : 2;
+  return {static_cast<const char*>(view.data) + (chunk.sample * view.batch_stride + chunk.first) * size, size};
 }
 
 // The chunk's elements, then zeros up to a multiple of kNormals.
