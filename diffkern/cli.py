@@ -25,15 +25,21 @@ GIF_FRAMES = 50
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for an error (one line on stderr), 130 for Ctrl-C."""
+    """Run a command; returns the exit status: 0, 2 for an error (one line on stderr), 130 for Ctrl-C, 141 for a reader
+    that left."""
     try:
         arguments = _parser().parse_args(argv)
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("diffkern: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has seen enough: nothing more is to be written, at the exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         message, *_ = str(error).strip().splitlines() or [type(error).__name__]
         print(f"diffkern: error: {message}", file=sys.stderr)

@@ -293,3 +293,11 @@ def test_a_bad_command_is_one_line_and_status_2(folder, pictures, capsys, argume
     assert re.fullmatch(rf"diffkern: error: .*{message}.*\n", captured.err)
     assert captured.out == ""
     assert not (folder / "run").exists() and not (folder / "samples.png").exists()
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = [sys.executable, "-m", "diffkern", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
