@@ -17,6 +17,7 @@ import torch
 from . import evaluate, images, training
 from .data import FASHION_MNIST, fashion_mnist, load_dataset
 from .model import Model, load, save
+from .samplers import SAMPLERS
 from .sampling import Step, sample
 from .schedule import Schedule
 
@@ -285,8 +286,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _run(token: str) -> tuple[str, int]:
     sampler, _, steps = token.partition(":")
-    if sampler not in ("ddpm", "ddim") or not steps.isdecimal() or int(steps) < 1:
-        raise ValueError(f"steps: expected ddpm:STEPS or ddim:STEPS, got {token!r}")
+    if sampler not in SAMPLERS or not steps.isdecimal() or int(steps) < 1:
+        raise ValueError(f"steps: expected SAMPLER:STEPS with one of {', '.join(SAMPLERS)}, got {token!r}")
     return sampler, int(steps)
 
 
@@ -339,8 +340,8 @@ def _parser() -> Parser:
         "--labels", "--label", nargs="+", metavar="LABEL", help="classes by name or number, none for the null class"
     )
     p.add_argument("--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance (default: 1)")
-    p.add_argument("--steps", type=_count, help="(default: all for ddpm, 50 for ddim)")
-    p.add_argument("--sampler", choices=("ddpm", "ddim"), help="(default: ddim for fewer steps than all, else ddpm)")
+    p.add_argument("--steps", type=_count, help="(default: all for ddpm, 50 for ddim, 20 for dpmpp_2m)")
+    p.add_argument("--sampler", choices=SAMPLERS, help="(default: ddim for fewer steps than all, else ddpm)")
     p.add_argument("--spacing", choices=("trailing", "leading", "linspace", "quadratic"), default="trailing")
     p.add_argument("--variance", choices=("fixed_small", "fixed_large", "learned"), default="fixed_small")
     p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 none to 1 as much as ddpm's (default: 0)")

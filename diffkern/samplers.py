@@ -18,6 +18,7 @@ from torch import Tensor
 from . import ops
 from .schedule import Schedule, checked_float
 
+SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 PREDICTIONS = ("eps", "x0", "v", "score")
 VARIANCES = ("fixed_small", "fixed_large", "learned")
 
@@ -71,6 +72,26 @@ def ddim(schedule: Schedule, timesteps: Sequence[int], prediction: str = "eps", 
     k_x = (s.one_minus_alpha_bar_prev * shrink / s.one_minus_alpha_bar).sqrt()  # d / sqrt(1 - ab)
     k_0 = s.alpha_bar_prev.sqrt() - k_x * s.alpha_bar.sqrt()
     return _table(s, timesteps, prediction, k_x=k_x, k_0=k_0, sigma=sigma)
+
+
+def dpmpp_2m(schedule: Schedule, timesteps: Sequence[int], prediction: str = "eps") -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the ODE of ``ddim`` to second order, by the x0_hat before.
+
+        x_prev = sqrt((1 - ab_prev) / (1 - ab)) x_t + sqrt(ab_prev) (1 - e^-h) ((1 + c) x0_hat - c x0_hat_before)
+        c      = h / (2 h_before)
+
+    h is a step's length in lambda = ln sqrt(ab / (1 - ab)). The first step, which has nothing before it, and the last,
+    which is infinitely long, have c = 0: they are ``ddim``'s. timesteps, prediction, errors: as ``ddpm``'s.
+    Returns [steps, 10], float64: the history tensor is the x0_hat of the step before.
+    """
+    s = schedule.respace(timesteps)
+    log_snr = (s.alpha_bar.log() - s.one_minus_alpha_bar.log()) / 2
+    h = (s.alpha_bar_prev.log() - s.one_minus_alpha_bar_prev.log()) / 2 - log_snr
+    c = torch.zeros_like(h)
+    c[1:-1] = h[1:-1] / (2 * h[2:])
+    k_x = (s.one_minus_alpha_bar_prev / s.one_minus_alpha_bar).sqrt()
+    gain = s.alpha_bar_prev.sqrt() * -torch.expm1(-h)
+    return _table(s, timesteps, prediction, k_x=k_x, k_0=gain * (1 + c), history=[-gain * c])
 
 
 def fold_x0(table: Tensor) -> Tensor:

@@ -15,9 +15,11 @@ from tqdm import tqdm
 from . import ops
 from .engine import Engine
 from .model import Model, checked_device, load
-from .samplers import PREDICTIONS, ddim, ddpm, fold_x0
+from .samplers import PREDICTIONS, SAMPLERS, ddim, ddpm, dpmpp_2m, fold_x0
 from .schedule import Schedule, checked_float, checked_int
 from .unet import UNet
+
+DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpmpp_2m": 20}  # None: all of them
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """network(x_t [N, C, H, W] float32, t [N] int64, labels [N] int64 or None) -> [N, C or 2C, H, W]"""
@@ -75,10 +77,10 @@ def sample(
     labels      a class for each image, or one for all; -1 is the null class, and None is null throughout
     guidance    w of out_null + w (out_label - out_null) (Ho & Salimans 2022): 1 is the conditional model, 0 the
                 unconditional one, each one pass through the network; any other w takes two, and needs labels
-    sampler     "ddpm" (``variance``: "fixed_small", "fixed_large", "learned", or a tensor [steps] of variances) or
-                "ddim" (``eta`` in [0, 1])
+    sampler     "ddpm" (``variance``: "fixed_small", "fixed_large", "learned", or a tensor [steps] of variances),
+                "ddim" (``eta`` in [0, 1]) or "dpmpp_2m": see :mod:`diffkern.samplers`
     steps       how many, spread by ``spacing`` ("trailing", "leading", "linspace", "quadratic"), or the very steps,
-                decreasing; None is all of them for ddpm and 50 for ddim
+                decreasing; None is all of them for ddpm, 50 for ddim and 20 for dpmpp_2m
     clip        clamp each prediction of x_0 to [-1, 1]
     x_T         where to start, [N, C, H, W]; None draws it from the seeds
     batch_size  rows of every network call, at most 16 unless given; the last batch is padded to it
@@ -109,8 +111,8 @@ def sample(
     batch_size = min(n, 16) if batch_size is None else checked_int("batch_size", batch_size, "an int >= 1")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected an int >= 1, got {batch_size}")
-    if steps is None and sampler == "ddim":
-        steps = min(50, source.schedule.T)
+    if steps is None and DEFAULT_STEPS.get(sampler):
+        steps = min(DEFAULT_STEPS[sampler], source.schedule.T)
     timesteps = source.schedule.timesteps(steps, spacing)
     table = _coefficients(sampler, source.schedule, timesteps, source.prediction, variance, eta)
     table = (table if clip else fold_x0(table)).float().to(device)
@@ -127,6 +129,7 @@ def sample(
         clip=clip,
         learned_variance=isinstance(variance, str) and variance == "learned",
         dtype=dtype,
+        watched=callback is not None,
     )
 
     images = torch.empty((n, *source.shape), device=device)
@@ -168,12 +171,15 @@ class _Loop:
         clip: bool,
         learned_variance: bool,
         dtype: torch.dtype | None,
+        watched: bool = False,
     ):
         self.network, self.table, self.dtype = network, table, dtype
         self.guidance, self.clip, self.learned_variance = guidance, clip, learned_variance
         self.t = table[:, ops.COLUMNS.index("t")].long()
         self.row = torch.zeros(1, dtype=torch.int64, device=table.device)
         self.x = torch.empty(shape, device=table.device)
+        self.has_history = table.shape[1] > len(ops.COLUMNS)  # which is the x0_hat of the step before
+        self.x0_hat = torch.empty_like(self.x) if watched or self.has_history else None
         self.seeds = torch.empty(shape[0], dtype=torch.int64, device=table.device)
         self.labels = torch.empty_like(self.seeds) if labelled else None
         self.null = torch.full_like(self.seeds, -1) if labelled else None
@@ -184,6 +190,8 @@ class _Loop:
         self.seeds.copy_(seeds)
         if labels is not None:
             self.labels.copy_(labels)
+        if self.x0_hat is not None:
+            self.x0_hat.zero_()
         self.row.zero_()
 
     def predict(self, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -191,7 +199,7 @@ class _Loop:
             out = self.network(self.x, t, labels)
         return _checked_output(out, self.x, self.learned_variance).float()
 
-    def step(self, x0_hat: Tensor | None = None) -> None:
+    def step(self) -> None:
         """One row of the table; the host looks at no value."""
         t = self.t.index_select(0, self.row).repeat(len(self.x))
         both = self.guidance not in (0, 1)  # two calls of N rows, not one of 2N: each is the call that it is alone
@@ -206,7 +214,8 @@ class _Loop:
             guidance=self.guidance if both else 1.0,
             clip=self.clip,
             learned_variance=self.learned_variance,
-            x0_hat=x0_hat,
+            history=[self.x0_hat] if self.has_history else [],
+            x0_hat=self.x0_hat,
         )
         self.row.add_(1)
 
@@ -217,10 +226,10 @@ class _Loop:
         tick: Callable[[], Any],
     ) -> None:
         for index, t in enumerate(timesteps):
-            x_t, x0_hat = (self.x.clone(), torch.empty_like(self.x)) if callback else (None, None)
-            self.step(x0_hat)
+            x_t = self.x.clone() if callback else None
+            self.step()
             if callback:
-                callback(index, t, x_t, x0_hat)
+                callback(index, t, x_t, self.x0_hat.clone())
             tick()
 
     def replay(self, tick: Callable[[], Any]) -> None:
@@ -234,8 +243,7 @@ class _Loop:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.step()
-            self.x.copy_(x_T)
-            self.row.zero_()
+            self.begin(x_T, self.seeds, self.labels)
         for _ in range(len(self.table)):
             self.graph.replay()
             tick()
@@ -250,15 +258,17 @@ def _coefficients(
     sampler: str, schedule: Schedule, timesteps: list[int], prediction: str, variance: str | Tensor, eta: float
 ) -> Tensor:
     """The table of the sampler named; an option that it does not have must be at its default."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler: expected one of {SAMPLERS}, got {sampler!r}")
+    if sampler != "ddim" and eta != 0:
+        raise ValueError(f"eta: expected 0, its default, with sampler {sampler!r}, got {eta!r}")
+    if sampler != "ddpm" and not (isinstance(variance, str) and variance == "fixed_small"):
+        raise ValueError(f"variance: expected 'fixed_small', its default, with sampler {sampler!r}, got {variance!r}")
     if sampler == "ddpm":
-        if eta != 0:
-            raise ValueError(f"eta: expected 0, its default, with sampler 'ddpm', got {eta!r}")
         return ddpm(schedule, timesteps, prediction, variance)
     if sampler == "ddim":
-        if not isinstance(variance, str) or variance != "fixed_small":
-            raise ValueError(f"variance: expected 'fixed_small', its default, with sampler 'ddim', got {variance!r}")
         return ddim(schedule, timesteps, prediction, eta)
-    raise ValueError(f"sampler: expected 'ddpm' or 'ddim', got {sampler!r}")
+    return dpmpp_2m(schedule, timesteps, prediction)
 
 
 @contextlib.contextmanager

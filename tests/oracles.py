@@ -174,3 +174,21 @@ def ddim_trajectory(
         sigma = eta * ((1 - prev) / (1 - ab)).sqrt() * (1 - ab / prev).sqrt()
         x = prev.sqrt() * x0_hat + (1 - prev - sigma**2).clamp(min=0).sqrt() * eps + sigma * z[i]
     return [*states, (x, x)]
+
+
+def dpmpp_2m_trajectory(
+    x: Tensor, x_0: Callable[[Tensor, Tensor], Tensor], alpha_bars: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Lu et al. 2022, algorithm 2, first order at both ends: (x_t, x0_hat) at each step, and (x_0, x_0) last."""
+    a, sigma = alpha_bars.sqrt(), (1 - alpha_bars).sqrt()
+    lam = (a / sigma).log()
+    states, last = [], len(alpha_bars) - 2
+    for i, ab in enumerate(alpha_bars[:-1]):
+        x0_hat = x_0(x, ab)
+        h, D = lam[i + 1] - lam[i], x0_hat
+        if 0 < i < last:
+            r = (lam[i] - lam[i - 1]) / h
+            D = (1 + 1 / (2 * r)) * x0_hat - 1 / (2 * r) * states[-1][1]
+        states.append((x, x0_hat))
+        x = sigma[i + 1] / sigma[i] * x - a[i + 1] * ((-h).exp() - 1) * D
+    return [*states, (x, x)]

@@ -1,11 +1,12 @@
 """sample(): against float64 runs with the same noise, its rules, and what it refuses."""
 
+import math
 import re
 import signal
 
 import pytest
 import torch
-from oracles import Gaussian, ddim_trajectory, ddpm_trajectory
+from oracles import Gaussian, ddim_trajectory, ddpm_trajectory, dpmpp_2m_trajectory
 from oracles import one_thread as one_thread
 from tolerances import SAMPLE
 from torch import nn
@@ -71,9 +72,11 @@ def trajectory(timesteps, seeds, x_0, *, variance=None, eta=None, schedule=LINEA
     z = [noise(seeds, t, 1) for t in timesteps]
     alpha_bars = torch.cat((schedule.alpha_bar[timesteps], ONE))
     start = noise(seeds, 0, 0)
-    if eta is None:
+    if variance is not None:
         return ddpm_trajectory(start, z, x_0, alpha_bars, variance)
-    return ddim_trajectory(start, z, x_0, alpha_bars, eta)
+    if eta is not None:
+        return ddim_trajectory(start, z, x_0, alpha_bars, eta)
+    return dpmpp_2m_trajectory(start, x_0, alpha_bars)
 
 
 def assert_near(got, expected, tolerance=SAMPLE):
@@ -97,6 +100,9 @@ RUNS = {
         LINEAR.timesteps(20, "quadratic"),
     ),
     "ddim, explicit": (dict(sampler="ddim", steps=[999, 700, 40, 3], eta=1.0), dict(eta=1.0), [999, 700, 40, 3]),
+    "dpmpp_2m": (dict(sampler="dpmpp_2m"), dict(), LINEAR.timesteps(20)),
+    "dpmpp_2m, explicit": (dict(sampler="dpmpp_2m", steps=[900, 600, 300, 10]), dict(), [900, 600, 300, 10]),
+    "dpmpp_2m, two steps": (dict(sampler="dpmpp_2m", steps=2), dict(), LINEAR.timesteps(2)),
 }
 
 
@@ -118,7 +124,11 @@ def test_sample_is_the_papers_equations_on_the_prescribed_noise(name, clip, pred
     assert_near(got, expected)
 
 
-@pytest.mark.parametrize("options", [dict(steps=20), dict(sampler="ddim"), dict(sampler="ddim", eta=1.0)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(steps=20), dict(sampler="ddim"), dict(sampler="ddim", eta=1.0), dict(sampler="dpmpp_2m", steps=5)],
+    ids=str,
+)
 def test_sample_lands_on_a_point_mass(options):
     got = run(Gaussian(-0.4, 0.0).network(LINEAR), prediction="eps", **options)
     assert_near(got, torch.full((3, *SHAPE), -0.4))
@@ -147,6 +157,35 @@ def test_optimal_variances_can_be_given_as_a_tensor():
 
 
 # --- equivalences ---
+
+
+def test_dpmpp_2m_is_diffusers(one_thread):
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", timestep_spacing="trailing")  # ++, 2M, by default
+    scheduler.set_timesteps(12)
+    network = Gaussian().network(LINEAR)
+    x = noise([0, 1, 2], 0, 0).float()
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t.expand(len(x)), None), t, x).prev_sample
+    options = dict(sampler="dpmpp_2m", steps=scheduler.timesteps.tolist(), clip=False)
+    assert_near(run(network, prediction="eps", **options), x, 10 * SAMPLE)  # its coefficients are float32
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
+def test_the_error_falls_with_the_order_of_the_sampler(sampler, order):
+    """Both follow the ODE that takes a Gaussian's x_t from one t to another along a straight line."""
+    data, schedule, x_T = Gaussian(0.3, 0.5), Schedule.cosine(64_001), noise([0, 1, 2], 0, 0)
+    first, last = schedule.alpha_bar[48_000], schedule.alpha_bar[8_000]
+    gain = (data.variance(last) / data.variance(first)).sqrt()
+    exact = last.sqrt() * data.mean + gain * (x_T - first.sqrt() * data.mean)
+    errors = []
+    for length in (1_000, 500):
+        seen = []
+        options = dict(sampler=sampler, steps=range(48_000, 7_999, -length), clip=False, callback=seen.append)
+        run(data.network(schedule, "x0"), x_T=x_T, schedule=schedule, prediction="x0", **options)
+        errors.append((seen[-1].x_t - exact).abs().max().item())
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.2
 
 
 def test_ddim_with_eta_one_is_ddpm():
@@ -517,8 +556,8 @@ BAD = [
     (dict(guidance=0), ValueError, "guidance: expected 1 without labels, got 0"),
     (dict(labels=0, guidance=float("nan")), ValueError, "guidance: expected a finite number, got nan"),
     (dict(labels=0, guidance="2"), TypeError, "guidance: expected a finite number, got '2'"),
-    (dict(sampler="euler"), ValueError, "sampler: expected 'ddpm' or 'ddim', got 'euler'"),
-    (dict(sampler=None), ValueError, "sampler: expected 'ddpm' or 'ddim', got None"),
+    (dict(sampler="euler"), ValueError, "sampler: expected one of ('ddpm', 'ddim', 'dpmpp_2m'), got 'euler'"),
+    (dict(sampler=None), ValueError, "sampler: expected one of ('ddpm', 'ddim', 'dpmpp_2m'), got None"),
     (dict(steps=0), ValueError, "steps: expected 1 to 1000, the length of the schedule, got 0"),
     (dict(steps=1001), ValueError, "steps: expected 1 to 1000, the length of the schedule, got 1001"),
     (dict(steps=50.0), TypeError, "steps: expected an int in 1..1000 or a decreasing sequence of ints, got 50.0"),

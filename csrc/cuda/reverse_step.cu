@@ -48,7 +48,6 @@ __global__ void reverse_step_kernel(const __grid_constant__ ReverseStepParams p,
       x0[i] = predicted_x0<Rounded>(row, x[i], o[i], limit).value;
       next[i] = next_mean<Rounded>(row, x[i], o[i], x0[i]).value;
     }
-    if (at.x0_hat.view.data) store(at.x0_hat, n, first, p.elements, x0);
 #pragma unroll
     for (int h = 0; h < kMaxHistory; ++h)
       if (h < p.history_count) {
@@ -69,6 +68,7 @@ __global__ void reverse_step_kernel(const __grid_constant__ ReverseStepParams p,
       }
     }
     store(at.x_next, n, first, p.elements, next);
+    if (at.x0_hat.view.data) store(at.x0_hat, n, first, p.elements, x0);  // last: it may lie where an input did
   });
 }
 

@@ -109,6 +109,17 @@ def test_one_row_serves_all_samples(on):
     same_bits(ours[0], theirs[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_x0_hat_may_take_the_place_of_the_history(cuda, dtype):
+    seeds, step = seeds_and_steps()
+    x, out, before = (random((3, 5, 7), dtype, seed).to(cuda.device) for seed in (3, 4, 5))
+    arguments = [a.to(cuda.device) for a in (table(1), step, seeds)]
+    expected = cuda.ops.reverse_step(x, out, *arguments, None, 1.0, True, False, [before], True)
+    cuda.ops.reverse_step_(x, out, *arguments, None, 1.0, True, False, [before], before)
+    for ours, theirs in zip((x, before), expected, strict=True):
+        same_bits(ours, theirs)
+
+
 def test_a_row_outside_the_table_gives_nan_in_its_sample_alone(cuda):
     seeds, _ = seeds_and_steps()
     x, out = random((3, 8, 8), torch.float32, 3), random((3, 8, 8), torch.float32, 4)
