@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import evaluate, images, training
+from . import evaluate, images, parallel, training
 from .data import FASHION_MNIST, fashion_mnist, load_dataset
 from .model import Model, load, save
 from .samplers import SAMPLERS
@@ -191,6 +191,11 @@ def _version(package: str) -> str:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    with parallel.joined(arguments.device) as device:
+        return _train_on(device, arguments)
+
+
+def _train_on(device: str, arguments: argparse.Namespace) -> int:
     given = {f.name: getattr(arguments, f.name) for f in training.config_fields() if hasattr(arguments, f.name)}
     if arguments.network is not None:
         given["network"] = _json_object("network", arguments.network)
@@ -201,14 +206,17 @@ def _train(arguments: argparse.Namespace) -> int:
     channels = (preset.network | given.get("network", {})).get("in_channels", 3)
     dataset = load_dataset(arguments.data, size=arguments.size, channels=channels)
     if checkpoint.exists():
-        trainer = training.Trainer.resume(checkpoint, dataset, device=arguments.device, **given)
-        print(f"resuming {checkpoint} at step {trainer.steps}", file=sys.stderr)
+        trainer = training.Trainer.resume(checkpoint, dataset, device=device, **given)
+        if parallel.rank() == 0:
+            print(f"resuming {checkpoint} at step {trainer.steps}", file=sys.stderr)
     else:
         given["network"] = preset.network | given.get("network", {})
         config = dataclasses.replace(preset, **given)
         model = training.new_model(dataset, config, name=arguments.preset or Path(arguments.out).name)
-        trainer = training.Trainer(model, dataset, config, device=arguments.device)
+        trainer = training.Trainer(model, dataset, config, device=device)
     stopped = trainer.run(arguments.out, progress=arguments.progress)
+    if parallel.rank() > 0:
+        return 128 + stopped if stopped else 0
     if stopped is None:
         print(checkpoint)
         return 0

@@ -1,7 +1,9 @@
 """Training: Algorithm 1 of Ho et al. 2020, with an average of the weights, from counters alone.
 
 Whatever is drawn for the k-th example that training sees (its image, t, noise, label dropout, flip) is a function of
-k and the run's seed: there is no generator to save, and a resumed run continues to the bit.
+k and the run's seed: there is no generator to save, and a resumed run continues to the bit. Several processes
+(``torchrun -m diffkern train``) share each step's examples, and train the network that one alone would, but for the
+order in which a gradient is summed.
 """
 
 import copy
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import images, ops
+from . import images, ops, parallel
 from .data import EXAMPLE_STREAM, Dataset, epoch_order, words
 from .model import Model, build, checked_device, read, restore, write
 from .sampling import sample
@@ -44,7 +46,7 @@ class Config:
     """A training run but for its data. ``network`` and ``schedule`` hold a UNet's and a Schedule's arguments."""
 
     steps: int = option(100_000, "optimizer steps in all")
-    batch_size: int = option(64, "images a step")
+    batch_size: int = option(64, "images a step, of all processes together")
     lr: float = option(2e-4, "learning rate of AdamW")
     lr_schedule: str = option("constant", "after the warm-up", choices=LR_SCHEDULES)
     warmup: int = option(500, "steps over which the learning rate rises from 0")
@@ -167,9 +169,14 @@ class Trainer:
             raise ValueError("learned_variance: expected False, the loss of Algorithm 1 does not train a variance")
         if model.prediction != "eps":
             raise ValueError(f"prediction: expected 'eps', which Algorithm 1 trains, got {model.prediction!r}")
+        if config.batch_size % parallel.world():
+            raise ValueError(
+                f"batch_size: expected a multiple of the {parallel.world()} processes, got {config.batch_size}"
+            )
         self.dataset, self.config, self.steps, self.examples = dataset, config, 0, 0
         self.network: nn.Module = model.network.to(checked_device(device)).train().requires_grad_(True)
         self.model = replace(model, network=copy.deepcopy(self.network).eval().requires_grad_(False))
+        self.predict = parallel.averaging(self.network)
         self.table = model.schedule.q_table(self.model.device)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True
@@ -234,8 +241,9 @@ class Trainer:
         return index
 
     def batch(self) -> tuple[Tensor, Tensor | None, Draws]:
-        """The next step's x_0 [N, C, H, W] in [-1, 1], its labels [N] (-1 where dropped), and its draws."""
-        examples = np.arange(self.examples, self.examples + self.config.batch_size)
+        """This process's share of the next step: x_0 [N, C, H, W] in [-1, 1], labels [N] (-1 where dropped), draws."""
+        share = self.config.batch_size // parallel.world()
+        examples = self.examples + share * parallel.rank() + np.arange(share)
         draws = draw(examples, self.config.seed, self.model.schedule.T, self.config.label_dropout)
         index = self.index(examples)
         x_0 = self.dataset.x_0(index)
@@ -245,23 +253,24 @@ class Trainer:
         return x_0, labels, draws
 
     def loss(self) -> Tensor:
-        """Of the next batch: || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2 an element."""
+        """Of the batch: || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2 an element."""
         device = self.model.device
         x_0, labels, draws = self.batch()
         x_0, seeds, t = x_0.to(device), draws.seeds.to(device), draws.t.to(device)
         labels = None if labels is None else labels.to(device)
         x_t = ops.q_sample(x_0, t, seeds, self.table)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16):
-            eps_theta = self.network(x_t, t, labels)
+            eps_theta = self.predict(x_t, t, labels)
         return ops.noise_loss(eps_theta, seeds, t).mean()  # the same eps, drawn again rather than stored
 
     def step(self) -> float:
         """One step of Algorithm 1; returns its loss. Raises :class:`Diverged`, and then has changed nothing."""
         if self.network.config["dropout"]:
-            torch.manual_seed((self.config.seed + self.steps) % 2**63)
+            torch.manual_seed((self.config.seed + self.steps + (parallel.rank() << 40)) % 2**63)
         self.optimizer.zero_grad()
         loss = self.loss()
         loss.backward()
+        loss = parallel.mean(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip or math.inf)
         if not (loss + norm).isfinite():
             raise Diverged(
@@ -291,25 +300,31 @@ class Trainer:
     def run(self, out: str | os.PathLike, *, progress: bool = True) -> signal.Signals | None:
         """Train up to ``config.steps``, into the directory ``out``: checkpoint.safetensors, log.csv, samples-*.png.
 
-        SIGINT and SIGTERM end it after the step at hand, with a checkpoint, and are returned; None means finished.
+        Of several processes the first one writes. SIGINT and SIGTERM, to any of them, end it after the step at hand,
+        with a checkpoint, and are returned; None means finished.
         A loss that is not finite raises :class:`Diverged`, and leaves the last checkpoint as it was.
         """
         from tqdm import tqdm
 
-        out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)
-        config, log = self.config, Log(out / "log.csv", self.steps)
+        out, config, writes = Path(out), self.config, parallel.rank() == 0
+        if writes:
+            out.mkdir(parents=True, exist_ok=True)
+        log = Log(out / "log.csv", self.steps) if writes else None
         bar = tqdm(
             total=config.steps * config.batch_size,
             initial=self.steps * config.batch_size,
             unit="img",
             dynamic_ncols=True,
-            disable=not progress,
+            disable=not (progress and writes),
         )
+        stop = 0
         with bar, _signals() as received:
-            while self.steps < config.steps and not received:
+            while self.steps < config.steps and not stop:
                 lr = config.learning_rate(self.steps)
                 loss = self.step()
+                stop = parallel.largest(received[0] if received else 0, self.model.device)
+                if not writes:
+                    continue
                 bar.update(config.batch_size)
                 log.add(loss)
                 if self.steps % config.log_every == 0:
@@ -318,8 +333,9 @@ class Trainer:
                     self.save(out / CHECKPOINT)
                 if config.sample_every and self.steps % config.sample_every == 0:
                     images.save_png(self.grid(), out / f"samples-{self.steps:07d}.png", {"step": self.steps})
-            self.save(out / CHECKPOINT)
-        return received[0] if received else None
+            if writes:
+                self.save(out / CHECKPOINT)
+        return signal.Signals(stop) if stop else None
 
 
 class Log:

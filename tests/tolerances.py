@@ -23,3 +23,4 @@ UNET = 3e-5  # relative to the largest value: a network of a hundred sums, torch
 ENGINE = 6e-6  # relative to the largest value: the engine's network against float64
 SAMPLE = 1e-5  # images in [-1, 1], from a network that is an exact affine map
 SAMPLE_ENGINE = 2e-4  # images in [-1, 1], whose networks differ by UNET in every step
+PARALLEL = 1e-4  # relative to the largest value: a few steps of Adam, by gradients that were summed in another order

@@ -1,0 +1,65 @@
+"""Several processes train the network that one alone would."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from test_cli import TRAIN, environment
+from test_cli import folder as folder
+from test_cli import pictures as pictures
+from tolerances import PARALLEL
+
+from diffkern.model import load, read
+from diffkern.training import CHECKPOINT
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def train(pictures: str, out: str, *options: str, processes: int = 1) -> list[str]:
+    launcher = TORCHRUN if processes > 1 else []
+    command = ["-m", "diffkern", "train", "--data", pictures, "--out", out, *TRAIN, "--threads", "1", *options]
+    return [sys.executable, *launcher, *command]
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(train(*arguments, **options), env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_train_the_network_of_one_which_resumes_what_they_began(folder, pictures):
+    for out, runs in {"one": [("4", 1)], "both": [("2", 2), ("4", 1)]}.items():
+        for steps, processes in runs:
+            done = run(pictures, out, "--steps", steps, processes=processes)
+            assert done.returncode == 0, done.stderr
+    logs = [[line.split(",")[:2] for line in Path(out, "log.csv").read_text().splitlines()] for out in ("one", "both")]
+    assert logs[0] == logs[1] and len(logs[0]) == 3  # steps 2 and 4 and their losses, in six digits
+    states = [read(f"{out}/{CHECKPOINT}")[0]["training"] for out in ("one", "both")]
+    assert states[0] == states[1]
+    x_t, t, labels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 9]), None
+    one, both = (load(f"{out}/{CHECKPOINT}").network(x_t, t, labels) for out in ("one", "both"))
+    torch.testing.assert_close(both, one, rtol=0, atol=PARALLEL * one.abs().max().item())
+
+
+def test_a_signal_to_one_process_ends_all_with_a_checkpoint(folder, pictures):
+    command = train(pictures, "run", "--steps", "1000000", processes=2)
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as launcher:
+        try:
+            deadline, log = time.monotonic() + 120, folder / "run" / "log.csv"
+            while not (log.exists() and log.read_text().count("\n") > 1):
+                assert launcher.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGTERM)
+            _, message = launcher.communicate(timeout=60)
+        finally:
+            launcher.kill()
+    steps = read(f"run/{CHECKPOINT}")[0]["training"]["steps"]
+    assert message.count(f"diffkern: SIGTERM at step {steps}: saved run/{CHECKPOINT}; run again to resume") == 1
+
+
+def test_processes_must_share_a_batch_evenly(folder, pictures):
+    done = run(pictures, "run", "--steps", "1", "--batch-size", "5", processes=2)
+    assert done.returncode != 0 and "batch_size: expected a multiple of the 2 processes, got 5" in done.stderr
