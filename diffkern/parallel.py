@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 @contextmanager
 def joined(device: torch.device | str | None) -> Iterator[torch.device | str | None]:
-    """Within, the processes of ``torchrun`` are joined. Gives this one's device: for "cuda" the card that is its own."""
+    """Within, the processes of ``torchrun`` are joined. Gives this one's device: for "cuda", a card of its own."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
