@@ -161,3 +161,16 @@ def test_labels_without_classes_raise():
     unet = UNet(**config_of("plain"))
     with pytest.raises(ValueError, match="^labels: expected None, this network has no classes"):
         unet(torch.zeros(1, 3, 8, 8), torch.tensor([1]), torch.tensor([0]))
+
+
+def test_it_compiles_into_one_graph_forward_and_backward():
+    """By the compiler's front half, which asks the fakes and the gradients of our ops; inductor comes after it."""
+    unet = with_random_weights(UNet(3, channels=8, channel_mult=(1,), blocks=1, attention_levels=(0,), groups=4))
+    results = []
+    for network in (unet, torch.compile(unet, fullgraph=True, backend="aot_eager")):
+        x, t, labels = inputs(unet)
+        out = network(x.requires_grad_(), t, labels)
+        out.square().mean().backward()
+        results.append((out, x.grad, [parameter.grad for parameter in unet.parameters()]))
+        unet.zero_grad()
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
