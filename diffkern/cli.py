@@ -153,13 +153,8 @@ def _labels(tokens: list[str] | None, model: Model, n: int) -> list[int] | None:
         return None
     if not tokens:
         return [i % len(classes) for i in range(n)]
-    known = {name.lower(): label for label, name in enumerate(classes)}
-    known |= {str(label): label for label in range(len(classes))} | {"none": -1, "-1": -1}
-    for token in tokens:
-        if token.lower() not in known:
-            numbered = ", ".join(f"{label} {name}" for label, name in enumerate(classes))
-            raise ValueError(f"labels: expected none or one of {numbered}, got {token!r}")
-    labels = [known[token.lower()] for token in tokens]
+    numbers = {str(label): label for label in range(-1, len(classes))}
+    labels = [numbers[token] if token in numbers else model.label(token) for token in tokens]
     if len(labels) not in (1, n):
         raise ValueError(f"labels: expected 1 or {n}, one for each image, got {len(labels)}")
     return labels * n if len(labels) == 1 else labels

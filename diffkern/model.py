@@ -67,6 +67,14 @@ class Model:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    def label(self, name: str) -> int:
+        """The number of the class of that name, upper or lower case; -1, the null class, of "none"."""
+        known = {name.lower(): label for label, name in enumerate(self.classes or ())} | {"none": -1}
+        if name.lower() not in known:
+            numbered = ", ".join(f"{label} {name}" for label, name in enumerate(self.classes or ()))
+            raise ValueError(f"labels: expected none or one of {numbered}, got {name!r}")
+        return known[name.lower()]
+
     def description(self) -> dict[str, Any]:
         """All but the weights, as JSON holds it."""
         if not isinstance(self.network, UNet):

@@ -48,7 +48,7 @@ def sample(
     n: int | None = None,
     *,
     seeds: int | Sequence[int] | Tensor | None = None,
-    labels: int | Sequence[int] | Tensor | None = None,
+    labels: int | str | Sequence[int | str] | Tensor | None = None,
     guidance: float = 1.0,
     sampler: str = "ddpm",
     steps: int | Sequence[int] | None = None,
@@ -74,7 +74,8 @@ def sample(
                 0..T-1, which needs ``schedule``, ``prediction`` ("eps", "x0", "v" or "score") and ``shape`` (C, H, W)
     n, seeds    how many images, which have the seeds 0..n-1; or the seed of each. All noise of an image is a function
                 of its seed: the image depends on its seed, ``batch_size`` and the device, and on no other image
-    labels      a class for each image, or one for all; -1 is the null class, and None is null throughout
+    labels      a class for each image, or one for all, by number, or by a name that the ``Model`` knows; -1 is the null
+                class, and None is null throughout
     guidance    w of out_null + w (out_label - out_null) (Ho & Salimans 2022): 1 is the conditional model, 0 the
                 unconditional one, each one pass through the network; any other w takes two, and needs labels
     sampler     "ddpm" (``variance``: "fixed_small", "fixed_large", "learned", or a tensor [steps] of variances),
@@ -105,7 +106,7 @@ def sample(
         raise ValueError("cuda_graph: expected False with a callback, which the host must wait for, got True")
     if x_T is not None:
         _check_x_T(x_T, source.shape)
-    n, seeds, labels = _rows(n, seeds, labels, x_T, source.num_classes)
+    n, seeds, labels = _rows(n, seeds, labels, x_T, source)
     if labels is None and guidance != 1:
         raise ValueError(f"guidance: expected 1 without labels, got {guidance}")
     batch_size = min(n, 16) if batch_size is None else checked_int("batch_size", batch_size, "an int >= 1")
@@ -293,6 +294,7 @@ class _Source(NamedTuple):
     prediction: str
     shape: tuple[int, int, int]
     num_classes: int | None  # None where nobody knows
+    label: Callable[[str], int] | None  # of a class's name; None where nobody knows
     device: torch.device
 
 
@@ -312,7 +314,7 @@ def _resolve(
             if value is not None:
                 raise ValueError(f"{name}: expected None, the model brings its own, got {value!r}")
         network, schedule, prediction, shape = model.network, model.schedule, model.prediction, model.shape
-        num_classes = None if model.classes is None else len(model.classes)
+        num_classes, label = (None, None) if model.classes is None else (len(model.classes), model.label)
     elif callable(model):
         for name, value in described.items():
             if value is None:
@@ -323,12 +325,12 @@ def _resolve(
             raise TypeError(f"schedule: expected a Schedule, got {type(schedule).__name__}")
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction: expected one of {PREDICTIONS}, got {prediction!r}")
-        network, shape, num_classes = model, _shape(shape), None
+        network, shape, num_classes, label = model, _shape(shape), None, None
     else:
         raise TypeError(f"model: expected a name, a path, a Model or a callable, got {type(model).__name__}")
     if isinstance(network, UNet):
         num_classes = network.config["num_classes"]
-    return _Source(network, schedule, prediction, tuple(shape), num_classes, _where(network, device))
+    return _Source(network, schedule, prediction, tuple(shape), num_classes, label, _where(network, device))
 
 
 def _where(network: Network, device: torch.device | None) -> torch.device:
@@ -371,14 +373,12 @@ def _check_x_T(x_T: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"x_T: expected shape (n, {', '.join(map(str, shape))}), got {tuple(x_T.shape)}")
 
 
-def _rows(
-    n: Any, seeds: Any, labels: Any, x_T: Tensor | None, num_classes: int | None
-) -> tuple[int, Tensor, Tensor | None]:
+def _rows(n: Any, seeds: Any, labels: Any, x_T: Tensor | None, source: _Source) -> tuple[int, Tensor, Tensor | None]:
     """(n, seeds [n], labels [n] or None), n being that of whichever argument tells it."""
     if seeds is not None:
         seeds = ops.as_seeds(seeds, "cpu")
     if labels is not None:
-        labels = _labels(labels, num_classes)
+        labels = _labels(labels, source)
     lengths = {name: len(rows) for name, rows in dict(seeds=seeds, x_T=x_T).items() if rows is not None}
     if labels is not None and labels.ndim:
         lengths["labels"] = len(labels)
@@ -396,16 +396,21 @@ def _rows(
     return n, seeds, labels if labels is None else labels.expand(n)
 
 
-def _labels(labels: Any, num_classes: int | None) -> Tensor:
+def _labels(labels: Any, source: _Source) -> Tensor:
     """int64: [] of one label, [n] of several."""
-    high, expected = (2**63, "ints >= -1") if num_classes is None else (num_classes, f"ints in -1..{num_classes - 1}")
+    high, expected = 2**63, "ints >= -1"
+    if source.num_classes is not None:
+        high, expected = source.num_classes, f"ints in -1..{source.num_classes - 1}"
     if isinstance(labels, Tensor):
         if labels.dtype != torch.int64 or labels.ndim > 1:
             got = f"{labels.dtype} of shape {tuple(labels.shape)}"
             raise TypeError(f"labels: expected an int64 tensor [] or [n], got {got}")
         labels = labels.tolist()
-    lone = not isinstance(labels, Iterable)
-    labels = [checked_int("labels", label, expected) for label in ([labels] if lone else labels)]
+    lone = isinstance(labels, str) or not isinstance(labels, Iterable)
+    labels = [labels] if lone else list(labels)
+    if source.label is not None:
+        labels = [source.label(label) if isinstance(label, str) else label for label in labels]
+    labels = [checked_int("labels", label, expected) for label in labels]
     for label in labels:
         if not -1 <= label < high:
             raise ValueError(f"labels: expected {expected}, got {label}")

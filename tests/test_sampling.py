@@ -631,3 +631,12 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="device: expected one of cpu, got cuda:0"):
         run(device="cuda:0")
+
+
+def test_classes_have_names():
+    model = Model(small_unet(num_classes=3), LINEAR, "eps", SHAPE[:1] + (8, 8), ("Cat", "Dog", "Emu"))
+    options = dict(steps=2, progress=False)
+    for names, labels in ((["emu", "Cat", 1, "none"], [2, 0, 1, -1]), ("dog", [1, 1, 1, 1])):
+        assert torch.equal(sample(model, 4, labels=names, **options), sample(model, 4, labels=labels, **options))
+    with pytest.raises(ValueError, match="labels: expected none or one of 0 Cat, 1 Dog, 2 Emu, got 'cow'"):
+        sample(model, 1, labels="cow", **options)
