@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffkern import ops
+from diffkern.engine import FEW_TILES
 
 DIRECT = [  # N, C, K, pixels a side of x, kernel, stride
     *((n, 384, 256, side, 1, 1) for n in (1, 16) for side in (8, 32)),
@@ -54,15 +55,17 @@ def test_conv2d_direct(compare, n, c, k, side, kernel, stride):
 def test_conv2d_winograd(compare, n, c, k, side):
     """The rate is that of the definition's operations: what is beyond a matrix product's was never computed."""
     x, weight, bias = tensors(n, c, k, side, 3)
-    tile = ops.winograd_tile(side, side, c, k)
-    packed, direct = ops.pack_conv(weight, tile=tile), ops.pack_conv(weight)
+    taps, direct = ops.pack_taps(weight), ops.pack_conv(weight)
+    few = n * (-(-side // 4)) ** 2 <= FEW_TILES
+    packed, other = (taps, ops.expand_taps(taps)) if few else (ops.expand_taps(taps), taps)
     with torch.inference_mode():
         compare(
-            f"conv2d F({tile}x{tile}, 3x3) [{n}, {c}, {side}, {side}] -> {k}",
+            f"conv2d F(4x4, 3x3) [{n}, {c}, {side}, {side}] -> {k}",
             lambda: ops.conv2d(x, packed, bias, out_channels=k),
             {
                 "torch": lambda: F.conv2d(x, weight, bias, padding=1),
                 "direct": lambda: ops.conv2d(x, direct, bias, out_channels=k),
+                "by matrices" if few else "by taps": lambda: ops.conv2d(x, other, bias, out_channels=k),
             },
             tolerance=2e-5,
             flops=2 * 9 * n * c * k * side**2,

@@ -83,7 +83,7 @@ struct HeadsView {
 // out = softmax(q k^T scale) v
 struct AttentionParams {
   HeadsView q, k, v, out;
-  DType dtype;  // of them and their gradients: float32 on the CPU
+  DType dtype;  // of them and their gradients: float32 on the CPU, but for attention_bf16
   int64_t samples, heads, queries, keys, channels;
   float scale;
   float* lse;                                  // [N, heads, queries]: ln sum_key exp(scale q . k)
@@ -91,6 +91,8 @@ struct AttentionParams {
   float* grad_q_parts;                         // [spans - 1, N, queries, heads, d]: the first span's part is in grad_q
   float* delta;                                // [N, heads, queries]: grad_out . out. CUDA only, which has no parts
 };
+
+constexpr int64_t kMaxBFloat16Head = 256;  // channels of attention_bf16's heads at most
 
 // A work item: forward a block of queries of one head, backward a span of its keys.
 constexpr int64_t kAttentionBlock = 64;
@@ -112,6 +114,7 @@ struct GroupNormSiluParams {
   void* y;               // [N, C, H, W]
   DType dtype;
   bool channels_last, silu;
+  int64_t blocked_width;                      // W if y is blocked (ConvParams), which CPUs write for conv_bf16; or 0
   int64_t samples, channels, groups, pixels;  // N, C, G, H W
   float eps;
   const float* weight;       // [C]
@@ -142,15 +145,17 @@ constexpr int64_t kMaxGroupsPerBlock = 64;
 
 constexpr int64_t kDirectColumns = 64, kDirectPixels = 96;  // conv_direct's blocks: of the weight's columns, of pixels
 constexpr int64_t kWinogradColumns = 64, kWinogradTiles = 30;  // conv_winograd's: of the weight's columns, of tiles
+constexpr int64_t kTapColumns = 32, kTapTiles = 32, kTapDepth = 16;  // conv_winograd_taps's, and channels at a time
 constexpr int64_t kFewColumns = 4;                             // so many or fewer are packed one a block
 constexpr int64_t kTilePixels = 16, kBlockTiles = 8;           // conv_bf16's: pixels of a tile, tiles of a block,
-constexpr int64_t kPanel = 32, kMaxPanels = 8;                 // columns of a panel, panels of a work item at most,
+constexpr int64_t kPanel = 32, kMaxPanels = 8;                 // columns of a panel, panels that a copy serves at most,
 constexpr int64_t kDepthBlock = 32;                            // and channels that lie together in its weight
 
 // y = conv(x) + bias + add + residual. Everything is channels_last: the channels of a pixel together.
 // What lies outside the image is 0. The weight says by its number of matrices how it is to be used: 36 are Winograd's
-// F(4x4, 3x3), 16 are F(2x2, 3x3), 9 and 1 are the taps of a 3x3 and of a 1x1 kernel.
+// F(4x4, 3x3), 9 and 1 are the taps of a 3x3 and of a 1x1 kernel, and 4 an upsampling kernel's (quarters, below).
 // x, residual and y are float32, or with a weight of bfloat16 either dtype; bias and add are float32.
+// A blocked image is [N, C / 32, H + 2, W + 2, 32] of bfloat16, with zeros around it.
 struct ConvParams {
   const void* x[2];  // [N, H, W, channels[0]], [N, H, W, channels[1]]: one after the other; the second may be null
   int64_t channels[2];
@@ -163,6 +168,8 @@ struct ConvParams {
   int64_t samples, height, width, out_height, out_width, out_channels;
   int64_t matrices, stride, padding, add_stride;  // padding: rows above and columns to the left
   bool upsample;  // each pixel of x is four, 2x2, of the image that is convolved
+  bool taps;      // the weight is [column blocks, channels, 9, column block], of which Winograd's 36 matrices are made
+  bool blocked;   // x is, and there is no second source
 
   int64_t depth() const { return channels[0] + channels[1]; }
   int64_t pixels() const { return samples * out_height * out_width; }
@@ -172,60 +179,128 @@ struct ConvParams {
   bool few_columns() const { return out_channels <= kFewColumns; }
   int64_t direct_columns() const { return (out_channels + kDirectColumns - 1) / kDirectColumns; }
   int64_t direct_pixels() const {
-    const int64_t share = (pixels() * direct_columns() + 7) / 8;
-    return share >= kDirectPixels ? kDirectPixels : (share + 23) / 24 * 24;  // whole tiles of 6 pixels, or of 8
+    const int64_t share = (pixels() * direct_columns() + 7) / 8, fine = share < 24 ? 24 : share;
+    const int64_t most = fine < kDirectPixels ? fine : kDirectPixels, blocks = (pixels() + most - 1) / most;
+    return ((pixels() + blocks - 1) / blocks + 5) / 6 * 6;  // as even as they come, in whole tiles of 6 pixels
   }
   int64_t direct_items() const { return (pixels() + direct_pixels() - 1) / direct_pixels() * direct_columns(); }
 
-  // conv_winograd's work items: a block of tiles, of all samples in a row and as even as they come, and a block of
-  // columns. Where that makes less than four, the tiles are cut finer, as long as a block has eight.
-  bool winograd() const { return matrices > 9; }
-  int64_t tile() const { return matrices == 36 ? 4 : 2; }  // outputs a side
-  int64_t tiles_high() const { return (out_height + tile() - 1) / tile(); }
-  int64_t tiles_wide() const { return (out_width + tile() - 1) / tile(); }
+  // conv_winograd's and conv_winograd_taps's work items: a block of tiles, of all samples in a row and as even as they
+  // come, and a block of columns. Where that makes less than four, the tiles are cut finer, as long as a block has eight.
+  bool winograd() const { return matrices == 36; }
+  int64_t tiles_high() const { return (out_height + 3) / 4; }  // a tile has 4 x 4 outputs
+  int64_t tiles_wide() const { return (out_width + 3) / 4; }
   int64_t tiles() const { return samples * tiles_high() * tiles_wide(); }
-  int64_t winograd_columns() const { return (out_channels + kWinogradColumns - 1) / kWinogradColumns; }
+  int64_t winograd_column() const { return taps ? kTapColumns : kWinogradColumns; }  // a block
+  int64_t winograd_columns() const { return (out_channels + winograd_column() - 1) / winograd_column(); }
   int64_t winograd_blocks() const {
     const int64_t enough = (4 + winograd_columns() - 1) / winograd_columns(), most = tiles() / 8;
-    const int64_t fine = enough < most ? enough : most, coarse = (tiles() + kWinogradTiles - 1) / kWinogradTiles;
+    const int64_t fine = enough < most ? enough : most, size = taps ? kTapTiles : kWinogradTiles;
+    const int64_t coarse = (tiles() + size - 1) / size;
     return fine > coarse ? fine : coarse;
   }
   int64_t winograd_tiles() const { return (tiles() + winograd_blocks() - 1) / winograd_blocks(); }
   int64_t winograd_items() const { return winograd_blocks() * winograd_columns(); }
 
-  int64_t panels() const { return (out_channels + kPanel - 1) / kPanel; }
+  // conv_bf16's view of it. Four matrices are an upsampling 3x3 kernel, in quarters of 2x2 taps: for each parity of a
+  // pixel's row and column.
+  int64_t quarters() const { return matrices == 4 ? 4 : 1; }
+  int64_t side() const { return matrices == 1 ? 1 : 3; }
+  int64_t grid_height() const { return matrices == 4 ? height : out_height; }
+  int64_t grid_width() const { return matrices == 4 ? width : out_width; }
+  int64_t column_panels() const { return (out_channels + kPanel - 1) / kPanel; }
+  int64_t panels() const { return quarters() * column_panels(); }
   int64_t depth_blocks() const { return (depth() + kDepthBlock - 1) / kDepthBlock; }
 };
 
-// conv_bf16's work items: a block of pixels, of one image or of several small ones, and some panels of columns. Small
-// maps leave few blocks, which are then given fewer panels, to be enough for several threads.
+// A weight as conv_winograd takes it, made of one for conv_winograd_taps.
+struct ExpandTapsParams {
+  const float* taps;  // [tap_blocks, C, 9, kTapColumns]
+  float* matrices;    // [36, column_blocks, C, kWinogradColumns]; what is beyond the taps' columns is left alone
+  int64_t channels, tap_blocks, column_blocks;
+
+  int64_t depths() const { return (channels + kTapDepth - 1) / kTapDepth; }
+  int64_t items() const { return tap_blocks * depths(); }
+};
+
+// conv_bf16's work items: a block of pixels, of one image or of several small ones, and some panels of columns, whose
+// weights stay in the L2 cache. Small maps leave few blocks, which are then given fewer panels, for several threads.
 struct ConvBlocks {
   bool flat;                       // rows are no whole tiles: a tile goes on in the next one
+  bool in_place;                   // every tile that a tap sees lies in x, its rows evenly apart
   int64_t columns, rows, samples;  // of a block
   int64_t across, down, along;     // blocks in a row of an image, in a column of it, in the batch
   int64_t panels, groups;          // of an item; so many groups of them
-  bool weights_once;               // as they are larger than the image: one group meets all blocks, then the next
 
   explicit ConvBlocks(const ConvParams& p) {
     const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
     const auto parts = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-    constexpr int64_t most = kBlockTiles * kTilePixels;
-    flat = p.out_width % kTilePixels != 0 && p.out_width < most / 2;
-    columns = least(p.out_width, most / 2);
-    rows = least(p.out_height, most / columns);
-    const bool whole = columns == p.out_width && rows == p.out_height;
+    constexpr int64_t most = kBlockTiles * kTilePixels, cached = 1280 * 1024;
+    const int64_t height = p.grid_height(), width = p.grid_width(), border = p.blocked ? 1 : 0;
+    const auto inside = [&](int64_t size, int64_t out_size) {
+      return p.padding <= border && (out_size - 1) * p.stride + p.side() - p.padding <= size + border;
+    };
+    const bool whole_blocks = p.blocked || (p.channels[0] % kDepthBlock == 0 && p.channels[1] % kDepthBlock == 0);
+    in_place = p.x_dtype == DType::bf16 && (!p.upsample || p.quarters() == 4) && whole_blocks &&
+               width % kTilePixels == 0 && inside(p.height, height) && inside(p.width, width);
+    flat = width % kTilePixels != 0 && width < most / 2;
+    columns = least(width, height == 1 ? most : most / 2);
+    rows = least(height, most / columns);
+    const bool whole = columns == width && rows == height;
     const int64_t tiles = flat ? parts(rows * columns, kTilePixels) : rows * parts(columns, kTilePixels);
     samples = whole ? least(p.samples, kBlockTiles / tiles) : 1;
-    across = parts(p.out_width, columns);
-    down = parts(p.out_height, rows);
+    across = parts(width, columns);
+    down = parts(height, rows);
     along = parts(p.samples, samples);
-    panels = least(kMaxPanels, p.panels());
-    while (panels > 1 && places() * parts(p.panels(), panels) < 8) panels = parts(panels, 2);
+    const int64_t fit = parts(cached, p.matrices * p.depth_blocks() * kDepthBlock * kPanel * 2);
+    panels = parts(p.panels(), parts(p.panels(), fit));
+    while (panels > 1 && places() * parts(p.panels(), panels) < 4) panels = parts(panels, 2);
     groups = parts(p.panels(), panels);
-    weights_once = p.matrices * p.out_channels > p.samples * p.height * p.width;
   }
   int64_t places() const { return across * down * along; }
   int64_t items() const { return places() * groups; }
+};
+
+// A 3x3 convolution's weight as conv_winograd_taps takes it; or turned, that of the input gradient: each channel's kernel
+// by 180 degrees, and channels for output channels.
+struct PackTapsParams {
+  const float* weight;  // [K, 3, 3, C], or turned [C, 3, 3, K]
+  float* taps;          // [column_blocks, C, 9, kTapColumns], zeros behind K
+  int64_t channels, out_channels;  // C, K
+  bool turned;
+
+  int64_t column_blocks() const { return (out_channels + kTapColumns - 1) / kTapColumns; }
+  int64_t elements() const { return column_blocks() * channels * 9 * kTapColumns; }
+
+  // Work items: a block of columns and some channels.
+  static constexpr int64_t kDepth = 16;
+  int64_t depths() const { return (channels + kDepth - 1) / kDepth; }
+  int64_t items() const { return column_blocks() * depths(); }
+};
+
+// The weight gradient of a 3x3 convolution of stride 1 and padding 1, float32 in channels_last memory.
+struct Conv3x3GradientParams {
+  const float* x;       // [N, H, W, C]
+  const float* grad_y;  // [N, H, W, K]
+  float* parts;         // [parts, K, 3, 3, C], each over its own tiles. One part alone is the gradient
+  float* grad_weight;   // [K, 3, 3, C]
+  int64_t samples, height, width, channels, out_channels;  // N, H, W, C, K
+  int64_t part_count;                                      // enough_parts()
+
+  int64_t tiles_high() const { return (height + 3) / 4; }
+  int64_t tiles_wide() const { return (width + 3) / 4; }
+  int64_t tiles() const { return samples * tiles_high() * tiles_wide(); }
+
+  // Work items: a block of output channels, one of channels, and a part of the tiles.
+  static constexpr int64_t kTiles = 32, kChannels = 64;  // of a block
+  int64_t channel_blocks() const { return (channels + kChannels - 1) / kChannels; }
+  int64_t blocks() const { return (out_channels + kChannels - 1) / kChannels * channel_blocks(); }
+
+  // As many parts as give several threads an item, and each item a few blocks of tiles.
+  int64_t enough_parts() const {
+    const int64_t wanted = (8 + blocks() - 1) / blocks(), most = tiles() / (2 * kTiles);
+    return most < 1 ? 1 : wanted < most ? wanted : most;
+  }
 };
 
 // Order-free hashes of a function of one word over runs of codes: the proof that every machine has the same one.

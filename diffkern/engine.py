@@ -26,6 +26,8 @@ from .unet import AttentionBlock, Downsample, ResBlock, UNet, from_diffusers
 
 _ops = torch.ops.diffkern
 
+FEW_TILES = 64  # of a batch: up to so many it is faster to make Winograd's matrices than to read them
+FEW_CHANNELS = 4  # up to so many it is not worth their while
 KEPT_PLANS = 4
 KEPT_CONDITIONS = 4096
 
@@ -34,8 +36,8 @@ def optimize(network: Any, *, dtype: torch.dtype = torch.float32) -> Any:
     """The same network, run by packed weights and fused kernels where it infers on a CPU in float32.
 
     network  a :class:`diffkern.unet.UNet`, a :class:`diffkern.Model` that holds one, or diffusers' ``UNet2DModel``
-    dtype    float32; or bfloat16: images and weights between input and output, products of convolutions. Their sums,
-             the embeddings, statistics and attention stay float32, and so does the result
+    dtype    float32; or bfloat16: images and weights between input and output, products of convolutions and of
+             attention. Their sums, softmax, the embeddings and statistics stay float32, and so does the result
 
     Returns what is called as ``network`` was: an :class:`Engine`, a ``Model``, or a module with the signature and the
     attributes of ``UNet2DModel``. It shares the network's weights and notices when they change (not when they are
@@ -117,11 +119,13 @@ class _Compiled:
             self._rows: dict[tuple[int, int], Tensor] = {}  # (t, label) -> the condition of every residual block
         return self._native
 
-    def packed(self, key: Any, weight: Callable[[], Tensor], tile: int | None, dtype: torch.dtype) -> Tensor:
-        """``ops.pack_conv`` of a weight, made once."""
-        if (key, tile, dtype) not in self._packed:
-            self._packed[key, tile, dtype] = ops.pack_conv(weight().to(dtype), tile=tile)
-        return self._packed[key, tile, dtype]
+    def packed(
+        self, key: Any, weight: Callable[[], Tensor], pack: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """A weight as ``ops.conv2d`` takes it, made once."""
+        if (key, pack, dtype) not in self._packed:
+            self._packed[key, pack, dtype] = pack(weight().to(dtype))
+        return self._packed[key, pack, dtype]
 
     def plan(self, network: UNet, shape: torch.Size, dtype: torch.dtype) -> "_Plan":
         if (shape, dtype) not in self._plans:
@@ -154,6 +158,10 @@ def _condition(network: UNet, t: int, label: int) -> Tensor:
     return torch.cat([block.time_emb_proj(emb)[0] for block in _resblocks(network)])
 
 
+def _pack_matrices(weight: Tensor) -> Tensor:
+    return ops.expand_taps(ops.pack_taps(weight))
+
+
 def _resblocks(network: UNet) -> list[ResBlock]:
     return [module for module in network.modules() if isinstance(module, ResBlock)]
 
@@ -163,19 +171,26 @@ def _resblocks(network: UNet) -> list[ResBlock]:
 
 @dataclasses.dataclass(eq=False)
 class _Value:
-    """An image [N, C, H, W] that a step makes."""
+    """An image [N, C, H, W] that a step makes, in channels_last memory, or blocked: [N, C / 32, H + 2, W + 2, 32]."""
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
+    blocked: bool = False
 
     def image(self, memory: Tensor) -> Tensor:
-        """In channels_last memory, in the first of these bytes."""
+        """In the first of these bytes."""
         n, c, h, w = self.shape
-        return memory[: self.bytes].view(self.dtype).view(n, h, w, c).permute(0, 3, 1, 2)
+        memory = memory[: self.bytes].view(self.dtype)
+        return memory.view(self._blocks) if self.blocked else memory.view(n, h, w, c).permute(0, 3, 1, 2)
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self._blocks if self.blocked else self.shape) * self.dtype.itemsize
+
+    @property
+    def _blocks(self) -> tuple[int, ...]:
+        n, c, h, w = self.shape
+        return n, c // 32, h + 2, w + 2, 32
 
 
 @dataclasses.dataclass
@@ -203,8 +218,9 @@ class _Trace:
         shape: tuple[int, ...],
         *inputs: _Value | None,
         dtype: torch.dtype | None = None,
+        blocked: bool = False,
     ) -> _Value:
-        y = _Value(tuple(shape), dtype or self.dtype)
+        y = _Value(tuple(shape), dtype or self.dtype, blocked)
         self.steps.append(_Step(run, y, inputs))
         return y
 
@@ -235,8 +251,12 @@ class _Trace:
         out_channels = len(bias)
         padding = kernel // 2 if padding is None else padding
         winograd = kernel == 3 and stride == padding == 1 and self.dtype == torch.float32
-        tile = ops.winograd_tile(h, w, channels, out_channels) if winograd else None
-        packed = self.compiled.packed(key, weight, tile, self.dtype)
+        if not winograd or min(channels, out_channels) <= FEW_CHANNELS:
+            quarters = upsample and kernel == 3 and self.dtype == torch.bfloat16
+            pack = ops.pack_upsampling if quarters else ops.pack_conv
+        else:  # the same bits by either
+            pack = ops.pack_taps if n * -(-h // 4) * -(-w // 4) <= FEW_TILES else _pack_matrices
+        packed = self.compiled.packed(key, weight, pack, self.dtype)
 
         def run(y: Tensor, x: Tensor, skip: Tensor | None, residual: Tensor | None) -> None:
             _ops.conv2d_out(y, x, skip, packed, bias, add, residual, stride, padding, upsample)
@@ -251,12 +271,17 @@ class _Trace:
         *,
         scale_shift: Tensor | None = None,
         silu: bool = True,
+        blocked: bool = True,
     ) -> _Value:
+        """blocked: where it can be, as 3x3 convolutions of bfloat16 like it."""
+
         def run(y: Tensor, x: Tensor, skip: Tensor | None) -> None:
             _ops.group_norm_silu_out(y, x, skip, norm.weight, norm.bias, norm.num_groups, norm.eps, scale_shift, silu)
 
-        n, c, h, w = x.shape
-        return self.step(run, (n, c + (skip.shape[1] if skip else 0), h, w), x, skip)
+        n, _, h, w = x.shape
+        channels = [value.shape[1] for value in (x, skip) if value]
+        blocked = blocked and self.dtype == torch.bfloat16 and all(c % 32 == 0 for c in channels)
+        return self.step(run, (n, sum(channels), h, w), x, skip, blocked=blocked)
 
     def resampled(self, x: _Value, how: str | None) -> _Value:
         """Means of 2x2 pixels, or each pixel four times: a convolution that keeps the channels apart."""
@@ -291,9 +316,10 @@ class _Trace:
             out = y.permute(0, 2, 3, 1).view(n, h * w, block.heads, d).transpose(1, 2)
             _ops.attention_out(out, q, k, v, None)
 
-        normed, projections = self.norm(block.group_norm, x, silu=False), (block.to_q, block.to_k, block.to_v)
-        qkv = self.conv(normed, projections, dtype=torch.float32)
-        out = self.step(run, x.shape, qkv, dtype=torch.float32)
+        dtype = self.dtype if d % 32 == 0 and d <= 256 else torch.float32
+        normed = self.norm(block.group_norm, x, silu=False, blocked=False)
+        qkv = self.conv(normed, (block.to_q, block.to_k, block.to_v), dtype=dtype)
+        out = self.step(run, x.shape, qkv, dtype=dtype)
         return self.conv(out, block.to_out[0], residual=x)
 
     def block(self, block: nn.Module, x: _Value, skip: _Value | None = None) -> _Value:

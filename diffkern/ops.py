@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _C  # noqa: F401  registers the ops
+from . import _C, reference  # noqa: F401  _C registers the ops
 from .reference import COLUMNS as COLUMNS
-from .reference import winograd
 
 _ops = torch.ops.diffkern
 
@@ -367,45 +366,75 @@ torch.library.register_autograd("diffkern::attention", _attention_gradient, setu
 # --- convolution -------------------------------------------------------------------------------------------------
 
 
-def pack_conv(weight: Tensor, *, tile: int | None = None) -> Tensor:
-    """A convolution's weight as :func:`conv2d` reads it: to be made once, in float64 and rounded once.
+def pack_conv(weight: Tensor) -> Tensor:
+    """A convolution's weight as :func:`conv2d` reads it: to be made once. [K, C, k, k], k of 1 or 3.
 
-    weight  [K, C, k, k], k of 1 or 3. In bfloat16 it is for products of bfloat16, which are summed in float32
-    tile    None: direct, by the taps of the kernel as they are, the only way in bfloat16; 4 or 2, for k = 3: by
-            Winograd's F(4x4, 3x3) or F(2x2, 3x3) (Lavin & Gray 2016), a quarter or 4/9 of the multiplications
-
-    Returns [matrices, column blocks, C, column block], the columns being the K output channels and zeros behind them;
-    in bfloat16 [columns / 32, C / 32, matrices, 16, 32, 2], zeros behind C too: pairs of channels in each column.
+    Returns [k k, column blocks, C, column block], the columns being the K output channels and zeros behind them. In
+    bfloat16, for products of bfloat16, which are summed in float32, it is [columns / 32, C / 32, k k, 2, 16, 16, 2],
+    with zeros behind C too: the columns in halves, in which each has its channels in pairs.
     """
     _check("a tensor", Tensor, weight=weight)
     if weight.ndim != 4 or weight.shape[2:] not in ((1, 1), (3, 3)):
         raise RuntimeError(f"weight: expected [K, C, 3, 3] or [K, C, 1, 1], got shape {tuple(weight.shape)}")
-    if tile is not None and (tile not in (2, 4) or weight.shape[2] != 3):
-        raise ValueError(f"tile: expected None, or 2 or 4 for a 3x3 kernel, got {tile!r}")
+    weight = weight.detach().flatten(2)
     if weight.dtype == torch.bfloat16:
-        if tile is not None:
-            raise ValueError(f"tile: expected None with a weight in bfloat16, got {tile!r}")
-        blocks = F.pad(weight.detach().flatten(2), (0, 0, 0, -weight.shape[1] % 32, 0, -len(weight) % 32))
-        return blocks.unflatten(1, (-1, 16, 2)).unflatten(0, (-1, 32)).permute(0, 2, 5, 3, 1, 4).contiguous()
-    columns = weight.detach().double().permute(2, 3, 1, 0).flatten(0, 1).flatten(1)  # [k k, C K]
+        return _pack_bfloat16(weight)
     column_block = 64 if len(weight) > 4 else 1
-    if tile is not None:
-        _, G, _ = winograd(tile, columns)
-        columns, column_block = torch.kron(G, G) @ columns, 64
-    columns = columns.to(weight.dtype).unflatten(1, (weight.shape[1], weight.shape[0]))
-    columns = F.pad(columns, (0, -weight.shape[0] % column_block))
-    return columns.unflatten(2, (-1, column_block)).transpose(1, 2).contiguous()
+    blocks = F.pad(weight, (0, 0, 0, 0, 0, -len(weight) % column_block)).unflatten(0, (-1, column_block))
+    return blocks.permute(3, 0, 2, 1).contiguous()
 
 
-def winograd_tile(height: int, width: int, channels: int, out_channels: int) -> int | None:
-    """The ``tile`` of :func:`pack_conv` that is fastest for a 3x3 convolution of stride 1 to [height, width].
+def pack_upsampling(weight: Tensor) -> Tensor:
+    """A 3x3 convolution's weight as :func:`conv2d` reads it to upsample: bfloat16 [K, C, 3, 3].
 
-    By measurement; never by the batch, so that a sample's bits are the same in any.
+    Four pixels of a doubled image are one. Each parity of a row and of a column therefore has a kernel of 2x2 sums of
+    taps, 4/9 of the multiplications. Returns the :func:`pack_conv` of the four, one after the other.
     """
-    if min(channels, out_channels) <= 4:
-        return None
-    tiles = -(-height // 4) * -(-width // 4)
-    return 4 if channels * out_channels <= (64 * tiles) ** 2 else 2  # tile 4 has more weights to read, for few tiles
+    _check("a tensor", Tensor, weight=weight)
+    if weight.dtype != torch.bfloat16:
+        raise RuntimeError(f"weight: expected bfloat16, got {str(weight.dtype).removeprefix('torch.')}")
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3):
+        raise RuntimeError(f"weight: expected [K, C, 3, 3], got shape {tuple(weight.shape)}")
+    even_odd = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
+    sums = [rows @ weight.detach().double() @ columns.T for rows in even_odd for columns in even_odd]
+    return torch.cat([_pack_bfloat16(kernel.bfloat16().flatten(2)) for kernel in sums])
+
+
+def _pack_bfloat16(weight: Tensor) -> Tensor:
+    """[K, C, matrices] -> [columns / 32, C / 32, matrices, 2, 16, 16, 2]"""
+    blocks = F.pad(weight, (0, 0, 0, -weight.shape[1] % 32, 0, -len(weight) % 32))
+    return blocks.unflatten(1, (-1, 16, 2)).unflatten(0, (-1, 2, 16)).permute(0, 3, 6, 1, 4, 2, 5).contiguous()
+
+
+def pack_taps(weight: Tensor) -> Tensor:
+    """A 3x3 convolution's weight as :func:`conv2d` reads it where stride and padding are 1: float32 [K, C, 3, 3].
+
+    By Winograd's F(4x4, 3x3) (Lavin & Gray 2016), a quarter of the multiplications, whose 36 matrices the kernel makes
+    of the 9 taps where it needs them. Returns [column blocks, C, 9, column block], with zeros behind the K columns.
+    """
+    if weight.dtype == torch.float32 and weight.device.type == "cpu":
+        return _ops.pack_taps(weight.detach())
+    return reference.pack_taps(weight)
+
+
+@torch.library.register_fake("diffkern::pack_taps")
+def _(weight):
+    return weight.new_empty(-(-weight.shape[0] // 32), weight.shape[1], 9, 32)
+
+
+def expand_taps(taps: Tensor) -> Tensor:
+    """The matrices that are made of :func:`pack_taps`' result: [36, column blocks, C, column block].
+
+    They are four times the bytes, and faster where there are many tiles of 4x4 pixels to use them on. :func:`conv2d`
+    gives the same bits by either, so that which one it has may depend on the batch.
+    """
+    _check("a tensor", Tensor, taps=taps)
+    return _ops.expand_taps(taps)
+
+
+@torch.library.register_fake("diffkern::expand_taps")
+def _(taps):
+    return taps.new_empty(36, -(-taps.shape[0] // 2), taps.shape[1], 64)
 
 
 def conv2d(
@@ -424,7 +453,7 @@ def conv2d(
     """conv(cat(x, skip)) + bias + add + residual in one pass: for inference on a CPU, channels_last.
 
     x             [N, C, H, W], float32, or with a weight in bfloat16 either, the result being like it
-    packed        the weight, by :func:`pack_conv`
+    packed        the weight, by :func:`pack_conv`, :func:`pack_taps` or :func:`expand_taps`
     bias          [K] or None
     out_channels  K
     stride        the output's size is the image's, divided by it and rounded up
@@ -473,6 +502,60 @@ def _channels_last(name: str, image: Tensor | None) -> Tensor | None:
 def _(y, x, skip, packed, bias, add, residual, stride, padding, upsample):
     _same_device(x, y=y, skip=skip, packed=packed, bias=bias, add=add, residual=residual)
 
+
+# --- the convolution of training ---------------------------------------------------------------------------------
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """3x3 convolution of stride 1 and padding 1 by a weight that changes: for training on a CPU. Differentiable.
+
+    x       [N, C, H, W], float32; fast where it is channels_last
+    weight  [K, C, 3, 3], float32; fast where it is channels_last
+    bias    [K] or None
+
+    Returns [N, K, H, W], channels_last. By Winograd's F(4x4, 3x3) (Lavin & Gray 2016). The input gradient is the same
+    convolution by the turned weight, the weight gradient is the algorithm's adjoint,
+    dg = G^T (sum (A dy A^T) . (B^T d B)) G. A sample's bits, and those of its gradient, depend neither on its batch nor
+    on the number of threads; the bits of the weight's gradient do not depend on the latter.
+    """
+    _check("a tensor", Tensor, x=x, weight=weight)
+    _check("a tensor or None", (Tensor, NoneType), bias=bias)
+    return _ops.conv3x3(x, weight, None if bias is None else bias.contiguous())
+
+
+def _empty_channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("diffkern::conv3x3")
+def _(x, weight, bias):
+    _same_device(x, weight=weight, bias=bias)
+    return _empty_channels_last(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
+
+
+@torch.library.register_fake("diffkern::conv3x3_backward")
+def _(grad_y, x, weight, of_x, of_weight):
+    _same_device(x, grad_y=grad_y, weight=weight)
+    return tuple(
+        _empty_channels_last(tensor, tensor.shape) if wanted else x.new_empty(0)
+        for tensor, wanted in ((x, of_x), (weight, of_weight))
+    )
+
+
+def _conv3x3_save(ctx, inputs, output):
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _conv3x3_gradient(ctx, grad_y):
+    _differentiable_once("conv3x3")
+    of_x, of_weight, of_bias = ctx.needs_input_grad
+    grad_x, grad_weight = _ops.conv3x3_backward(grad_y, *ctx.saved_tensors, of_x, of_weight)
+    grad_bias = grad_y.sum((0, 2, 3)) if of_bias else None
+    return grad_x if of_x else None, grad_weight if of_weight else None, grad_bias
+
+
+torch.library.register_autograd("diffkern::conv3x3", _conv3x3_gradient, setup_context=_conv3x3_save)
 
 # --- group norm --------------------------------------------------------------------------------------------------
 

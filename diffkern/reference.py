@@ -229,6 +229,20 @@ def winograd(tile: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.from_numpy(matrix.copy()).to(like) for matrix in (A_T, G, B_T))
 
 
+def pack_taps(weight: Tensor) -> Tensor:
+    """See :func:`diffkern.ops.pack_taps`."""
+    blocks = F.pad(weight.detach().flatten(2), (0, 0, 0, 0, 0, -len(weight) % 32)).unflatten(0, (-1, 32))
+    return blocks.permute(0, 2, 3, 1).contiguous()
+
+
+def expand_taps(taps: Tensor) -> Tensor:
+    """See :func:`diffkern.ops.expand_taps`."""
+    _, G, _ = winograd(4, taps)
+    matrices = torch.einsum("it,bctk->ibck", torch.kron(G, G), taps)
+    matrices = F.pad(matrices, (0, 0, 0, 0, 0, len(taps) % 2))
+    return matrices.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3).contiguous()
+
+
 def conv2d(
     x: Tensor,
     packed: Tensor,
@@ -247,11 +261,20 @@ def conv2d(
     x = F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x
     height, width = (-(-size // stride) for size in x.shape[2:])
     if packed.dtype == torch.bfloat16:
-        packed = packed.to(x.dtype).permute(2, 1, 3, 5, 0, 4).flatten(1, 3)[:, : x.shape[1]].transpose(1, 2)
+        packed = packed.to(x.dtype).permute(2, 1, 4, 6, 0, 3, 5).flatten(4).flatten(1, 3)
+        packed = packed[:, : x.shape[1]].transpose(1, 2)
+    elif packed.shape[3] == 32:  # by pack_taps
+        packed = packed.permute(2, 0, 1, 3)
     matrices = packed.transpose(1, 2).flatten(2)[:, :, :out_channels]  # [matrices, C, K]
     side = math.isqrt(len(matrices))
     matrices = matrices.unflatten(0, (side, side))
-    if side <= 3:
+    if side == 2:  # by pack_upsampling
+        seen = F.pad(x[:, :, ::2, ::2], (1, 1, 1, 1)).unfold(2, height // 2 + 1, 1).unfold(3, width // 2 + 1, 1)
+        quarters = packed.transpose(1, 2).flatten(2).unflatten(2, (2, 2, -1))[..., :out_channels]
+        kernels = quarters.permute(2, 3, 4, 1, 0).unflatten(4, (2, 2))  # by parity, [K, C, 2, 2]
+        parts = [F.conv2d(seen[:, :, i, j], kernels[i, j]) for i in (0, 1) for j in (0, 1)]
+        y = F.pixel_shuffle(torch.stack(parts, dim=2).flatten(1, 2), 2)
+    elif side <= 3:
         y = F.conv2d(F.pad(x, (padding, side, padding, side)), matrices.permute(3, 2, 0, 1), stride=stride)
     else:
         tile = side - 2
@@ -265,6 +288,11 @@ def conv2d(
     if add is not None:
         y = y + add[:, :, None, None]
     return y if residual is None else y + residual
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See :func:`diffkern.ops.conv3x3`."""
+    return F.conv2d(x, weight, bias, padding=1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:

@@ -42,6 +42,19 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps the resolution: by ``ops.conv3x3`` where that has a kernel, float32 on a CPU."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        native = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in (x, self.weight))
+        if native and not torch.is_autocast_enabled("cpu"):
+            return ops.conv3x3(x, self.weight, self.bias)
+        return super().forward(x)
+
+
 class Downsample(nn.Module):
     """Halves the resolution by a strided convolution; ``padding=0`` pads right and below only (Ho et al. 2020)."""
 
@@ -58,7 +71,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -82,11 +95,11 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(emb_dim, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -236,7 +249,7 @@ class UNet(nn.Module):
         def attention(c: int) -> AttentionBlock:
             return AttentionBlock(c, head_dim=head_dim, groups=groups, eps=norm_eps)
 
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv_in = Conv3x3(in_channels, channels)
         self.time_embedding = TimestepEmbedding(channels, emb_dim)
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + 1, emb_dim)  # the last row is the null class
@@ -274,7 +287,7 @@ class UNet(nn.Module):
             self.up_blocks.append(Level(resnets, attentions, resampler))
 
         self.conv_norm_out = nn.GroupNorm(groups, channels, norm_eps)
-        self.conv_out = nn.Conv2d(channels, out_channels * (2 if learned_variance else 1), 3, padding=1)
+        self.conv_out = Conv3x3(channels, out_channels * (2 if learned_variance else 1))
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
         self.to(memory_format=torch.channels_last)

@@ -26,6 +26,10 @@ GOOD = {
     ops.noise_loss: dict(out=X, seeds=SEEDS, t=0),
     ops.pack_conv: dict(weight=torch.zeros(5, 3, 3, 3)),
     ops.conv2d: dict(x=X, packed=PACKED, out_channels=5),
+    ops.conv3x3: dict(x=X, weight=torch.zeros(5, 3, 3, 3), bias=None),
+    torch.ops.diffkern.conv3x3_backward: dict(
+        grad_y=torch.zeros(2, 5, 4, 4), x=X, weight=torch.zeros(5, 3, 3, 3), of_x=True, of_weight=True
+    ),
     torch.ops.diffkern.conv2d_out: dict(
         y=torch.empty(2, 5, 4, 4).contiguous(memory_format=torch.channels_last),
         x=X.contiguous(memory_format=torch.channels_last),
@@ -295,12 +299,6 @@ BAD = {
             RuntimeError,
             "weight: expected [K, C, 3, 3] or [K, C, 1, 1], got shape (5, 3, 3, 1)",
         ),
-        (dict(tile=3), ValueError, "tile: expected None, or 2 or 4 for a 3x3 kernel, got 3"),
-        (
-            dict(weight=torch.zeros(5, 3, 1, 1), tile=4),
-            ValueError,
-            "tile: expected None, or 2 or 4 for a 3x3 kernel, got 4",
-        ),
     ],
     ops.conv2d: [
         (dict(x=None), TypeError, "x: expected a tensor, got None"),
@@ -319,7 +317,7 @@ BAD = {
             RuntimeError,
             "packed: expected [matrices, column blocks, C, column block], got shape (5, 3, 3)",
         ),
-        (dict(packed=torch.zeros(5, 3, 3, 3)), RuntimeError, "packed: expected 1, 9, 16 or 36 matrices, got 5"),
+        (dict(packed=torch.zeros(5, 3, 3, 3)), RuntimeError, "packed: expected 1, 9 or 36 matrices, got 5"),
         (
             dict(packed=torch.zeros(9, 1, 4, 64)),
             RuntimeError,
@@ -356,6 +354,33 @@ BAD = {
         (dict(residual=X), RuntimeError, "residual: expected shape (2, 5, 4, 4), got (2, 3, 4, 4)"),
         (dict(residual=True), TypeError, "residual: expected a tensor or None, got True"),
         (dict(upsample=2), TypeError, "upsample: expected True or False, got 2"),
+    ],
+    ops.conv3x3: [
+        (dict(x=None), TypeError, "x: expected a tensor, got None"),
+        (dict(weight=[1.0]), TypeError, "weight: expected a tensor, got [1.0]"),
+        (dict(bias=1.0), TypeError, "bias: expected a tensor or None, got 1.0"),
+        (dict(x=torch.zeros(3, 4, 4)), RuntimeError, "x: expected [N, C, H, W], got shape (3, 4, 4)"),
+        (dict(x=X.double()), RuntimeError, "x: expected float32, got float64"),
+        (dict(x=X.bfloat16()), RuntimeError, "x: expected float32, got bfloat16"),
+        (dict(x=X[:, :0]), RuntimeError, "x: expected at least one channel, got shape (2, 0, 4, 4)"),
+        (
+            dict(weight=torch.zeros(5, 3, 1, 1)),
+            RuntimeError,
+            "weight: expected [K, C, 3, 3], got shape (5, 3, 1, 1)",
+        ),
+        (
+            dict(weight=torch.zeros(5, 4, 3, 3)),
+            RuntimeError,
+            "weight: expected shape (5, 3, 3, 3), got (5, 4, 3, 3)",
+        ),
+        (dict(weight=torch.zeros(5, 3, 3, 3).half()), RuntimeError, "weight: expected float32, got float16"),
+        (dict(weight=torch.zeros(5, 3, 3, 3, device="meta")), RuntimeError, "weight: expected device cpu, got meta"),
+        (dict(bias=torch.zeros(4)), RuntimeError, "bias: expected shape (5,), got (4,)"),
+        (dict(bias=torch.zeros(5).double()), RuntimeError, "bias: expected float32, got float64"),
+    ],
+    torch.ops.diffkern.conv3x3_backward: [
+        (dict(grad_y=torch.zeros(2, 4, 4, 4)), RuntimeError, "grad_y: expected shape (2, 5, 4, 4), got (2, 4, 4, 4)"),
+        (dict(grad_y=torch.zeros(2, 5, 4, 4).double()), RuntimeError, "grad_y: expected float32, got float64"),
     ],
     torch.ops.diffkern.conv2d_out: [
         (dict(x=X), RuntimeError, "x: expected channels_last memory, got strides (48, 16, 4, 1)"),

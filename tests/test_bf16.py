@@ -6,7 +6,7 @@ import pytest
 import torch
 from networks import CONFIGS, config_of, inputs, with_random_weights
 from test_conv2d import OPTIONS, SHAPES, arguments, exact
-from tolerances import CONV, ROUNDING
+from tolerances import ATTENTION, CONV, ROUNDING
 from torch import Tensor
 
 import diffkern
@@ -14,43 +14,138 @@ from diffkern import UNet, ops, optimize, reference, sample
 
 LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx"]
 WIDE = [(1, 40, 33, 2, 70), (1, 33, 64, 3, 129), (9, 40, 300, 4, 4), (3, 600, 40, 8, 8), (20, 5, 5, 1, 1)]
+WHOLE = [(2, 64, 40, 16, 16), (1, 96, 300, 3, 64), (3, 32, 5, 8, 8), (1, 640, 33, 4, 4)]  # blocks of 32 channels
 
 
 def rounded(tensors: dict, *names: str) -> dict:
     return tensors | {name: tensors[name].bfloat16() for name in names if name in tensors}
 
 
-def assert_exact(x: Tensor, weight: Tensor, x_dtype: torch.dtype, **options) -> None:
+def assert_exact(x: Tensor, weight: Tensor, x_dtype: torch.dtype, *, pack=ops.pack_conv, **options) -> None:
     """Of what was rounded on the way in: sums within float32 arithmetic, then one rounding on the way out."""
     x, weight, options = x.bfloat16(), weight.bfloat16(), rounded(options, "skip", "residual")
     expected = exact(x, weight, **options)
     magnitudes = {name: o.abs() if isinstance(o, Tensor) else o for name, o in options.items()}
     size = exact(x.abs(), weight.abs(), **magnitudes)
     given = {name: o.to(x_dtype) if name in ("skip", "residual") else o for name, o in options.items()}
-    y = ops.conv2d(x.to(x_dtype), ops.pack_conv(weight), out_channels=len(weight), **given)
+    y = ops.conv2d(x.to(x_dtype), pack(weight), out_channels=len(weight), **given)
     assert y.dtype == x_dtype and y.is_contiguous(memory_format=torch.channels_last) and y.shape == expected.shape
     rounding = ROUNDING[x_dtype] * expected.abs() if x_dtype == torch.bfloat16 else 0
-    assert ((y.double() - expected).abs() <= CONV[None] * size.max() + rounding).all()
+    assert ((y.double() - expected).abs() <= CONV["direct"] * size.max() + rounding).all()
 
 
 # --- the convolution ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + WIDE + WHOLE, ids=str)
 def test_conv2d_is_its_definition_with_every_option(shape, dtype):
     for options in OPTIONS:
         x, weight, options = arguments(*shape, **options)
         assert_exact(x, weight, dtype, **options)
 
 
-@pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + WIDE + WHOLE, ids=str)
 def test_strides_kernels_and_paddings_are_the_definitions(shape):
     for side, stride, padding, upsample in itertools.product((1, 3), (1, 2, 3, 4), (0, 1, 2), (False, True)):
         x, weight, options = arguments(
             *shape, side=side, stride=stride, padding=padding, upsample=upsample, bias=True, residual=True
         )
         assert_exact(x, weight, torch.bfloat16, **options)
+
+
+UPSAMPLING = [
+    dict(zip(("bias", "skip", "add", "residual"), bits, strict=True), upsample=True)
+    for bits in ((False,) * 4, (True,) * 4, (False, True, False, True))
+]
+
+
+def coarse(weight: Tensor) -> Tensor:
+    """Whose sums of four are bfloat16 too."""
+    return (weight * 8).round() / 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES + WIDE[:4] + WHOLE, ids=str)
+def test_upsampling_by_quarters_is_the_convolution_of_the_doubled_image(shape, dtype):
+    for options in UPSAMPLING:
+        x, weight, options = arguments(*shape, **options)
+        assert_exact(x, coarse(weight), dtype, pack=ops.pack_upsampling, **options)
+
+
+def blocked(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C / 32, H + 2, W + 2, 32], with zeros around it."""
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
+    return padded.unflatten(1, (-1, 32)).permute(0, 1, 3, 4, 2).contiguous()
+
+
+@pytest.mark.parametrize("shape", WHOLE, ids=str)
+def test_a_blocked_image_gives_the_bits_of_the_image(shape):
+    cases = [(3, dict(stride=stride, padding=padding)) for stride in (1, 2) for padding in (0, 1)]
+    for side, options in [*cases, (1, dict(padding=0)), (3, dict(upsample=True, padding=1))]:
+        x, weight, options = arguments(*shape, side=side, bias=True, residual=True, **options)
+        x, weight, options = x.bfloat16(), weight.bfloat16(), rounded(options, "residual")
+        packs = [ops.pack_conv, ops.pack_upsampling] if options["upsample"] else [ops.pack_conv]
+        for packed in (pack(weight) for pack in packs):
+            expected = ops.conv2d(x, packed, out_channels=len(weight), **options)
+            y = torch.empty_like(expected)
+            last = options["residual"].contiguous(memory_format=torch.channels_last)
+            torch.ops.diffkern.conv2d_out(
+                y,
+                blocked(x),
+                None,
+                packed,
+                options["bias"],
+                None,
+                last,
+                options["stride"],
+                options["padding"],
+                options["upsample"],
+            )
+            assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 0, 6, 10), (3, 32, 96, 8, 8), (1, 320, 320, 4, 4)], ids=str)
+def test_the_norm_writes_a_blocked_image_with_the_same_bits(shape):
+    n, c, behind, h, w = shape
+    draw = torch.Generator().manual_seed(5)
+    x, skip = (
+        torch.randn(n, k, h, w, generator=draw).bfloat16().contiguous(memory_format=torch.channels_last)
+        for k in (c, behind)
+    )
+    weight, bias = torch.randn(2, c + behind, generator=draw)
+    expected = torch.empty(n, c + behind, h, w, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    y = torch.full_like(blocked(expected), torch.nan)
+    for out in (expected, y):
+        torch.ops.diffkern.group_norm_silu_out(out, x, skip if behind else None, weight, bias, 16, 1e-5, None, True)
+    assert torch.equal(y, blocked(expected))
+
+
+def test_a_blocked_image_that_is_none_is_named():
+    x, weight, _ = arguments(1, 32, 32, 4, 4)
+    last = x.bfloat16().contiguous(memory_format=torch.channels_last)
+    good = dict(y=torch.empty_like(last), x=blocked(last), skip=None, packed=ops.pack_conv(weight.bfloat16()))
+    good |= dict(bias=None, add=None, residual=None, stride=1, padding=1, upsample=False)
+    for change, message in [
+        (dict(x=good["x"][..., :16]), r"x: expected \[N, C / 32, H \+ 2, W \+ 2, 32\], got shape \(1, 1, 6, 6, 16\)"),
+        (dict(x=good["x"].float()), "x: expected bfloat16, got float32"),
+        (dict(x=good["x"].transpose(2, 3)), "x: expected a contiguous tensor"),
+        (dict(skip=last), "skip: expected none beside a blocked x"),
+    ]:
+        with pytest.raises(RuntimeError, match="^" + message):
+            torch.ops.diffkern.conv2d_out(**(good | change))
+    norm = dict(y=blocked(last), x=last, skip=None, weight=torch.ones(32), bias=torch.zeros(32), groups=8, eps=1e-5)
+    norm |= dict(scale_shift=None, silu=True)
+    few = last[:, :24].contiguous(memory_format=torch.channels_last)
+    for change, message in [
+        (dict(y=norm["y"][:, :, 1:].contiguous()), r"y: expected shape \(1, 1, 6, 6, 32\), got \(1, 1, 5, 6, 32\)"),
+        (
+            dict(x=few, skip=last[:, 24:].contiguous(memory_format=torch.channels_last)),
+            "x, skip: expected whole blocks",
+        ),
+    ]:
+        with pytest.raises(RuntimeError, match="^" + message):
+            torch.ops.diffkern.group_norm_silu_out(**(norm | change))
 
 
 def test_nothing_is_read_outside_a_sample_or_behind_its_channels():
@@ -80,14 +175,119 @@ def test_the_bits_depend_on_no_thread_count_and_no_batch(shape):
         assert torch.equal(ops.conv2d(x[of], packed, out_channels=len(weight), **part), expected[of])
 
 
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+def test_the_reference_is_the_definition_with_packed_weights(shape):
+    for options in OPTIONS:
+        x, weight, options = arguments(*shape, **options)
+        weight, wide = weight.bfloat16(), {k: o.double() if isinstance(o, Tensor) else o for k, o in options.items()}
+        y = reference.conv2d(x.double(), ops.pack_conv(weight), out_channels=len(weight), **wide)
+        torch.testing.assert_close(y, exact(x, weight, **options), rtol=1e-11, atol=1e-11)
+    for options in UPSAMPLING:
+        x, weight, options = arguments(*shape, **options)
+        weight, wide = coarse(weight), {k: o.double() if isinstance(o, Tensor) else o for k, o in options.items()}
+        y = reference.conv2d(x.double(), ops.pack_upsampling(weight.bfloat16()), out_channels=len(weight), **wide)
+        torch.testing.assert_close(y, exact(x, weight, **options), rtol=1e-11, atol=1e-11)
+
+
+def test_the_dtypes_that_do_not_go_together_are_named():
+    x, weight, _ = arguments(1, 4, 5, 6, 6)
+    with pytest.raises(RuntimeError, match="^x: expected float32, got bfloat16"):
+        ops.conv2d(x.bfloat16(), ops.pack_conv(weight), out_channels=5)
+    with pytest.raises(RuntimeError, match="^x: expected float32 or bfloat16, got float16"):
+        ops.conv2d(x.half(), ops.pack_conv(weight.bfloat16()), out_channels=5)
+    with pytest.raises(RuntimeError, match=r"^packed: expected shape \(1, 1, 9, 2, 16, 16, 2\), got \(2, 1"):
+        ops.conv2d(x, ops.pack_conv(weight.bfloat16()).repeat(2, 1, 1, 1, 1, 1, 1), out_channels=5)
+    with pytest.raises(RuntimeError, match="^weight: expected bfloat16, got float32"):
+        ops.pack_upsampling(weight)
+    with pytest.raises(RuntimeError, match=r"^weight: expected \[K, C, 3, 3\], got shape \(5, 4, 1, 1\)"):
+        ops.pack_upsampling(weight[:, :, :1, :1].bfloat16())
+    with pytest.raises(
+        RuntimeError, match="^upsample, stride, padding: expected True, 1 and 1 with 4 matrices, got False"
+    ):
+        ops.conv2d(x, ops.pack_upsampling(weight.bfloat16()), out_channels=5)
+
+
+# --- attention ---
+
+
+def heads(n: int, count: int, queries: int, keys: int, d: int) -> list[Tensor]:
+    """q, k, v as a projection lays them out, side by side, with scores of some size."""
+    tokens = torch.randn(n, max(queries, keys), 3, count, d, generator=torch.Generator().manual_seed(6)).bfloat16()
+    q, k, v = tokens.permute(2, 0, 3, 1, 4)
+    return [2 * q[:, :, :queries], k[:, :, :keys], v[:, :, :keys]]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    out = torch.full_like(q.transpose(1, 2), torch.nan, memory_format=torch.contiguous_format).transpose(1, 2)
+    torch.ops.diffkern.attention_out(out, q, k, v, scale)
+    return out
+
+
+def assert_attention_is_exact(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> None:
+    """Within the rounding of the probabilities and of the result."""
+    expected = reference.attention(*(tensor.double() for tensor in (q, k, v)), scale=scale)
+    bound = (
+        ROUNDING[torch.bfloat16]
+        * (expected.abs() + reference.attention(q.double(), k.double(), v.double().abs(), scale=scale))
+        + ATTENTION
+    )
+    assert ((attend(q, k, v, scale).double() - expected).abs() <= bound).all()
+
+
+ATTENTIONS = [(2, 1, 256, 256, 256), (1, 3, 64, 64, 32), (2, 2, 77, 130, 64), (1, 1, 1, 1, 32), (1, 2, 150, 33, 96)]
+
+
+@pytest.mark.parametrize("shape", ATTENTIONS, ids=str)
+def test_attention_is_its_definition(shape):
+    q, k, v = heads(*shape)
+    for scale in (None, 0.5, -0.25):
+        assert_attention_is_exact(q, k, v, scale)
+
+
+def test_attention_holds_where_scores_grow_and_shrink_by_thousands():
+    q, k, v = heads(1, 2, 64, 300, 64)
+    for slope in (-1, 1):
+        steep = (k.float() * 200 * torch.linspace(0, slope, 300)[:, None]).bfloat16()
+        assert_attention_is_exact(q, steep, v)
+
+
+def test_attentions_bits_depend_on_no_thread_count_and_no_batch():
+    q, k, v = heads(3, 2, 200, 150, 64)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = attend(q, k, v)
+        for count in (2, 3, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(attend(q, k, v), expected)
+    finally:
+        torch.set_num_threads(threads)
+    for of in (slice(0, 1), slice(1, None)):
+        assert torch.equal(attend(q[of], k[of], v[of]), expected[of])
+
+
+@pytest.mark.parametrize("d", [16, 288])
+def test_attention_names_the_heads_that_it_does_not_take(d):
+    with pytest.raises(RuntimeError, match=f"^q: expected a multiple of 32 channels in bfloat16, .* got {d}"):
+        attend(*heads(1, 1, 4, 4, d))
+
+
+# --- on every level ---
+
+
 AT_A_LEVEL = """
 import torch
-from test_bf16 import WIDE, assert_exact
+from test_bf16 import ATTENTIONS, UPSAMPLING, WHOLE, WIDE, assert_attention_is_exact, assert_exact, coarse, heads
 from test_conv2d import OPTIONS, SHAPES, arguments
-from diffkern import _C
+from diffkern import _C, ops
 
 assert _C.cpu_level() == "{level}"
-for shape in SHAPES + WIDE:
+for shape in ATTENTIONS:
+    assert_attention_is_exact(*heads(*shape))
+for shape in WHOLE:
+    x, weight, options = arguments(*shape, **UPSAMPLING[1])
+    assert_exact(x, coarse(weight), torch.bfloat16, pack=ops.pack_upsampling, **options)
+for shape in SHAPES + WIDE + WHOLE:
     for options in OPTIONS[::5]:
         x, weight, options = arguments(*shape, **options)
         assert_exact(x, weight, torch.bfloat16, **options)
@@ -102,27 +302,6 @@ print("exact")
 def test_each_cpu_level_is_exact(run_at_level, level):
     done = run_at_level(level, AT_A_LEVEL.format(level=level))
     assert done.stdout == "exact\n", done.stderr
-
-
-@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
-def test_the_reference_is_the_definition_with_packed_weights(shape):
-    for options in OPTIONS:
-        x, weight, options = arguments(*shape, **options)
-        weight, wide = weight.bfloat16(), {k: o.double() if isinstance(o, Tensor) else o for k, o in options.items()}
-        y = reference.conv2d(x.double(), ops.pack_conv(weight), out_channels=len(weight), **wide)
-        torch.testing.assert_close(y, exact(x, weight, **options), rtol=1e-11, atol=1e-11)
-
-
-def test_the_dtypes_that_do_not_go_together_are_named():
-    x, weight, _ = arguments(1, 4, 5, 6, 6)
-    with pytest.raises(RuntimeError, match="^x: expected float32, got bfloat16"):
-        ops.conv2d(x.bfloat16(), ops.pack_conv(weight), out_channels=5)
-    with pytest.raises(RuntimeError, match="^x: expected float32 or bfloat16, got float16"):
-        ops.conv2d(x.half(), ops.pack_conv(weight.bfloat16()), out_channels=5)
-    with pytest.raises(RuntimeError, match=r"^packed: expected shape \(1, 1, 9, 16, 32, 2\), got \(2, 1"):
-        ops.conv2d(x, ops.pack_conv(weight.bfloat16()).repeat(2, 1, 1, 1, 1, 1), out_channels=5)
-    with pytest.raises(ValueError, match="^tile: expected None with a weight in bfloat16, got 4"):
-        ops.pack_conv(weight.bfloat16(), tile=4)
 
 
 # --- the engine ---

@@ -1,6 +1,7 @@
 """Convolution with all that a U-Net adds to it, against float64: every shape, option, CPU level and thread count."""
 
 import itertools
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from diffkern import ops, reference
 
-TILES = [None, 2, 4]  # the kernels: direct, Winograd's F(2x2, 3x3) and F(4x4, 3x3)
+PACKINGS = ["direct", "taps", "matrices"]  # the latter two by Winograd's F(4x4, 3x3)
 
 # samples, channels, out channels, height, width: tiles, blocks and chains half full, exactly full and overfull
 SHAPES = [
@@ -91,31 +92,38 @@ def arguments(
     return values((n, c, h, w)), values((k, c + behind, side, side), scale=scale, seed=1), options
 
 
-def conv2d(x: Tensor, weight: Tensor, tile: int | None = None, **options) -> Tensor:
-    return ops.conv2d(x, ops.pack_conv(weight, tile=tile), out_channels=len(weight), **options)
+def pack(weight: Tensor, packing: str, by: ModuleType = ops) -> Tensor:
+    if packing == "direct":
+        return ops.pack_conv(weight)
+    taps = by.pack_taps(weight)
+    return taps if packing == "taps" else by.expand_taps(taps)
 
 
-def assert_exact(x: Tensor, weight: Tensor, tile: int | None = None, **options) -> None:
+def conv2d(x: Tensor, weight: Tensor, packing: str = "direct", **options) -> Tensor:
+    return ops.conv2d(x, pack(weight, packing), out_channels=len(weight), **options)
+
+
+def assert_exact(x: Tensor, weight: Tensor, packing: str = "direct", **options) -> None:
     """Within float32 arithmetic: a small multiple of its rounding of what is added up."""
-    y = conv2d(x, weight, tile, **options)
+    y = conv2d(x, weight, packing, **options)
     expected = exact(x, weight, **options)
     magnitudes = {name: o.abs() if isinstance(o, Tensor) else o for name, o in options.items()}
     size = exact(x.abs(), weight.abs(), **magnitudes)
     assert y.dtype == torch.float32 and y.is_contiguous(memory_format=torch.channels_last)
     assert y.shape == expected.shape
     if y.numel():
-        assert (y.double() - expected).abs().max() <= CONV[tile] * size.max()
+        assert (y.double() - expected).abs().max() <= CONV[packing] * size.max()
 
 
 # --- the definition ---
 
 
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_conv2d_is_its_definition_with_every_option(shape, tile):
+def test_conv2d_is_its_definition_with_every_option(shape, packing):
     for options in OPTIONS:
         x, weight, options = arguments(*shape, **options)
-        assert_exact(x, weight, tile, **options)
+        assert_exact(x, weight, packing, **options)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -138,11 +146,11 @@ def test_it_is_torchs_convolution():
 @given(
     sizes=st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(1, 70), st.integers(0, 9), st.integers(0, 9)),
     options=st.sampled_from(OPTIONS),
-    tile=st.sampled_from(TILES),
+    packing=st.sampled_from(PACKINGS),
     data=st.data(),
 )
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_conv2d_takes_every_size_and_layout(sizes, options, tile, data):
+def test_conv2d_takes_every_size_and_layout(sizes, options, packing, data):
     x, weight, options = arguments(*sizes, **options)
     x = laid_out(x, **data.draw(layouts(4)))
     for name in ("skip", "residual"):
@@ -150,21 +158,21 @@ def test_conv2d_takes_every_size_and_layout(sizes, options, tile, data):
             options[name] = laid_out(options[name], **data.draw(layouts(4)))
     if "add" in options:
         options["add"] = laid_out(options["add"], **data.draw(layouts(2)))
-    assert_exact(x, weight, tile, **options)
+    assert_exact(x, weight, packing, **options)
 
 
-@pytest.mark.parametrize("tile", TILES)
-def test_nothing_is_read_outside_a_sample(tile):
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_nothing_is_read_outside_a_sample(packing):
     x, weight, options = arguments(3, 5, 20, 6, 6, skip=True)
-    alone = conv2d(x[1:2], weight, tile, **options | dict(skip=options["skip"][1:2]))
+    alone = conv2d(x[1:2], weight, packing, **options | dict(skip=options["skip"][1:2]))
     x[::2], options["skip"][::2] = torch.nan, torch.inf
-    assert torch.equal(conv2d(x, weight, tile, **options)[1:2], alone)
+    assert torch.equal(conv2d(x, weight, packing, **options)[1:2], alone)
 
 
-@pytest.mark.parametrize("tile", TILES)
-def test_the_output_may_be_its_own_residual_and_add_a_row_of_a_table(tile):
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_output_may_be_its_own_residual_and_add_a_row_of_a_table(packing):
     x, weight, options = arguments(2, 30, 40, 6, 7, residual=True)
-    packed, table = ops.pack_conv(weight, tile=tile), values((9, 40), seed=6)
+    packed, table = pack(weight, packing), values((9, 40), seed=6)
     expected = ops.conv2d(x, packed, out_channels=40, residual=options["residual"], add=table[3].expand(2, -1))
     x, y = (image.contiguous(memory_format=torch.channels_last) for image in (x, options["residual"]))
     torch.ops.diffkern.conv2d_out(y, x, None, packed, None, table[3].expand(2, -1), y, 1, 1, False)
@@ -176,34 +184,53 @@ def test_the_output_may_be_its_own_residual_and_add_a_row_of_a_table(tile):
 # --- the same bits ---
 
 
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("shape", [(5, 48, 70, 12, 10), (3, 130, 200, 4, 4), (2, 3, 16, 33, 40)], ids=str)
-def test_the_bits_depend_on_no_thread_count_and_no_batch(shape, tile):
+def test_the_bits_depend_on_no_thread_count_and_no_batch(shape, packing):
     x, weight, options = arguments(*shape, bias=True, skip=True, add=True, residual=True)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        expected = conv2d(x, weight, tile, **options)
+        expected = conv2d(x, weight, packing, **options)
         for count in range(2, 9):
             torch.set_num_threads(count)
-            assert torch.equal(conv2d(x, weight, tile, **options), expected)
+            assert torch.equal(conv2d(x, weight, packing, **options), expected)
     finally:
         torch.set_num_threads(threads)
     for of in (slice(0, 1), slice(1, None)):
         part = options | {name: options[name][of] for name in ("skip", "add", "residual")}
-        assert torch.equal(conv2d(x[of], weight, tile, **part), expected[of])
+        assert torch.equal(conv2d(x[of], weight, packing, **part), expected[of])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_taps_and_the_matrices_made_of_them_give_the_same_bits(shape):
+    for options in OPTIONS[::5]:
+        assert_same_bits(*arguments(*shape, **options))
+
+
+def assert_same_bits(x: Tensor, weight: Tensor, options: dict) -> None:
+    assert torch.equal(conv2d(x, weight, "taps", **options), conv2d(x, weight, "matrices", **options))
+
+
+def test_the_matrices_made_of_taps_are_winograds():
+    taps = ops.pack_taps(values((70, 5, 3, 3)))
+    matrices, expected = ops.expand_taps(taps), reference.expand_taps(taps.double())
+    assert matrices.shape == expected.shape
+    assert (matrices.double() - expected).abs().max() <= 4 * 2**-24 * expected.abs().max()
+    torch.library.opcheck(torch.ops.diffkern.expand_taps.default, (taps,))
 
 
 AT_A_LEVEL = """
-from test_conv2d import OPTIONS, SHAPES, TILES, arguments, assert_exact
+from test_conv2d import OPTIONS, PACKINGS, SHAPES, arguments, assert_exact, assert_same_bits
 from diffkern import _C
 
 assert _C.cpu_level() == "{level}"
 for shape in SHAPES:
-    for tile in TILES:
+    for packing in PACKINGS:
         for options in OPTIONS[::5]:
             x, weight, options = arguments(*shape, **options)
-            assert_exact(x, weight, tile, **options)
+            assert_exact(x, weight, packing, **options)
+    assert_same_bits(*arguments(*shape, skip=True, upsample=True))
     for side in (1, 3):
         x, weight, options = arguments(*shape, side=side, stride=2, padding=0)
         assert_exact(x, weight, **options)
@@ -220,21 +247,21 @@ def test_each_cpu_level_is_exact(run_at_level, level):
 # --- packed weights ---
 
 
-@pytest.mark.parametrize("tile", [None, 2, 4])
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
-def test_the_reference_is_the_definition_with_packed_weights_of_every_kind(shape, tile):
+def test_the_reference_is_the_definition_with_packed_weights_of_every_kind(shape, packing):
     """In float64, where Winograd's polynomials lose nothing that counts: so its matrices are right, all three."""
     for options in OPTIONS:
         x, weight, options = arguments(*shape, **options)
         wide = {name: o.double() if isinstance(o, Tensor) else o for name, o in options.items()}
-        packed = ops.pack_conv(weight.double(), tile=tile)
+        packed = pack(weight.double(), packing, by=reference)
         y = reference.conv2d(x.double(), packed, out_channels=len(weight), **wide)
         torch.testing.assert_close(y, exact(x, weight, **options), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize(("tile", "matrices", "columns"), [(None, 9, 64), (2, 16, 64), (4, 36, 64)])
-def test_packed_weights_are_whole_blocks_of_columns_with_zeros_behind(tile, matrices, columns):
-    packed = ops.pack_conv(values((70, 5, 3, 3)), tile=tile)
+@pytest.mark.parametrize(("packing", "matrices", "columns"), [("direct", 9, 64), ("matrices", 36, 64)])
+def test_packed_weights_are_whole_blocks_of_columns_with_zeros_behind(packing, matrices, columns):
+    packed = pack(values((70, 5, 3, 3)), packing)
     assert packed.shape == (matrices, -(-70 // columns), 5, columns) and packed.is_contiguous()
     assert packed.data_ptr() % 64 == 0
     beyond = packed.transpose(1, 2).flatten(2)[:, :, 70:]
@@ -249,13 +276,13 @@ def test_few_columns_are_packed_one_a_block():
 # --- through the dispatcher ---
 
 
-@pytest.mark.parametrize("tile", TILES)
-def test_conv2d_out_passes_opcheck(tile):
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_conv2d_out_passes_opcheck(packing):
     x, weight, options = arguments(2, 6, 9, 4, 5, bias=True, skip=True, add=True, residual=True)
-    packed = ops.pack_conv(weight, tile=tile)
+    packed = pack(weight, packing)
     last = [image.contiguous(memory_format=torch.channels_last) for image in (x, options["skip"], options["residual"])]
     for skip, bias, add, residual in ((last[1], options["bias"], options["add"], last[2]), (None,) * 4):
-        given = packed if skip is not None else ops.pack_conv(weight[:, :6], tile=tile)
+        given = packed if skip is not None else pack(weight[:, :6], packing)
         y = torch.empty_like(last[2])
         torch.library.opcheck(
             torch.ops.diffkern.conv2d_out.default, (y, last[0], skip, given, bias, add, residual, 1, 1, False)

@@ -518,9 +518,9 @@ def test_group_norm_silu_out_passes_opcheck():
     ("change", "message"),
     [
         (dict(y=torch.zeros(2, 12, 3, 5)), "y: expected channels_last memory, got strides (180, 15, 5, 1)"),
-        (dict(x=torch.zeros(2, 11, 3, 5)), "x: expected shape (2, 12, 3, 5), got (2, 11, 3, 5)"),
+        (dict(y=torch.zeros(2, 11, 3, 5)), "y: expected shape (2, 12, 3, 5), got (2, 11, 3, 5)"),
         (dict(x=torch.zeros(2, 12, 3, 5)), "x: expected channels_last memory, got strides (180, 15, 5, 1)"),
-        (dict(skip=torch.zeros(2, 4, 3, 5)), "x: expected shape (2, 8, 3, 5), got (2, 12, 3, 5)"),
+        (dict(skip=torch.zeros(2, 4, 4, 5)), "skip: expected shape (2, 4, 3, 5), got (2, 4, 4, 5)"),
         (dict(weight=torch.zeros(11)), "weight: expected shape (12,), got (11,)"),
         (dict(scale_shift=torch.zeros(2, 12)), "scale_shift: expected shape (2, 24), got (2, 12)"),
         (dict(groups=5), "groups: expected a divisor of the 12 channels, got 5"),

@@ -58,6 +58,18 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v) {
   check(k.size(2) > 0, "k: expected at least one token, got shape ", show(sizes_of(k)));
 }
 
+// Of bfloat16 on a CPU, where it lies.
+void run_attention_bf16(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
+                        std::optional<double> scale) {
+  AttentionParams params = attention_params(q, k, v, scale);
+  check(params.channels % kDepthBlock == 0 && params.channels <= kMaxBFloat16Head,
+        "q: expected a multiple of 32 channels in bfloat16, and ", kMaxBFloat16Head, " at most, got ", params.channels);
+  params.out = heads_view(out);
+  run_cpu(params, cpu::level().kernels.attention_bf16,
+          params.samples * params.heads * attention_blocks(params.queries),
+          grain(2 * kAttentionBlock * params.keys * params.channels));
+}
+
 // out, which is as_heads, and lse
 Tensor run_attention(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
   const Tensor q_heads = as_heads(q), k_heads = as_heads(k), v_heads = as_heads(v);
@@ -83,12 +95,16 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 void attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
   check_attention(q, k, v);
   check_like("out", out, q, sizes_of(q));
-  check_dtype("q", q, heads_dtype(q));
+  const bool bf16 = !on_cuda(q) && q.scalar_type() == ScalarType::BFloat16;
+  check(bf16 || q.scalar_type() == heads_dtype(q), "q: expected float32 or bfloat16, got ", show(q.scalar_type()));
   for (const auto& [name, tensor] : {std::pair("out", out), {"q", q}, {"k", k}, {"v", v}})  // used where they lie
     check(tensor.stride(3) == 1, name, ": expected the channels of a token together, got a stride of ",
           tensor.stride(3));
   check_writable("out", out);
-  run_attention(out, q, k, v, scale);
+  if (bf16)
+    run_attention_bf16(out, q, k, v, scale);
+  else
+    run_attention(out, q, k, v, scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,

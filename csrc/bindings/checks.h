@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "../ops.h"
+
 namespace diffkern {
 
 using torch::headeronly::ScalarType;
@@ -116,6 +118,14 @@ inline void check_channels_last(const char* name, const Tensor& tensor) {
 inline void check_image(const char* name, const Tensor& image, const Tensor& like, const Sizes& shape) {
   check_like(name, image, like, shape);
   check_channels_last(name, image);
+}
+
+// [N, C / 32, H + 2, W + 2, 32]
+inline void check_blocked(const char* name, const Tensor& image) {
+  check(image.dim() == 5 && image.size(2) > 2 && image.size(3) > 2 && image.size(4) == kDepthBlock, name,
+        ": expected [N, C / 32, H + 2, W + 2, 32], got shape ", show(sizes_of(image)));
+  check_dtype(name, image, ScalarType::BFloat16);
+  check_contiguous(name, image);
 }
 
 inline void check_writable(const char* name, const Tensor& tensor) {

@@ -16,27 +16,37 @@ void check_conv_dtype(const char* name, const Tensor& tensor, const Tensor& pack
 ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<Tensor>& skip, const Tensor& packed,
                          const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
                          const std::optional<Tensor>& residual, int64_t stride, int64_t padding, bool upsample) {
-  check_channels_last("x", x);
+  const bool blocked = x.dim() == 5;
+  if (blocked)
+    check_blocked("x", x);
+  else
+    check_channels_last("x", x);
   check_conv_dtype("x", x, packed);
   check(x.size(1) > 0, "x: expected at least one channel, got shape ", show(sizes_of(x)));
-  const int64_t samples = x.size(0), height = x.size(2), width = x.size(3);
+  const int64_t border = blocked ? 1 : 0;
+  const int64_t samples = x.size(0), height = x.size(2) - 2 * border, width = x.size(3) - 2 * border;
+  check(!(blocked && skip), "skip: expected none beside a blocked x");
   if (skip) check_image("skip", *skip, x, {samples, skip->dim() == 4 ? skip->size(1) : 0, height, width});
   ConvParams params{};
-  params.channels[0] = x.size(1);
+  params.channels[0] = x.size(1) * (blocked ? kDepthBlock : 1);
   params.channels[1] = skip ? skip->size(1) : 0;
 
   const bool bf16 = packed.scalar_type() == ScalarType::BFloat16;
-  check(packed.dim() == (bf16 ? 6 : 4), "packed: expected ",
-        bf16 ? "[column blocks, blocks of C, matrices, 16, 32, 2]" : "[matrices, column blocks, C, column block]",
+  check(packed.dim() == (bf16 ? 7 : 4), "packed: expected ",
+        bf16 ? "[column blocks, blocks of C, matrices, 2, 16, 16, 2]" : "[matrices, column blocks, C, column block]",
         ", got shape ", show(sizes_of(packed)));
-  params.matrices = packed.size(bf16 ? 2 : 0);
-  check(params.matrices == 1 || params.matrices == 9 || params.matrices == 16 || params.matrices == 36,
-        "packed: expected 1, 9, 16 or 36 matrices, got ", params.matrices);
+  params.taps = !bf16 && packed.size(3) == kTapColumns;
+  params.matrices = params.taps ? 36 : packed.size(bf16 ? 2 : 0);
+  check(params.matrices == 1 || params.matrices == 9 || params.matrices == (bf16 ? 4 : 36), "packed: expected 1, 9 or ",
+        bf16 ? 4 : 36, " matrices, got ", params.matrices);
   const int64_t side = params.matrices == 1 ? 1 : 3;
   check(stride > 0, "stride: expected a value > 0, got ", stride);
   check(!params.winograd() || (stride == 1 && padding == 1), "stride, padding: expected 1 and 1 with ",
         params.matrices, " matrices, got ", stride, " and ", padding);
   check(padding >= 0 && padding < side, "padding: expected a value in [0, ", side, "), got ", padding);
+  check(params.quarters() == 1 || (upsample && stride == 1 && padding == 1),
+        "upsample, stride, padding: expected True, 1 and 1 with 4 matrices, got ", upsample ? "True, " : "False, ",
+        stride, " and ", padding);
   const auto out_size = [&](int64_t size) { return (size * (upsample ? 2 : 1) + stride - 1) / stride; };
   params.out_height = out_size(height);
   params.out_width = out_size(width);
@@ -49,7 +59,9 @@ ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<T
   check_device("packed", packed, x);
   if (bf16)
     check_shape("packed", packed,
-                {params.panels(), params.depth_blocks(), params.matrices, kDepthBlock / 2, kPanel, 2});
+                {params.panels(), params.depth_blocks(), params.matrices, 2, kDepthBlock / 2, kPanel / 2, 2});
+  else if (params.taps)
+    check_like("packed", packed, x, {params.winograd_columns(), params.depth(), 9, kTapColumns});
   else
     check_like("packed", packed, x, {params.matrices, (params.out_channels + column_block - 1) / column_block,
                                      params.depth(), column_block});
@@ -81,6 +93,11 @@ ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<T
   params.stride = stride;
   params.padding = padding;
   params.upsample = upsample;
+  params.blocked = blocked;
+  if (bf16 && params.matrices == 1 && stride == 1 && !upsample && !blocked) {  // which knows no rows
+    params.width = params.out_width = height * width;
+    params.height = params.out_height = 1;
+  }
   return params;
 }
 
@@ -89,21 +106,38 @@ void conv2d_out(const Tensor& y, const Tensor& x, const std::optional<Tensor>& s
                 const std::optional<Tensor>& residual, int64_t stride, int64_t padding, bool upsample) {
   const ConvParams params = conv2d_params(y, x, skip, packed, bias, add, residual, stride, padding, upsample);
   if (y.numel() == 0) return;
+  const auto& kernels = cpu::level().kernels;
   if (packed.scalar_type() == ScalarType::BFloat16) {
     const ConvBlocks blocks(params);
-    return run_cpu(params, cpu::level().kernels.conv_bf16, blocks.items(),
+    return run_cpu(params, kernels.conv_bf16, blocks.items(),
                    grain(params.matrices * params.depth() * kBlockTiles * kTilePixels * blocks.panels * kPanel));
   }
   if (params.winograd())
-    return run_cpu(params, cpu::level().kernels.conv_winograd, params.winograd_items(),
-                   grain(params.matrices * params.depth() * params.winograd_tiles() * kWinogradColumns));
-  run_cpu(params, cpu::level().kernels.conv_direct, params.direct_items(),
+    return run_cpu(params, params.taps ? kernels.conv_winograd_taps : kernels.conv_winograd, params.winograd_items(),
+                   grain(params.matrices * params.depth() * params.winograd_tiles() * params.winograd_column()));
+  run_cpu(params, kernels.conv_direct, params.direct_items(),
           grain(params.matrices * params.depth() * params.direct_pixels() * kDirectColumns));
 }
 
 DIFFKERN_CPU_OP(conv2d_out,
                 "(Tensor(a!) y, Tensor x, Tensor? skip, Tensor packed, Tensor? bias, Tensor? add, Tensor? residual, int "
                 "stride, int padding, bool upsample) -> ()")
+
+Tensor expand_taps(const Tensor& taps) {
+  check(taps.dim() == 4 && taps.size(2) == 9 && taps.size(3) == kTapColumns, "taps: expected [column blocks, C, 9, ",
+        kTapColumns, "], got shape ", show(sizes_of(taps)));
+  check_dtype("taps", taps, ScalarType::Float);
+  check_contiguous("taps", taps);
+  const int64_t blocks = taps.size(0), channels = taps.size(1);
+  const int64_t column_blocks = (blocks * kTapColumns + kWinogradColumns - 1) / kWinogradColumns;
+  Tensor matrices = empty_of({36, column_blocks, channels, kWinogradColumns}, ScalarType::Float, taps);
+  torch::stable::zero_(matrices);
+  const ExpandTapsParams params{memory<const float>(taps), memory<float>(matrices), channels, blocks, column_blocks};
+  run_cpu(params, cpu::level().kernels.expand_taps, params.items(), 1);
+  return matrices;
+}
+
+DIFFKERN_CPU_OP(expand_taps, "(Tensor taps) -> Tensor")
 
 }  // namespace
 }  // namespace diffkern

@@ -35,12 +35,12 @@ const float* check_coefficients(const char* name, const std::optional<Tensor>& t
   return memory<const float>(*tensor);
 }
 
-// x is as_layout already.
+// x is as_layout already, and there may be further channels in skip.
 GroupNormSiluParams group_norm_silu_params(const Tensor& x, MemoryFormat layout, const Tensor& weight,
                                            const Tensor& bias, int64_t groups, const std::optional<Tensor>& scale_shift,
-                                           const std::optional<Tensor>& add, bool silu) {
+                                           const std::optional<Tensor>& add, bool silu, int64_t skip_channels = 0) {
   check_samples("x", x);
-  const int64_t samples = x.size(0), channels = x.size(1);
+  const int64_t samples = x.size(0), channels = x.size(1) + skip_channels;
   check(channels > 0, "x: expected at least one channel, got shape ", show(sizes_of(x)));
   check(groups > 0 && channels % groups == 0, "groups: expected a divisor of the ", channels, " channels, got ",
         groups);
@@ -52,7 +52,7 @@ GroupNormSiluParams group_norm_silu_params(const Tensor& x, MemoryFormat layout,
   params.samples = samples;
   params.channels = channels;
   params.groups = groups;
-  params.pixels = elements_of(x) / channels;
+  params.pixels = elements_of(x) / x.size(1);
   check(!on_cuda(x) || channels / groups <= cuda::GroupNormPlan::kMaxWidth, "groups: expected at most ",
         cuda::GroupNormPlan::kMaxWidth, " channels each on CUDA, got ", channels / groups);
   params.weight = check_coefficients("weight", weight, {channels}, x);
@@ -105,18 +105,27 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor
   return {y, mean, rstd};
 }
 
-// y and x and skip, whose channels follow those of x, are of one dtype and channels_last, on the CPU.
+// y and x and skip, whose channels follow those of x, are of one dtype and channels_last, on the CPU; or y is blocked.
 void group_norm_silu_out(const Tensor& y, const Tensor& x, const std::optional<Tensor>& skip, const Tensor& weight,
                          const Tensor& bias, int64_t groups, double eps, const std::optional<Tensor>& scale_shift,
                          bool silu) {
-  check_channels_last("y", y);
-  const int64_t channels = y.size(1), skip_channels = skip && skip->dim() == 4 ? skip->size(1) : 0;
-  check_image("x", x, y, {y.size(0), channels - skip_channels, y.size(2), y.size(3)});
-  if (skip) check_image("skip", *skip, y, {y.size(0), skip_channels, y.size(2), y.size(3)});
-  GroupNormSiluParams params =
-      group_norm_silu_params(y, MemoryFormat::ChannelsLast, weight, bias, groups, scale_shift, std::nullopt, silu);
+  check_channels_last("x", x);
+  const int64_t samples = x.size(0), height = x.size(2), width = x.size(3);
+  const int64_t skip_channels = skip && skip->dim() == 4 ? skip->size(1) : 0, channels = x.size(1) + skip_channels;
+  if (skip) check_image("skip", *skip, x, {samples, skip_channels, height, width});
+  const bool blocked = y.dim() == 5;
+  if (blocked) {
+    check_like("y", y, x, {samples, channels / kDepthBlock, height + 2, width + 2, kDepthBlock});
+    check_blocked("y", y);
+    check(x.size(1) % kDepthBlock == 0 && skip_channels % kDepthBlock == 0,
+          "x, skip: expected whole blocks of 32 channels for a blocked y, got ", x.size(1), " and ", skip_channels);
+  } else {
+    check_image("y", y, x, {samples, channels, height, width});
+  }
+  GroupNormSiluParams params = group_norm_silu_params(x, MemoryFormat::ChannelsLast, weight, bias, groups, scale_shift,
+                                                      std::nullopt, silu, skip_channels);
   params.eps = float(eps);
-  params.x = memory<const void>(x);
+  params.blocked_width = blocked ? width : 0;
   params.skip = skip ? memory<const void>(*skip) : nullptr;
   params.skip_channels = skip_channels;
   params.y = memory<void>(y);

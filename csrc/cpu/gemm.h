@@ -39,7 +39,7 @@ struct Product {
 };
 
 // The tile of C at (row, column); its last register holds `last` columns, kLanes of them if it is whole.
-template <int rows, int registers, bool whole>
+template <int rows, int registers, bool whole, bool b_cached>
 static void multiply_tile(const Product& p, int64_t row, int64_t column, int last) {
   const auto load_b = [&](const float* from, int v) __attribute__((always_inline)) {
     return whole || v < registers - 1 ? load(from + v * kLanes) : load(from + v * kLanes, last);
@@ -66,8 +66,9 @@ static void multiply_tile(const Product& p, int64_t row, int64_t column, int las
 #pragma GCC unroll 4
         for (int v = 0; v < registers; ++v) sum[r][v] = multiply_add(a_rk, b_k[v], sum[r][v]);
       }
-      for (int v = 0; v < registers; ++v)  // rows of B may be pages apart: no processor foresees them
-        __builtin_prefetch(b + kPrefetch * b_depth + v * kLanes);
+      if (!b_cached)
+        for (int v = 0; v < registers; ++v)  // rows of B may be pages apart: no processor foresees them
+          __builtin_prefetch(b + kPrefetch * b_depth + v * kLanes);
     }
   }
   float* c = p.c + row * p.c_row + column;
@@ -89,11 +90,11 @@ static void multiply_tile(const Product& p, int64_t row, int64_t column, int las
 }
 
 // Columns [column, column + registers) of C, registers that is, by tiles of as many rows as are left.
-template <int registers, bool whole>
+template <int registers, bool whole, bool b_cached>
 static void multiply_panel(const Product& p, int64_t column, int last) {
   const auto tiles = [&]<int rows>(int64_t row) __attribute__((always_inline)) {
     for (; row + rows <= p.rows; row += rows)
-      multiply_tile<rows, registers, whole>(p, row, column, last);
+      multiply_tile<rows, registers, whole, b_cached>(p, row, column, last);
     return row;
   };
   int64_t row = tiles.template operator()<kTileRows>(0);
@@ -102,16 +103,18 @@ static void multiply_panel(const Product& p, int64_t column, int last) {
   tiles.template operator()<1>(row);
 }
 
+// b_cached: B was just made, so that its rows need not be asked for.
+template <bool b_cached = false>
 static void multiply(const Product& p) {
   int64_t column = 0;
   for (; column + kTileColumns <= p.columns; column += kTileColumns)
-    multiply_panel<kTileRegisters, true>(p, column, kLanes);
+    multiply_panel<kTileRegisters, true, b_cached>(p, column, kLanes);
   const auto narrow = [&]<int registers>() __attribute__((always_inline)) {
     const int last = int(p.columns - column) - (registers - 1) * kLanes;
     if (last == kLanes)
-      multiply_panel<registers, true>(p, column, last);
+      multiply_panel<registers, true, b_cached>(p, column, last);
     else
-      multiply_panel<registers, false>(p, column, last);
+      multiply_panel<registers, false, b_cached>(p, column, last);
   };
   switch ((p.columns - column + kLanes - 1) / kLanes) {
     case 4: if constexpr (kTileRegisters == 4) narrow.template operator()<4>(); break;
@@ -133,13 +136,10 @@ static inline void transpose(const float* rows, int64_t row_stride, int64_t coun
         const float* row = rows + (r + i < count ? r + i : count - 1) * row_stride + c;
         x[i] = (c + kLanes <= depth ? load(row) : load(row, int(depth - c))) * scale;
       }
-      const f32v low01 = unpack_low(x[0], x[1]), high01 = unpack_high(x[0], x[1]);
-      const f32v low23 = unpack_low(x[2], x[3]), high23 = unpack_high(x[2], x[3]);
-      const f32v quads[4] = {unpack_low_pairs(low01, low23), unpack_high_pairs(low01, low23),
-                             unpack_low_pairs(high01, high23), unpack_high_pairs(high01, high23)};
-      for (int i = 0; i < 4; ++i)  // quads[i] holds channels c + i, c + i + 4, ...
+      transpose_quads(x);
+      for (int i = 0; i < 4; ++i)  // x[i] holds channels c + i, c + i + 4, ...
         for (int j = 0; j < kLanes; j += 4)
-          std::memcpy(columns + (i + j) * width + r, (const float*)&quads[i] + j, 4 * sizeof(float));
+          std::memcpy(columns + (i + j) * width + r, (const float*)&x[i] + j, 4 * sizeof(float));
     }
 }
 

@@ -304,22 +304,56 @@ DIFFKERN_FN Spread<k, n> spread(const GroupNormSiluParams& p, const Block& block
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
+// Where y has the registers of a row: like x, or as a blocked image, whose lines of pixels have zeros around them.
+template <int n>
+struct Place {
+  int64_t lines, pixels;      // so many lines of so many rows of the tile
+  int64_t first, line, step;  // where the first row is, how far the next line, and the next row
+  int64_t offset[n];          // of each register
+
+  Place(const GroupNormSiluParams& p, const Block& block, const Tile& tile)
+      : lines(1), pixels(tile.rows), first(tile.offset), line(0), step(tile.stride) {
+    for (int v = 0; v < n; ++v) offset[v] = v * kLanes;
+    if (p.blocked_width == 0) return;
+    pixels = p.blocked_width, lines = p.pixels / pixels;
+    step = kDepthBlock, line = (pixels + 2) * step;
+    const int64_t image = (lines + 2) * line;
+    first = block.sample * (p.channels / kDepthBlock) * image + line + step;
+    for (int v = 0; v < n; ++v) {
+      const int64_t channel = tile.channel + v * kLanes;
+      offset[v] = channel / kDepthBlock * image + channel % kDepthBlock;
+    }
+  }
+};
+
+DIFFKERN_FN f32v silu_as(f32v z, const void*) { return silu(z); }
+DIFFKERN_FN f32v silu_as(f32v z, const BFloat16*) { return silu_approx(z); }
+
 template <class T, class Row, int n = Row::registers>
-void normalise(const GroupNormSiluParams& p, const Tile& tile, const Row& row,
-                           const Spread<3, n>& coefficients) {
+void normalise(const GroupNormSiluParams& p, const Block& block, const Tile& tile, const Row& row,
+               const Spread<3, n>& coefficients) {
   const auto& [center, slope, offset] = coefficients.of;
+  const Place<n> place(p, block, tile);
   const T* x = tile.template x<T>();
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + tile.offset : nullptr;
-  T* y = static_cast<T*>(p.y) + tile.offset;
+  T* const first = static_cast<T*>(p.y) + place.first;
   const bool activate = p.silu;
-  for (int64_t r = 0; r < tile.rows; ++r)
-    for (int v = 0; v < n; ++v) {
-      const int64_t i = r * tile.stride + v * kLanes;
-      f32v z = multiply_add(row.get(x + r * tile.source_stride + v * kLanes) - center[v], slope[v], offset[v]);
-      if (activate) z = silu(z);
-      if (residual) z = z + row.get(residual + i);
-      row.put(y + i, z);
-    }
+  for (int64_t line = 0; line < place.lines; ++line, x += place.pixels * tile.source_stride) {
+    T* const y = first + line * place.line;
+    for (int64_t r = 0; r < place.pixels; ++r)
+      for (int v = 0; v < n; ++v) {
+        f32v z = multiply_add(row.get(x + r * tile.source_stride + v * kLanes) - center[v], slope[v], offset[v]);
+        if (activate) z = silu_as(z, y);
+        if (residual) z = z + row.get(residual + r * tile.stride + v * kLanes);
+        row.put(y + r * place.step + place.offset[v], z);
+      }
+  }
+  if (p.blocked_width == 0) return;
+  for (int64_t line = -1; line <= place.lines; ++line) {
+    const bool inside = 0 <= line && line < place.lines;
+    for (int64_t r = -1; r <= place.pixels; r += inside ? place.pixels + 1 : 1)
+      for (int v = 0; v < n; ++v) row.put(first + line * place.line + r * place.step + place.offset[v], f32v{});
+  }
 }
 
 template <class T>
@@ -344,7 +378,7 @@ void forward(const GroupNormSiluParams& p, const Block& block) {
   }
 
   for_each_tile(p, block, [&](const Tile& tile, const auto& row) {
-    normalise<T>(p, tile, row, spread<3>(p, block, tile, row, [&](int64_t channel, int64_t group) {
+    normalise<T>(p, block, tile, row, spread<3>(p, block, tile, row, [&](int64_t channel, int64_t group) {
                    return affine(p, block.sample, channel, groups[group].mean, rstd[group]);
                  }));
   });

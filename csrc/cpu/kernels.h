@@ -16,11 +16,17 @@
   X(group_norm_silu, GroupNormSiluParams)          \
   X(group_norm_silu_backward, GroupNormSiluParams) \
   X(attention, AttentionParams)                    \
+  X(attention_bf16, AttentionParams)               \
   X(attention_backward, AttentionParams)           \
   X(attention_sum_grad_q, AttentionParams)         \
   X(conv_winograd, ConvParams)                     \
+  X(conv_winograd_taps, ConvParams)                \
+  X(expand_taps, ExpandTapsParams)                 \
   X(conv_direct, ConvParams)                       \
   X(conv_bf16, ConvParams)                         \
+  X(pack_taps, PackTapsParams)                     \
+  X(conv3x3_gradient, Conv3x3GradientParams)       \
+  X(conv3x3_sum_parts, Conv3x3GradientParams)      \
   X(word_hash, WordHashParams)
 
 namespace diffkern::cpu {

@@ -26,12 +26,19 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 #if defined(DIFFKERN_BFLOAT16_LEVELS)
+// Those that have a use for instructions of bfloat16.
+#define DIFFKERN_BFLOAT16_KERNELS(X)      \
+  X(attention_bf16, AttentionParams)      \
+  X(conv_bf16, ConvParams)                \
+  X(group_norm_silu, GroupNormSiluParams)
+#define DIFFKERN_DECLARE(name, Params) void name(const Params&, int64_t begin, int64_t end);
 namespace avx512_bf16 {
-void conv_bf16(const ConvParams&, int64_t begin, int64_t end);
+DIFFKERN_BFLOAT16_KERNELS(DIFFKERN_DECLARE)
 }
 namespace avx512_amx {
-void conv_bf16(const ConvParams&, int64_t begin, int64_t end);
+DIFFKERN_BFLOAT16_KERNELS(DIFFKERN_DECLARE)
 }
+#undef DIFFKERN_DECLARE
 #endif
 #endif
 
@@ -39,12 +46,21 @@ namespace {
 
 #if defined(DIFFKERN_BFLOAT16_LEVELS)
 
-// The AVX-512 kernels, but for those that the instructions of a later level are for.
-Kernels avx512_but(decltype(Kernels::conv_bf16) conv_bf16) {
+// The AVX-512 kernels, but for those of a later level.
+#define DIFFKERN_REPLACE(name, Params) kernels.name = name;
+Kernels with_avx512_bf16() {
+  using namespace avx512_bf16;
   Kernels kernels = avx512::kernels;
-  kernels.conv_bf16 = conv_bf16;
+  DIFFKERN_BFLOAT16_KERNELS(DIFFKERN_REPLACE)
   return kernels;
 }
+Kernels with_avx512_amx() {
+  using namespace avx512_amx;
+  Kernels kernels = avx512::kernels;
+  DIFFKERN_BFLOAT16_KERNELS(DIFFKERN_REPLACE)
+  return kernels;
+}
+#undef DIFFKERN_REPLACE
 
 // The tiles are 8 KB of a thread's state, which a process has to ask Linux for.
 bool may_use_amx() {
@@ -77,8 +93,8 @@ Level choose() {
     Kernels kernels;
   } const levels[] = {
 #if defined(DIFFKERN_BFLOAT16_LEVELS)
-                      {"avx512_amx", has_bf16 && may_use_amx(), avx512_but(avx512_amx::conv_bf16)},
-                      {"avx512_bf16", has_bf16, avx512_but(avx512_bf16::conv_bf16)},
+                      {"avx512_amx", has_bf16 && may_use_amx(), with_avx512_amx()},
+                      {"avx512_bf16", has_bf16, with_avx512_bf16()},
 #endif
                       {"avx512", has_avx512, avx512::kernels},
                       {"avx2", has_avx2, avx2::kernels},

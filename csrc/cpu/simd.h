@@ -63,6 +63,7 @@ DIFFKERN_FN f32v times_power_of_2(f32v a, f32v n) { return (f32v)_mm512_scalef_p
 DIFFKERN_FN f32v from_nearest_whole(f32v a) {
   return (f32v)_mm512_reduce_ps((__m512)a, _MM_FROUND_TO_NEAREST_INT);
 }
+DIFFKERN_FN f32v reciprocal_approx(f32v a) { return (f32v)_mm512_rcp14_ps((__m512)a); }  // within 2^-14 of itself
 DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
   return (u64v)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
 }
@@ -131,12 +132,21 @@ DIFFKERN_FN f32v unpack_high_pairs(f32v a, f32v b) { return f32v{a[2], a[3], b[2
 
 #endif
 
+// In each 128 bits of the four, which are a 4x4 matrix: rows become columns.
+DIFFKERN_FN void transpose_quads(f32v (&x)[4]) {
+  const f32v low01 = unpack_low(x[0], x[1]), high01 = unpack_high(x[0], x[1]);
+  const f32v low23 = unpack_low(x[2], x[3]), high23 = unpack_high(x[2], x[3]);
+  x[0] = unpack_low_pairs(low01, low23), x[1] = unpack_high_pairs(low01, low23);
+  x[2] = unpack_low_pairs(high01, high23), x[3] = unpack_high_pairs(high01, high23);
+}
+
 #if !defined(__AVX512F__)
 // a less the nearest whole number
 DIFFKERN_FN f32v from_nearest_whole(f32v a) {
   constexpr float kRound = 12582912.0f;  // 1.5 2^23: a sum with it is a whole number
   return a - ((a + kRound) - kRound);
 }
+DIFFKERN_FN f32v reciprocal_approx(f32v a) { return 1.0f / a; }
 // a 2^n for whole n; 0 below 2^-126, infinity above 2^127
 DIFFKERN_FN f32v times_power_of_2(f32v a, f32v n) {
   n = n < -127.0f ? -127.0f : n;
