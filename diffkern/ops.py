@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _C, reference  # noqa: F401  _C registers the ops
+from . import _C  # noqa: F401  registers the ops
 from .reference import COLUMNS as COLUMNS
 
 _ops = torch.ops.diffkern
@@ -412,9 +412,8 @@ def pack_taps(weight: Tensor) -> Tensor:
     By Winograd's F(4x4, 3x3) (Lavin & Gray 2016), a quarter of the multiplications, whose 36 matrices the kernel makes
     of the 9 taps where it needs them. Returns [column blocks, C, 9, column block], with zeros behind the K columns.
     """
-    if weight.dtype == torch.float32 and weight.device.type == "cpu":
-        return _ops.pack_taps(weight.detach())
-    return reference.pack_taps(weight)
+    _check("a tensor", Tensor, weight=weight)
+    return _ops.pack_taps(weight.detach())
 
 
 @torch.library.register_fake("diffkern::pack_taps")
