@@ -223,13 +223,7 @@ class Block {
 }  // namespace
 
 void conv_winograd_taps(const ConvParams& p, int64_t begin, int64_t end) {
-  for (int64_t item = begin, columns = p.winograd_columns(); item < end; ++item) {
-    const Block block(p, item / columns);
-    const int64_t column = item % columns;
-    if (item == begin || column == 0) block.transform_inputs();
-    block.multiply_by(column);
-    block.transform_outputs(column);
-  }
+  convolve<Block>(p, begin, end);
 }
 
 // U as winograd.cpp reads it.

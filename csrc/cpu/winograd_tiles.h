@@ -95,6 +95,18 @@ struct Tiles {
   }
 };
 
+// Work items, each a Block of tiles that meets a block of columns; what is made of its inputs serves the items after it.
+template <class Block>
+DIFFKERN_FN void convolve(const ConvParams& p, int64_t begin, int64_t end) {
+  for (int64_t item = begin, columns = p.winograd_columns(); item < end; ++item) {
+    const Block block(p, item / columns);
+    const int64_t column = item % columns;
+    if (item == begin || column == 0) block.transform_inputs();
+    block.multiply_by(column);
+    block.transform_outputs(column);
+  }
+}
+
 }  // namespace
 
 }  // namespace diffkern::cpu::DIFFKERN_CPU_LEVEL
