@@ -74,7 +74,8 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expec
 
 inline void check_shape(const char* name, const Tensor& tensor, const Sizes& expected) {
   const auto sizes = tensor.sizes();
-  check(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name, ": expected shape ", show(expected), ", got ", show(sizes_of(tensor)));
+  check(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name, ": expected shape ",
+        show(expected), ", got ", show(sizes_of(tensor)));
 }
 
 inline void check_device(const char* name, const Tensor& tensor, const Tensor& like) {
