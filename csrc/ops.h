@@ -105,7 +105,8 @@ inline constexpr int64_t attention_spans(int64_t keys) {
   return (keys + attention_span(keys) - 1) / attention_span(keys);
 }
 
-// y = silu(norm(x + add) (1 + scale) + shift) + residual. All tensors of the shape of x have its dtype and layout.
+// y = silu(norm(x + add) (1 + scale) + shift) + residual. All tensors of the shape of x have its dtype and layout, but
+// a blocked y, which CPUs write for conv_bf16 (ConvParams).
 struct GroupNormSiluParams {
   const void* x;         // [N, C, H, W], contiguous or channels_last
   const void* skip;       // null, or [N, skip_channels, H, W]: the last of the C channels, which x then lacks; forward
@@ -114,7 +115,8 @@ struct GroupNormSiluParams {
   void* y;               // [N, C, H, W]
   DType dtype;
   bool channels_last, silu;
-  int64_t blocked_width;                      // W if y is blocked (ConvParams), which CPUs write for conv_bf16; or 0
+  int64_t blocked_width;                      // W if y is blocked, or 0
+  int terms;                                  // of bfloat16 in a blocked y, or 0
   int64_t samples, channels, groups, pixels;  // N, C, G, H W
   float eps;
   const float* weight;       // [C]
@@ -150,12 +152,13 @@ constexpr int64_t kFewColumns = 4;                             // so many or few
 constexpr int64_t kTilePixels = 16, kBlockTiles = 8;           // conv_bf16's: pixels of a tile, tiles of a block,
 constexpr int64_t kPanel = 32, kMaxPanels = 8;                 // columns of a panel, panels that a copy serves at most,
 constexpr int64_t kDepthBlock = 32;                            // and channels that lie together in its weight
+constexpr int kMaxTerms = 3;                                   // of bfloat16, whose sum is a number
 
 // y = conv(x) + bias + add + residual. Everything is channels_last: the channels of a pixel together.
 // What lies outside the image is 0. The weight says by its number of matrices how it is to be used: 36 are Winograd's
 // F(4x4, 3x3), 9 and 1 are the taps of a 3x3 and of a 1x1 kernel, and 4 an upsampling kernel's (quarters, below).
-// x, residual and y are float32, or with a weight of bfloat16 either dtype; bias and add are float32.
-// A blocked image is [N, C / 32, H + 2, W + 2, 32] of bfloat16, with zeros around it.
+// x, residual and y are float32, or with a weight of one term of bfloat16 either dtype; bias and add are float32.
+// A blocked image is [N, C / 32, terms, H + 2, W + 2, 32] of bfloat16, with zeros around it.
 struct ConvParams {
   const void* x[2];  // [N, H, W, channels[0]], [N, H, W, channels[1]]: one after the other; the second may be null
   int64_t channels[2];
@@ -170,6 +173,7 @@ struct ConvParams {
   bool upsample;  // each pixel of x is four, 2x2, of the image that is convolved
   bool taps;      // the weight is [column blocks, channels, 9, column block], of which Winograd's 36 matrices are made
   bool blocked;   // x is, and there is no second source
+  int terms;      // of bfloat16, of an element of the weight and of x; 0 where products are of float32
 
   int64_t depth() const { return channels[0] + channels[1]; }
   int64_t pixels() const { return samples * out_height * out_width; }
@@ -252,7 +256,7 @@ struct ConvBlocks {
     across = parts(width, columns);
     down = parts(height, rows);
     along = parts(p.samples, samples);
-    const int64_t fit = parts(cached, p.matrices * p.depth_blocks() * kDepthBlock * kPanel * 2);
+    const int64_t fit = parts(cached, p.matrices * p.depth_blocks() * kDepthBlock * kPanel * p.terms * 2);
     panels = parts(p.panels(), parts(p.panels(), fit));
     while (panels > 1 && places() * parts(p.panels(), panels) < 4) panels = parts(panels, 2);
     groups = parts(p.panels(), panels);

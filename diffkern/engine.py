@@ -27,7 +27,7 @@ from .unet import AttentionBlock, Downsample, ResBlock, UNet, from_diffusers
 _ops = torch.ops.diffkern
 
 FEW_TILES = 64  # of a batch: up to so many it is faster to make Winograd's matrices than to read them
-FEW_CHANNELS = 4  # up to so many it is not worth their while
+FEW_CHANNELS = 4  # up to so many neither they nor terms are worth their while
 KEPT_PLANS = 4
 KEPT_CONDITIONS = 4096
 
@@ -38,6 +38,10 @@ def optimize(network: Any, *, dtype: torch.dtype = torch.float32) -> Any:
     network  a :class:`diffkern.unet.UNet`, a :class:`diffkern.Model` that holds one, or diffusers' ``UNet2DModel``
     dtype    float32; or bfloat16: images and weights between input and output, products of convolutions and of
              attention. Their sums, softmax, the embeddings and statistics stay float32, and so does the result
+
+    In float32, ``torch.set_float32_matmul_precision`` says what products may be, as it does for torch: with "highest",
+    the default, those of floats, or as exact; with "high" or "medium", where the processor has AMX, those of sums of two
+    bfloat16 numbers, which have 16 bits.
 
     Returns what is called as ``network`` was: an :class:`Engine`, a ``Model``, or a module with the signature and the
     attributes of ``UNet2DModel``. It shares the network's weights and notices when they change (not when they are
@@ -82,7 +86,7 @@ class Engine(nn.Module):
             with compiled.lock, torch.inference_mode(False), torch.no_grad():
                 if compiled.update():
                     conditions = compiled.conditions(self.network, t, labels)
-                    return compiled.plan(self.network, x_t.shape, self.dtype).run(x_t, conditions)
+                    return compiled.plan(self.network, x_t.shape, self.dtype, _terms(self.dtype)).run(x_t, conditions)
         if self.dtype == torch.float32:
             return self.network(x_t, t, labels)
         with torch.autocast(x_t.device.type, self.dtype):
@@ -97,6 +101,15 @@ class Engine(nn.Module):
 
 def _native(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def _terms(dtype: torch.dtype) -> int | None:
+    """How many numbers of bfloat16 a factor of a product is the sum of (``ops.pack_conv``); None if it is a float."""
+    if dtype == torch.bfloat16:
+        return 1
+    if _C.cpu_level() != "avx512_amx":
+        return None
+    return 3 if torch.get_float32_matmul_precision() == "highest" else 2
 
 
 class _Compiled:
@@ -115,24 +128,24 @@ class _Compiled:
             self._weights = weights
             self._native = all(map(_native, parameters))
             self._packed: dict[Any, Tensor] = {}
-            self._plans: dict[tuple[torch.Size, torch.dtype], _Plan] = {}
+            self._plans: dict[tuple[torch.Size, torch.dtype, int | None], _Plan] = {}
             self._rows: dict[tuple[int, int], Tensor] = {}  # (t, label) -> the condition of every residual block
         return self._native
 
-    def packed(
-        self, key: Any, weight: Callable[[], Tensor], pack: Callable[[Tensor], Tensor], dtype: torch.dtype
-    ) -> Tensor:
+    def packed(self, key: Any, weight: Callable[[], Tensor], pack: Callable[..., Tensor], **options: Any) -> Tensor:
         """A weight as ``ops.conv2d`` takes it, made once."""
-        if (key, pack, dtype) not in self._packed:
-            self._packed[key, pack, dtype] = pack(weight().to(dtype))
-        return self._packed[key, pack, dtype]
+        key = key, pack, *options.values()
+        if key not in self._packed:
+            self._packed[key] = pack(weight(), **options)
+        return self._packed[key]
 
-    def plan(self, network: UNet, shape: torch.Size, dtype: torch.dtype) -> "_Plan":
-        if (shape, dtype) not in self._plans:
+    def plan(self, network: UNet, shape: torch.Size, dtype: torch.dtype, terms: int | None) -> "_Plan":
+        key = shape, dtype, terms
+        if key not in self._plans:
             while len(self._plans) >= KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]
-            self._plans[shape, dtype] = _Plan(self, network, shape, dtype)
-        return self._plans[shape, dtype]
+            self._plans[key] = _Plan(self, network, *key)
+        return self._plans[key]
 
     def conditions(self, network: UNet, t: Tensor, labels: Tensor | None) -> Tensor:
         """Every residual block's projection of the embedding, side by side: [N, sum of their widths]."""
@@ -171,26 +184,29 @@ def _resblocks(network: UNet) -> list[ResBlock]:
 
 @dataclasses.dataclass(eq=False)
 class _Value:
-    """An image [N, C, H, W] that a step makes, in channels_last memory, or blocked: [N, C / 32, H + 2, W + 2, 32]."""
+    """An image that a step makes: [N, C, H, W] in channels_last memory, or blocked [N, C / 32, terms, H + 2, W + 2, 32].
+
+    It is blocked if it has terms, which are bfloat16.
+    """
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
-    blocked: bool = False
+    terms: int | None = None
 
     def image(self, memory: Tensor) -> Tensor:
         """In the first of these bytes."""
         n, c, h, w = self.shape
         memory = memory[: self.bytes].view(self.dtype)
-        return memory.view(self._blocks) if self.blocked else memory.view(n, h, w, c).permute(0, 3, 1, 2)
+        return memory.view(self._blocks) if self.terms else memory.view(n, h, w, c).permute(0, 3, 1, 2)
 
     @property
     def bytes(self) -> int:
-        return math.prod(self._blocks if self.blocked else self.shape) * self.dtype.itemsize
+        return math.prod(self._blocks if self.terms else self.shape) * self.dtype.itemsize
 
     @property
     def _blocks(self) -> tuple[int, ...]:
         n, c, h, w = self.shape
-        return n, c // 32, h + 2, w + 2, 32
+        return n, c // 32, self.terms, h + 2, w + 2, 32
 
 
 @dataclasses.dataclass
@@ -204,13 +220,25 @@ class _Trace:
     """Walks the network as its ``forward`` does (``UNet.walk``), and notes the steps."""
 
     def __init__(
-        self, compiled: _Compiled, network: UNet, shape: torch.Size, dtype: torch.dtype, conditions: list[Tensor]
+        self,
+        compiled: _Compiled,
+        network: UNet,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        terms: int | None,
+        conditions: list[Tensor],
     ):
-        self.compiled, self.dtype, self.steps = compiled, dtype, []
+        self.compiled, self.dtype, self.terms, self.steps = compiled, dtype, terms, []
         self.condition_of = dict(zip(_resblocks(network), conditions, strict=True))
         self.x = _Value(tuple(shape), torch.float32)
         x = network.walk(self.conv(self.x, network.conv_in), self.block)
-        self.y = self.conv(self.norm(network.conv_norm_out, x), network.conv_out, dtype=torch.float32)
+        x = self.norm(network.conv_norm_out, x, blocked=dtype == torch.bfloat16)
+        self.y = self.conv(x, network.conv_out, dtype=torch.float32)
+
+    @property
+    def winograd(self) -> bool:
+        """Are 3x3 convolutions of stride 1 made so? Terms that are as exact are not as fast at them."""
+        return self.terms in (None, 3)
 
     def step(
         self,
@@ -218,9 +246,9 @@ class _Trace:
         shape: tuple[int, ...],
         *inputs: _Value | None,
         dtype: torch.dtype | None = None,
-        blocked: bool = False,
+        terms: int | None = None,
     ) -> _Value:
-        y = _Value(tuple(shape), dtype or self.dtype, blocked)
+        y = _Value(tuple(shape), torch.bfloat16 if terms else dtype or self.dtype, terms)
         self.steps.append(_Step(run, y, inputs))
         return y
 
@@ -250,13 +278,15 @@ class _Trace:
         channels = c + (skip.shape[1] if skip else 0)
         out_channels = len(bias)
         padding = kernel // 2 if padding is None else padding
-        winograd = kernel == 3 and stride == padding == 1 and self.dtype == torch.float32
-        if not winograd or min(channels, out_channels) <= FEW_CHANNELS:
-            quarters = upsample and kernel == 3 and self.dtype == torch.bfloat16
-            pack = ops.pack_upsampling if quarters else ops.pack_conv
-        else:  # the same bits by either
+        few = self.dtype == torch.float32 and min(channels, out_channels) <= FEW_CHANNELS
+        if self.winograd and kernel == 3 and stride == padding == 1 and not few:  # the same bits by either
             pack = ops.pack_taps if n * -(-h // 4) * -(-w // 4) <= FEW_TILES else _pack_matrices
-        packed = self.compiled.packed(key, weight, pack, self.dtype)
+            packed = self.compiled.packed(key, weight, pack)
+        elif few or self.terms is None:
+            packed = self.compiled.packed(key, weight, ops.pack_conv)
+        else:
+            pack = ops.pack_upsampling if upsample and kernel == 3 else ops.pack_conv
+            packed = self.compiled.packed(key, weight, pack, terms=self.terms)
 
         def run(y: Tensor, x: Tensor, skip: Tensor | None, residual: Tensor | None) -> None:
             _ops.conv2d_out(y, x, skip, packed, bias, add, residual, stride, padding, upsample)
@@ -273,15 +303,15 @@ class _Trace:
         silu: bool = True,
         blocked: bool = True,
     ) -> _Value:
-        """blocked: where it can be, as 3x3 convolutions of bfloat16 like it."""
+        """blocked: where it can be, as 3x3 convolutions by terms like it."""
 
         def run(y: Tensor, x: Tensor, skip: Tensor | None) -> None:
             _ops.group_norm_silu_out(y, x, skip, norm.weight, norm.bias, norm.num_groups, norm.eps, scale_shift, silu)
 
         n, _, h, w = x.shape
         channels = [value.shape[1] for value in (x, skip) if value]
-        blocked = blocked and self.dtype == torch.bfloat16 and all(c % 32 == 0 for c in channels)
-        return self.step(run, (n, sum(channels), h, w), x, skip, blocked=blocked)
+        blocked = blocked and not self.winograd and all(c % 32 == 0 for c in channels)
+        return self.step(run, (n, sum(channels), h, w), x, skip, terms=self.terms if blocked else None)
 
     def resampled(self, x: _Value, how: str | None) -> _Value:
         """Means of 2x2 pixels, or each pixel four times: a convolution that keeps the channels apart."""
@@ -363,10 +393,10 @@ def _buffers(steps: list[_Step], fixed: dict[_Value, Tensor]) -> dict[_Value, Te
 class _Plan:
     """The program for one shape of input, with the memory that it works on."""
 
-    def __init__(self, compiled: _Compiled, network: UNet, shape: torch.Size, dtype: torch.dtype):
+    def __init__(self, compiled: _Compiled, network: UNet, shape: torch.Size, dtype: torch.dtype, terms: int | None):
         self.widths = [block.time_emb_proj.out_features for block in _resblocks(network)]
         self.conditions = [torch.zeros(shape[0], width) for width in self.widths]
-        trace = _Trace(compiled, network, shape, dtype, self.conditions)
+        trace = _Trace(compiled, network, shape, dtype, terms, self.conditions)
         self.x, self.y = (value.image(_bytes(value.bytes).zero_()) for value in (trace.x, trace.y))
         memory = _buffers(trace.steps, {trace.x: self.x, trace.y: self.y})
         self.program = _C.Program()

@@ -366,44 +366,60 @@ torch.library.register_autograd("diffkern::attention", _attention_gradient, setu
 # --- convolution -------------------------------------------------------------------------------------------------
 
 
-def pack_conv(weight: Tensor) -> Tensor:
-    """A convolution's weight as :func:`conv2d` reads it: to be made once. [K, C, k, k], k of 1 or 3.
+def pack_conv(weight: Tensor, *, terms: int | None = None) -> Tensor:
+    """A convolution's weight as :func:`conv2d` reads it: to be made once.
 
-    Returns [k k, column blocks, C, column block], the columns being the K output channels and zeros behind them. In
-    bfloat16, for products of bfloat16, which are summed in float32, it is [columns / 32, C / 32, k k, 2, 16, 16, 2],
-    with zeros behind C too: the columns in halves, in which each has its channels in pairs.
+    weight  [K, C, k, k], k of 1 or 3
+    terms   for products of bfloat16, summed in float32: every number, of the weight and of the image, is the sum of so
+            many of them, 1 to 3, and of two numbers 1, 3 or 6 products are made. Three terms have all 24 bits of a
+            float: the result is as exact as by products of float32, and with AMX it comes faster. Two have 16 bits.
+            None: products of the weight's own dtype, float32 or bfloat16
+
+    Returns [k k, column blocks, C, column block], the columns being the K output channels and zeros behind them. With
+    terms it is [columns / 32, C / 32, k k, terms, 2, 16, 16, 2] in bfloat16, with zeros behind C too: the columns in
+    halves, in which each has its channels in pairs.
     """
     _check("a tensor", Tensor, weight=weight)
+    _check_terms(terms)
     if weight.ndim != 4 or weight.shape[2:] not in ((1, 1), (3, 3)):
         raise RuntimeError(f"weight: expected [K, C, 3, 3] or [K, C, 1, 1], got shape {tuple(weight.shape)}")
     weight = weight.detach().flatten(2)
-    if weight.dtype == torch.bfloat16:
-        return _pack_bfloat16(weight)
+    if terms or weight.dtype == torch.bfloat16:
+        return _pack_terms(weight, terms or 1)
     column_block = 64 if len(weight) > 4 else 1
     blocks = F.pad(weight, (0, 0, 0, 0, 0, -len(weight) % column_block)).unflatten(0, (-1, column_block))
     return blocks.permute(3, 0, 2, 1).contiguous()
 
 
-def pack_upsampling(weight: Tensor) -> Tensor:
-    """A 3x3 convolution's weight as :func:`conv2d` reads it to upsample: bfloat16 [K, C, 3, 3].
+def pack_upsampling(weight: Tensor, *, terms: int) -> Tensor:
+    """A 3x3 convolution's weight as :func:`conv2d` reads it to upsample by terms: [K, C, 3, 3].
 
     Four pixels of a doubled image are one. Each parity of a row and of a column therefore has a kernel of 2x2 sums of
     taps, 4/9 of the multiplications. Returns the :func:`pack_conv` of the four, one after the other.
     """
     _check("a tensor", Tensor, weight=weight)
-    if weight.dtype != torch.bfloat16:
-        raise RuntimeError(f"weight: expected bfloat16, got {str(weight.dtype).removeprefix('torch.')}")
+    _check_terms(terms)
     if weight.ndim != 4 or weight.shape[2:] != (3, 3):
         raise RuntimeError(f"weight: expected [K, C, 3, 3], got shape {tuple(weight.shape)}")
     even_odd = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
     sums = [rows @ weight.detach().double() @ columns.T for rows in even_odd for columns in even_odd]
-    return torch.cat([_pack_bfloat16(kernel.bfloat16().flatten(2)) for kernel in sums])
+    return torch.cat([_pack_terms(kernel.flatten(2), terms) for kernel in sums])
 
 
-def _pack_bfloat16(weight: Tensor) -> Tensor:
-    """[K, C, matrices] -> [columns / 32, C / 32, matrices, 2, 16, 16, 2]"""
-    blocks = F.pad(weight, (0, 0, 0, -weight.shape[1] % 32, 0, -len(weight) % 32))
-    return blocks.unflatten(1, (-1, 16, 2)).unflatten(0, (-1, 2, 16)).permute(0, 3, 6, 1, 4, 2, 5).contiguous()
+def _check_terms(terms: int | None) -> None:
+    _check("an int", (int, NoneType), terms=terms)
+    if terms not in (None, 1, 2, 3):
+        raise ValueError(f"terms: expected 1, 2 or 3, got {terms}")
+
+
+def _pack_terms(weight: Tensor, terms: int) -> Tensor:
+    """[K, C, matrices] -> [columns / 32, C / 32, matrices, terms, 2, 16, 16, 2]"""
+    rest, parts = F.pad(weight, (0, 0, 0, -weight.shape[1] % 32, 0, -len(weight) % 32)), []
+    for _ in range(terms):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1].to(rest.dtype)
+    blocks = torch.stack(parts).unflatten(2, (-1, 16, 2)).unflatten(1, (-1, 2, 16))
+    return blocks.permute(1, 4, 7, 0, 2, 5, 3, 6).contiguous()
 
 
 def pack_taps(weight: Tensor) -> Tensor:
@@ -451,7 +467,7 @@ def conv2d(
 ) -> Tensor:
     """conv(cat(x, skip)) + bias + add + residual in one pass: for inference on a CPU, channels_last.
 
-    x             [N, C, H, W], float32, or with a weight in bfloat16 either, the result being like it
+    x             [N, C, H, W], float32, or with a weight of one term bfloat16 too, the result being like it
     packed        the weight, by :func:`pack_conv`, :func:`pack_taps` or :func:`expand_taps`
     bias          [K] or None
     out_channels  K

@@ -261,7 +261,7 @@ def conv2d(
     x = F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x
     height, width = (-(-size // stride) for size in x.shape[2:])
     if packed.dtype == torch.bfloat16:
-        packed = packed.to(x.dtype).permute(2, 1, 4, 6, 0, 3, 5).flatten(4).flatten(1, 3)
+        packed = packed.to(x.dtype).sum(dim=3).permute(2, 1, 4, 6, 0, 3, 5).flatten(4).flatten(1, 3)
         packed = packed[:, : x.shape[1]].transpose(1, 2)
     elif packed.shape[3] == 32:  # by pack_taps
         packed = packed.permute(2, 0, 1, 3)

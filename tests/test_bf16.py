@@ -1,4 +1,5 @@
-"""bfloat16 on a CPU: products of bfloat16 summed in float32, against float64, and the engine that is made of them."""
+"""Products of bfloat16, summed in float32, on a CPU: of bfloat16 numbers and of numbers that are sums of such terms,
+against float64; and the engine that is made of them."""
 
 import itertools
 
@@ -25,13 +26,25 @@ def assert_exact(x: Tensor, weight: Tensor, x_dtype: torch.dtype, *, pack=ops.pa
     """Of what was rounded on the way in: sums within float32 arithmetic, then one rounding on the way out."""
     x, weight, options = x.bfloat16(), weight.bfloat16(), rounded(options, "skip", "residual")
     expected = exact(x, weight, **options)
-    magnitudes = {name: o.abs() if isinstance(o, Tensor) else o for name, o in options.items()}
-    size = exact(x.abs(), weight.abs(), **magnitudes)
+    size = size_of(x, weight, **options)
     given = {name: o.to(x_dtype) if name in ("skip", "residual") else o for name, o in options.items()}
-    y = ops.conv2d(x.to(x_dtype), pack(weight), out_channels=len(weight), **given)
+    y = ops.conv2d(x.to(x_dtype), pack(weight, terms=1), out_channels=len(weight), **given)
     assert y.dtype == x_dtype and y.is_contiguous(memory_format=torch.channels_last) and y.shape == expected.shape
     rounding = ROUNDING[x_dtype] * expected.abs() if x_dtype == torch.bfloat16 else 0
     assert ((y.double() - expected).abs() <= CONV["direct"] * size.max() + rounding).all()
+
+
+def size_of(x: Tensor, weight: Tensor, **options) -> Tensor:
+    """What the result would be if nothing cancelled."""
+    return exact(x.abs(), weight.abs(), **{k: o.abs() if isinstance(o, Tensor) else o for k, o in options.items()})
+
+
+def assert_exact_by_terms(x: Tensor, weight: Tensor, terms: int, *, pack=ops.pack_conv, **options) -> None:
+    """Three terms are a float, two are within 2^-16 of it, and one is the nearest bfloat16; twice, for two factors."""
+    y = ops.conv2d(x, pack(weight, terms=terms), out_channels=len(weight), **options)
+    assert y.dtype == torch.float32 and y.is_contiguous(memory_format=torch.channels_last)
+    error = CONV["direct"] + (0 if terms == 3 else 2.1 * 2.0 ** (-8 * terms))
+    assert ((y.double() - exact(x, weight, **options)).abs() <= error * size_of(x, weight, **options).max()).all()
 
 
 # --- the convolution ---
@@ -73,26 +86,61 @@ def test_upsampling_by_quarters_is_the_convolution_of_the_doubled_image(shape, d
         assert_exact(x, coarse(weight), dtype, pack=ops.pack_upsampling, **options)
 
 
-def blocked(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, C / 32, H + 2, W + 2, 32], with zeros around it."""
-    padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
-    return padded.unflatten(1, (-1, 32)).permute(0, 1, 3, 4, 2).contiguous()
+def in_terms(x: Tensor, terms: int) -> Tensor:
+    """[terms, *x.shape], each the nearest bfloat16 to what those before it leave."""
+    parts = []
+    for _ in range(terms):
+        parts.append(x.bfloat16())
+        x = x - parts[-1].to(x.dtype)
+    return torch.stack(parts)
 
 
+def blocked(x: Tensor, terms: int = 1) -> Tensor:
+    """[N, C, H, W] -> [N, C / 32, terms, H + 2, W + 2, 32], with zeros around it."""
+    padded = torch.nn.functional.pad(in_terms(x, terms), (1, 1, 1, 1))
+    return padded.unflatten(2, (-1, 32)).permute(1, 2, 0, 4, 5, 3).contiguous()
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
+@pytest.mark.parametrize("shape", SHAPES + WIDE + WHOLE, ids=str)
+def test_terms_are_as_exact_as_they_are_many(shape, terms):
+    for options in OPTIONS[::3]:
+        x, weight, options = arguments(*shape, **options)
+        assert_exact_by_terms(x, weight, terms, **options)
+    for side, stride in itertools.product((1, 3), (1, 2)):
+        x, weight, options = arguments(*shape, side=side, stride=stride, bias=True, skip=True, residual=True)
+        assert_exact_by_terms(x, weight, terms, **options)
+    x, weight, options = arguments(*shape, **UPSAMPLING[1])
+    assert_exact_by_terms(x, weight, terms, pack=ops.pack_upsampling, **options)
+
+
+def test_three_terms_are_exact_far_from_one_and_between_near_and_far():
+    x, weight, _ = arguments(2, 64, 40, 8, 8)
+    for scale in (2.0**-60, 2.0**60):
+        assert_exact_by_terms(x * scale, weight, 3)
+        assert_exact_by_terms(x, weight * scale, 3)
+    wide = x * 2.0 ** torch.arange(-16, 16).repeat(2)[:, None, None]  # each channel by itself must be exact
+    alone = torch.eye(64)[:, :, None, None]
+    y = ops.conv2d(wide, ops.pack_conv(alone, terms=3), out_channels=64, padding=0)
+    assert torch.equal(y, wide)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
 @pytest.mark.parametrize("shape", WHOLE, ids=str)
-def test_a_blocked_image_gives_the_bits_of_the_image(shape):
+def test_a_blocked_image_gives_the_bits_of_the_image(shape, terms):
     cases = [(3, dict(stride=stride, padding=padding)) for stride in (1, 2) for padding in (0, 1)]
     for side, options in [*cases, (1, dict(padding=0)), (3, dict(upsample=True, padding=1))]:
         x, weight, options = arguments(*shape, side=side, bias=True, residual=True, **options)
-        x, weight, options = x.bfloat16(), weight.bfloat16(), rounded(options, "residual")
+        if terms == 1:
+            x, options = x.bfloat16(), rounded(options, "residual")
         packs = [ops.pack_conv, ops.pack_upsampling] if options["upsample"] else [ops.pack_conv]
-        for packed in (pack(weight) for pack in packs):
+        for packed in (pack(weight, terms=terms) for pack in packs):
             expected = ops.conv2d(x, packed, out_channels=len(weight), **options)
             y = torch.empty_like(expected)
             last = options["residual"].contiguous(memory_format=torch.channels_last)
             torch.ops.diffkern.conv2d_out(
                 y,
-                blocked(x),
+                blocked(x, terms),
                 None,
                 packed,
                 options["bias"],
@@ -105,31 +153,39 @@ def test_a_blocked_image_gives_the_bits_of_the_image(shape):
             assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize(
+    "dtype, terms", [(torch.bfloat16, 1), (torch.float32, 1), (torch.float32, 2), (torch.float32, 3)]
+)
 @pytest.mark.parametrize("shape", [(2, 64, 0, 6, 10), (3, 32, 96, 8, 8), (1, 320, 320, 4, 4)], ids=str)
-def test_the_norm_writes_a_blocked_image_with_the_same_bits(shape):
+def test_the_norm_writes_a_blocked_image_with_the_same_bits(shape, dtype, terms):
     n, c, behind, h, w = shape
     draw = torch.Generator().manual_seed(5)
     x, skip = (
-        torch.randn(n, k, h, w, generator=draw).bfloat16().contiguous(memory_format=torch.channels_last)
+        torch.randn(n, k, h, w, generator=draw).to(dtype).contiguous(memory_format=torch.channels_last)
         for k in (c, behind)
     )
     weight, bias = torch.randn(2, c + behind, generator=draw)
-    expected = torch.empty(n, c + behind, h, w, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    y = torch.full_like(blocked(expected), torch.nan)
+    expected = torch.empty(n, c + behind, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    y = torch.full_like(blocked(expected, terms), torch.nan)
     for out in (expected, y):
         torch.ops.diffkern.group_norm_silu_out(out, x, skip if behind else None, weight, bias, 16, 1e-5, None, True)
-    assert torch.equal(y, blocked(expected))
+    assert torch.equal(y, blocked(expected, terms))
 
 
 def test_a_blocked_image_that_is_none_is_named():
     x, weight, _ = arguments(1, 32, 32, 4, 4)
     last = x.bfloat16().contiguous(memory_format=torch.channels_last)
-    good = dict(y=torch.empty_like(last), x=blocked(last), skip=None, packed=ops.pack_conv(weight.bfloat16()))
+    good = dict(y=torch.empty_like(last), x=blocked(last), skip=None, packed=ops.pack_conv(weight, terms=1))
     good |= dict(bias=None, add=None, residual=None, stride=1, padding=1, upsample=False)
     for change, message in [
-        (dict(x=good["x"][..., :16]), r"x: expected \[N, C / 32, H \+ 2, W \+ 2, 32\], got shape \(1, 1, 6, 6, 16\)"),
+        (
+            dict(x=good["x"][..., :16]),
+            r"x: expected \[N, C / 32, 1, H \+ 2, W \+ 2, 32\], got shape \(1, 1, 1, 6, 6, 16\)",
+        ),
         (dict(x=good["x"].float()), "x: expected bfloat16, got float32"),
-        (dict(x=good["x"].transpose(2, 3)), "x: expected a contiguous tensor"),
+        (dict(packed=ops.pack_conv(weight, terms=2)), r"x: expected \[N, C / 32, 2, H \+ 2, W \+ 2, 32\], got shape"),
+        (dict(packed=ops.pack_conv(weight)), "x: expected float32, got bfloat16"),
+        (dict(x=good["x"].transpose(3, 4)), "x: expected a contiguous tensor"),
         (dict(skip=last), "skip: expected none beside a blocked x"),
     ]:
         with pytest.raises(RuntimeError, match="^" + message):
@@ -138,7 +194,12 @@ def test_a_blocked_image_that_is_none_is_named():
     norm |= dict(scale_shift=None, silu=True)
     few = last[:, :24].contiguous(memory_format=torch.channels_last)
     for change, message in [
-        (dict(y=norm["y"][:, :, 1:].contiguous()), r"y: expected shape \(1, 1, 6, 6, 32\), got \(1, 1, 5, 6, 32\)"),
+        (
+            dict(y=norm["y"][:, :, :, 1:].contiguous()),
+            r"y: expected shape \(1, 1, 1, 6, 6, 32\), got \(1, 1, 1, 5, 6, 32\)",
+        ),
+        (dict(y=blocked(last, 2)), r"y: expected shape \(1, 1, 1, 6, 6, 32\), got \(1, 1, 2, 6, 6, 32\)"),
+        (dict(x=last.half()), "x: expected float32 or bfloat16 for a blocked y, got float16"),
         (
             dict(x=few, skip=last[:, 24:].contiguous(memory_format=torch.channels_last)),
             "x, skip: expected whole blocks",
@@ -150,17 +211,20 @@ def test_a_blocked_image_that_is_none_is_named():
 
 def test_nothing_is_read_outside_a_sample_or_behind_its_channels():
     x, weight, options = arguments(3, 5, 20, 6, 6, skip=True)
-    x, skip, packed = x.bfloat16(), options["skip"].bfloat16(), ops.pack_conv(weight.bfloat16())
+    x, skip, packed = x.bfloat16(), options["skip"].bfloat16(), ops.pack_conv(weight, terms=1)
     alone = ops.conv2d(x[1:2], packed, out_channels=20, skip=skip[1:2])
     x[::2], skip[::2] = torch.nan, torch.inf
     y = ops.conv2d(x, packed, out_channels=20, skip=skip)
     assert torch.equal(y[1:2], alone) and not y[::2].isfinite().any()
 
 
+@pytest.mark.parametrize("terms", [1, 3])
 @pytest.mark.parametrize("shape", [(5, 48, 70, 12, 10), (9, 130, 300, 4, 4), (2, 3, 16, 33, 40)], ids=str)
-def test_the_bits_depend_on_no_thread_count_and_no_batch(shape):
+def test_the_bits_depend_on_no_thread_count_and_no_batch(shape, terms):
     x, weight, options = arguments(*shape, bias=True, skip=True, add=True, residual=True)
-    x, packed, options = x.bfloat16(), ops.pack_conv(weight.bfloat16()), rounded(options, "skip", "residual")
+    packed = ops.pack_conv(weight, terms=terms)
+    if terms == 1:
+        x, options = x.bfloat16(), rounded(options, "skip", "residual")
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -179,13 +243,14 @@ def test_the_bits_depend_on_no_thread_count_and_no_batch(shape):
 def test_the_reference_is_the_definition_with_packed_weights(shape):
     for options in OPTIONS:
         x, weight, options = arguments(*shape, **options)
-        weight, wide = weight.bfloat16(), {k: o.double() if isinstance(o, Tensor) else o for k, o in options.items()}
-        y = reference.conv2d(x.double(), ops.pack_conv(weight), out_channels=len(weight), **wide)
-        torch.testing.assert_close(y, exact(x, weight, **options), rtol=1e-11, atol=1e-11)
+        wide = {k: o.double() if isinstance(o, Tensor) else o for k, o in options.items()}
+        for terms, same in ((1, weight.bfloat16()), (2, in_terms(weight, 2).double().sum(dim=0)), (3, weight)):
+            y = reference.conv2d(x.double(), ops.pack_conv(weight, terms=terms), out_channels=len(weight), **wide)
+            torch.testing.assert_close(y, exact(x, same, **options), rtol=1e-11, atol=1e-11)
     for options in UPSAMPLING:
         x, weight, options = arguments(*shape, **options)
         weight, wide = coarse(weight), {k: o.double() if isinstance(o, Tensor) else o for k, o in options.items()}
-        y = reference.conv2d(x.double(), ops.pack_upsampling(weight.bfloat16()), out_channels=len(weight), **wide)
+        y = reference.conv2d(x.double(), ops.pack_upsampling(weight, terms=1), out_channels=len(weight), **wide)
         torch.testing.assert_close(y, exact(x, weight, **options), rtol=1e-11, atol=1e-11)
 
 
@@ -194,17 +259,25 @@ def test_the_dtypes_that_do_not_go_together_are_named():
     with pytest.raises(RuntimeError, match="^x: expected float32, got bfloat16"):
         ops.conv2d(x.bfloat16(), ops.pack_conv(weight), out_channels=5)
     with pytest.raises(RuntimeError, match="^x: expected float32 or bfloat16, got float16"):
-        ops.conv2d(x.half(), ops.pack_conv(weight.bfloat16()), out_channels=5)
-    with pytest.raises(RuntimeError, match=r"^packed: expected shape \(1, 1, 9, 2, 16, 16, 2\), got \(2, 1"):
-        ops.conv2d(x, ops.pack_conv(weight.bfloat16()).repeat(2, 1, 1, 1, 1, 1, 1), out_channels=5)
-    with pytest.raises(RuntimeError, match="^weight: expected bfloat16, got float32"):
-        ops.pack_upsampling(weight)
+        ops.conv2d(x.half(), ops.pack_conv(weight, terms=1), out_channels=5)
+    with pytest.raises(RuntimeError, match=r"^packed: expected shape \(1, 1, 9, 1, 2, 16, 16, 2\), got \(2, 1"):
+        ops.conv2d(x, ops.pack_conv(weight, terms=1).repeat(2, 1, 1, 1, 1, 1, 1, 1), out_channels=5)
+    for terms in (2, 3):
+        with pytest.raises(RuntimeError, match="^x: expected float32, got bfloat16"):
+            ops.conv2d(x.bfloat16(), ops.pack_conv(weight, terms=terms), out_channels=5)
+    for pack in (ops.pack_conv, ops.pack_upsampling):
+        with pytest.raises(ValueError, match="^terms: expected 1, 2 or 3, got 4"):
+            pack(weight, terms=4)
+        with pytest.raises(TypeError, match="^terms: expected an int, got '2'"):
+            pack(weight, terms="2")
+    with pytest.raises(RuntimeError, match="^packed: expected 1 to 3 terms, got 4"):
+        ops.conv2d(x, ops.pack_conv(weight, terms=2).repeat(1, 1, 1, 2, 1, 1, 1, 1), out_channels=5)
     with pytest.raises(RuntimeError, match=r"^weight: expected \[K, C, 3, 3\], got shape \(5, 4, 1, 1\)"):
-        ops.pack_upsampling(weight[:, :, :1, :1].bfloat16())
+        ops.pack_upsampling(weight[:, :, :1, :1], terms=1)
     with pytest.raises(
         RuntimeError, match="^upsample, stride, padding: expected True, 1 and 1 with 4 matrices, got False"
     ):
-        ops.conv2d(x, ops.pack_upsampling(weight.bfloat16()), out_channels=5)
+        ops.conv2d(x, ops.pack_upsampling(weight, terms=1), out_channels=5)
 
 
 # --- attention ---
@@ -277,7 +350,8 @@ def test_attention_names_the_heads_that_it_does_not_take(d):
 
 AT_A_LEVEL = """
 import torch
-from test_bf16 import ATTENTIONS, UPSAMPLING, WHOLE, WIDE, assert_attention_is_exact, assert_exact, coarse, heads
+from test_bf16 import ATTENTIONS, UPSAMPLING, WHOLE, WIDE
+from test_bf16 import assert_attention_is_exact, assert_exact, assert_exact_by_terms, coarse, heads
 from test_conv2d import OPTIONS, SHAPES, arguments
 from diffkern import _C, ops
 
@@ -294,6 +368,9 @@ for shape in SHAPES + WIDE + WHOLE:
     for side in (1, 3):
         x, weight, options = arguments(*shape, side=side, stride=2, padding=0)
         assert_exact(x, weight, torch.float32, **options)
+    for terms in (2, 3):
+        x, weight, options = arguments(*shape, bias=True, skip=True, add=True, residual=True)
+        assert_exact_by_terms(x, weight, terms, **options)
 print("exact")
 """
 

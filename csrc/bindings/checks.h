@@ -122,9 +122,10 @@ inline void check_image(const char* name, const Tensor& image, const Tensor& lik
 }
 
 // [N, C / 32, H + 2, W + 2, 32]
-inline void check_blocked(const char* name, const Tensor& image) {
-  check(image.dim() == 5 && image.size(2) > 2 && image.size(3) > 2 && image.size(4) == kDepthBlock, name,
-        ": expected [N, C / 32, H + 2, W + 2, 32], got shape ", show(sizes_of(image)));
+inline void check_blocked(const char* name, const Tensor& image, int terms) {
+  check(image.dim() == 6 && image.size(2) == terms && image.size(3) > 2 && image.size(4) > 2 &&
+            image.size(5) == kDepthBlock,
+        name, ": expected [N, C / 32, ", terms, ", H + 2, W + 2, 32], got shape ", show(sizes_of(image)));
   check_dtype(name, image, ScalarType::BFloat16);
   check_contiguous(name, image);
 }

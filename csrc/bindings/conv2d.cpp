@@ -5,10 +5,10 @@
 namespace diffkern {
 namespace {
 
-// float32; with a weight of bfloat16 that too.
-void check_conv_dtype(const char* name, const Tensor& tensor, const Tensor& packed) {
+// float32; with a weight of one term of bfloat16 that too.
+void check_conv_dtype(const char* name, const Tensor& tensor, int terms) {
   const ScalarType dtype = tensor.scalar_type();
-  const bool bf16 = packed.scalar_type() == ScalarType::BFloat16;
+  const bool bf16 = terms == 1;
   check(dtype == ScalarType::Float || (bf16 && dtype == ScalarType::BFloat16), name, ": expected float32",
         bf16 ? " or bfloat16" : "", ", got ", show(dtype));
 }
@@ -16,25 +16,29 @@ void check_conv_dtype(const char* name, const Tensor& tensor, const Tensor& pack
 ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<Tensor>& skip, const Tensor& packed,
                          const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
                          const std::optional<Tensor>& residual, int64_t stride, int64_t padding, bool upsample) {
-  const bool blocked = x.dim() == 5;
+  const bool bf16 = packed.scalar_type() == ScalarType::BFloat16, blocked = x.dim() == 6;
+  check(packed.dim() == (bf16 ? 8 : 4), "packed: expected ",
+        bf16 ? "[column blocks, blocks of C, matrices, terms, 2, 16, 16, 2]"
+             : "[matrices, column blocks, C, column block]",
+        ", got shape ", show(sizes_of(packed)));
+  check(!bf16 || (packed.size(3) >= 1 && packed.size(3) <= kMaxTerms), "packed: expected 1 to ", kMaxTerms,
+        " terms, got ", bf16 ? packed.size(3) : 0);
+  const int terms = bf16 ? int(packed.size(3)) : 0;
+  if (!blocked || !bf16) check_conv_dtype("x", x, terms);
   if (blocked)
-    check_blocked("x", x);
+    check_blocked("x", x, terms);
   else
     check_channels_last("x", x);
-  check_conv_dtype("x", x, packed);
   check(x.size(1) > 0, "x: expected at least one channel, got shape ", show(sizes_of(x)));
-  const int64_t border = blocked ? 1 : 0;
-  const int64_t samples = x.size(0), height = x.size(2) - 2 * border, width = x.size(3) - 2 * border;
+  const int64_t samples = x.size(0);
+  const int64_t height = blocked ? x.size(3) - 2 : x.size(2), width = blocked ? x.size(4) - 2 : x.size(3);
   check(!(blocked && skip), "skip: expected none beside a blocked x");
   if (skip) check_image("skip", *skip, x, {samples, skip->dim() == 4 ? skip->size(1) : 0, height, width});
   ConvParams params{};
   params.channels[0] = x.size(1) * (blocked ? kDepthBlock : 1);
   params.channels[1] = skip ? skip->size(1) : 0;
 
-  const bool bf16 = packed.scalar_type() == ScalarType::BFloat16;
-  check(packed.dim() == (bf16 ? 7 : 4), "packed: expected ",
-        bf16 ? "[column blocks, blocks of C, matrices, 2, 16, 16, 2]" : "[matrices, column blocks, C, column block]",
-        ", got shape ", show(sizes_of(packed)));
+  params.terms = terms;
   params.taps = !bf16 && packed.size(3) == kTapColumns;
   params.matrices = params.taps ? 36 : packed.size(bf16 ? 2 : 0);
   check(params.matrices == 1 || params.matrices == 9 || params.matrices == (bf16 ? 4 : 36), "packed: expected 1, 9 or ",
@@ -53,13 +57,13 @@ ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<T
   params.out_channels = y.dim() == 4 ? y.size(1) : 0;
   const Sizes out_shape = {samples, params.out_channels, params.out_height, params.out_width};
   check_device("y", y, x);
-  check_conv_dtype("y", y, packed);
+  check_conv_dtype("y", y, terms);
   check_image("y", y, y, out_shape);
   const int64_t column_block = params.winograd() ? kWinogradColumns : params.few_columns() ? 1 : kDirectColumns;
   check_device("packed", packed, x);
   if (bf16)
     check_shape("packed", packed,
-                {params.panels(), params.depth_blocks(), params.matrices, 2, kDepthBlock / 2, kPanel / 2, 2});
+                {params.panels(), params.depth_blocks(), params.matrices, terms, 2, kDepthBlock / 2, kPanel / 2, 2});
   else if (params.taps)
     check_like("packed", packed, x, {params.winograd_columns(), params.depth(), 9, kTapColumns});
   else

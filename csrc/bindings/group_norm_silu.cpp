@@ -105,7 +105,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor
   return {y, mean, rstd};
 }
 
-// y and x and skip, whose channels follow those of x, are of one dtype and channels_last, on the CPU; or y is blocked.
+// y and x and skip, whose channels follow those of x, are of one dtype and channels_last, on the CPU; or y is blocked,
+// of one term for bfloat16, of one or more for float32.
 void group_norm_silu_out(const Tensor& y, const Tensor& x, const std::optional<Tensor>& skip, const Tensor& weight,
                          const Tensor& bias, int64_t groups, double eps, const std::optional<Tensor>& scale_shift,
                          bool silu) {
@@ -113,10 +114,14 @@ void group_norm_silu_out(const Tensor& y, const Tensor& x, const std::optional<T
   const int64_t samples = x.size(0), height = x.size(2), width = x.size(3);
   const int64_t skip_channels = skip && skip->dim() == 4 ? skip->size(1) : 0, channels = x.size(1) + skip_channels;
   if (skip) check_image("skip", *skip, x, {samples, skip_channels, height, width});
-  const bool blocked = y.dim() == 5;
+  const bool blocked = y.dim() == 6;
+  const int most = x.scalar_type() == ScalarType::Float ? kMaxTerms : 1;
+  const int terms = blocked ? int(std::clamp(y.size(2), int64_t(1), int64_t(most))) : 0;
   if (blocked) {
-    check_like("y", y, x, {samples, channels / kDepthBlock, height + 2, width + 2, kDepthBlock});
-    check_blocked("y", y);
+    check(x.scalar_type() != ScalarType::Half, "x: expected float32 or bfloat16 for a blocked y, got float16");
+    check_shape("y", y, {samples, channels / kDepthBlock, terms, height + 2, width + 2, kDepthBlock});
+    check_device("y", y, x);
+    check_blocked("y", y, terms);
     check(x.size(1) % kDepthBlock == 0 && skip_channels % kDepthBlock == 0,
           "x, skip: expected whole blocks of 32 channels for a blocked y, got ", x.size(1), " and ", skip_channels);
   } else {
@@ -126,6 +131,7 @@ void group_norm_silu_out(const Tensor& y, const Tensor& x, const std::optional<T
                                                       std::nullopt, silu, skip_channels);
   params.eps = float(eps);
   params.blocked_width = blocked ? width : 0;
+  params.terms = terms;
   params.skip = skip ? memory<const void>(*skip) : nullptr;
   params.skip_channels = skip_channels;
   params.y = memory<void>(y);

@@ -80,9 +80,9 @@ void multiply_all(const BFloat16* a, int64_t blocks, const BFloat16* b, int64_t 
   const int64_t tap = 0;
   for (int64_t tile = 0; tile < kTiles; tile += 2) {
     const RowsOfA rows{.tile = {a + tile * kRows * kDepth, a + (tile + 1) * kRows * kDepth}, .row = kDepth,
-                       .block = kQueries * kDepth, .blocks = blocks, .tap = &tap};
+                       .block = kQueries * kDepth, .term = 0, .blocks = blocks, .tap = &tap};
     for (int64_t panel = 0; panel < panels; ++panel)
-      multiply<2>({.parts = &rows, .part_count = 1, .taps = 1, .b = b + panel * blocks * kDepth * kColumns,
+      multiply<2, 1>({.parts = &rows, .part_count = 1, .taps = 1, .b = b + panel * blocks * kDepth * kColumns,
                    .c = c + (panel * kTiles + tile) * kTile, .add = add});
   }
 }

@@ -1,4 +1,5 @@
-// y = conv(x) + bias + add + residual: products of bfloat16, sums of float32 (gemm_bf16.h).
+// y = conv(x) + bias + add + residual: products of bfloat16, or of sums of bfloat16 terms, added up in float32
+// (gemm_bf16.h).
 //
 // A work item is a block of pixels, in tiles of 16, and some panels of 32 columns. Where 16 pixels as a tap sees them
 // lie evenly in x, products read them there; elsewhere they are copied (conv_bf16_input.h). The weight is packed in the
@@ -14,7 +15,7 @@ namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
 
 namespace {
 
-constexpr int64_t kCopied = 1984;  // of the copy, pixels by kDepth channels at most
+constexpr int64_t kCopied = 1984;  // of a term of the copy, pixels by kDepth channels at most
 
 // Panel by panel, so that the weights of some stay in the L2 cache while all pixels go by.
 Block block_of(const ConvParams& p, const ConvBlocks& blocks, int64_t item) {
@@ -92,6 +93,7 @@ void finish(const ConvParams& p, const Tile& tile, int64_t panel, const float* c
 
 // Tiles with panels [first_panel, last_panel), pair by pair: what a pair sees stays in the L1 cache. The products are
 // those of some blocks of channels, from number `first` on; after the last ones y is written.
+template <int terms>
 void multiply_tiles(const ConvParams& p, const Seen& seen, const Tile* tiles, int count, int64_t first_panel,
                     int64_t last_panel, int64_t first, float* sums) {
   int64_t blocks = 0;
@@ -108,15 +110,16 @@ void multiply_tiles(const ConvParams& p, const Seen& seen, const Tile* tiles, in
       float* const c = sums + (all ? 0 : (panel - first_panel) * kBlockTiles + t) * kRows * kColumns;
       const Product product{.parts = parts, .part_count = seen.part_count, .taps = p.matrices,
                             .b = static_cast<const BFloat16*>(p.weight) +
-                                 (panel * p.depth_blocks() + first) * p.matrices * kDepth * kColumns,
+                                 (panel * p.depth_blocks() + first) * p.matrices * terms * kDepth * kColumns,
                             .c = c, .add = first > 0};
-      pair == 2 ? multiply<2>(product) : multiply<1>(product);
+      pair == 2 ? multiply<2, terms>(product) : multiply<1, terms>(product);
       for (int i = 0; i < pair && last; ++i) finish(p, tiles[t + i], panel, c + i * kRows * kColumns);
     }
   }
 }
 
 // Of what lies in x as the products want it.
+template <int terms>
 void convolve_in_place(const ConvParams& p, const ConvBlocks& blocks, const Block& block) {
   alignas(64) float sums[2][kRows * kColumns];
   Tile tiles[kBlockTiles];
@@ -127,7 +130,7 @@ void convolve_in_place(const ConvParams& p, const ConvBlocks& blocks, const Bloc
   for (int64_t part = 0; part < seen.part_count; ++part) {
     const Source source(p, int(part));
     find_taps(p, tap[part], [&](int64_t u, int64_t v) { return u * source.row + v * source.pixel; });
-    seen.parts[part] = {.tile = {}, .row = p.stride * source.pixel, .block = source.block,
+    seen.parts[part] = {.tile = {}, .row = p.stride * source.pixel, .block = source.block, .term = source.term,
                         .blocks = (p.channels[part] + kDepth - 1) / kDepth, .tap = tap[part]};
     count = find_tiles(p, blocks, block, tiles, [&](Tile& tile, int64_t n, int64_t r, int64_t c) {
       tile.rows[part] = static_cast<const BFloat16*>(p.x[part]) +
@@ -135,12 +138,13 @@ void convolve_in_place(const ConvParams& p, const ConvBlocks& blocks, const Bloc
                                   (block.column + c) * p.stride - p.padding);
     });
   }
-  multiply_tiles(p, seen, tiles, count, block.panel, block.panel + block.panels, 0, sums[0]);
+  multiply_tiles<terms>(p, seen, tiles, count, block.panel, block.panel + block.panels, 0, sums[0]);
 }
 
 // As many channels at a time as the copy holds; if that is not all, with so many panels as there is room for sums.
+template <int terms>
 void convolve_copy(const ConvParams& p, const ConvBlocks& blocks, const Block& block) {
-  alignas(64) BFloat16 copied[(kCopied + kRows) * kDepth];
+  alignas(64) BFloat16 copied[(kCopied * terms + kRows) * kDepth];
   alignas(64) float sums[kMaxPanels][kBlockTiles][kRows * kColumns];
   Tile tiles[kBlockTiles];
   const Copy copy(p, blocks, block);
@@ -152,25 +156,34 @@ void convolve_copy(const ConvParams& p, const ConvBlocks& blocks, const Block& b
   for (int64_t panel = block.panel; panel < last_panel; panel += panels)
     for (int64_t first = 0; first < depth; first += fit) {
       const int64_t last = min(depth, first + fit);
-      fill(p, block, copy, first, last, copied);
-      const Seen seen{.parts = {{.tile = {}, .row = kDepth, .block = copy.size,
+      fill<terms>(p, block, copy, first, last, copied);
+      const Seen seen{.parts = {{.tile = {}, .row = kDepth, .block = terms * copy.size, .term = copy.size,
                                  .blocks = (last - first + kDepth - 1) / kDepth, .tap = copy.tap}},
                       .part_count = 1};
-      multiply_tiles(p, seen, tiles, count, panel, min(last_panel, panel + panels), first / kDepth, sums[0][0]);
+      multiply_tiles<terms>(p, seen, tiles, count, panel, min(last_panel, panel + panels), first / kDepth, sums[0][0]);
     }
 }
 
-}  // namespace
-
-void conv_bf16(const ConvParams& p, int64_t begin, int64_t end) {
+template <int terms>
+void convolve(const ConvParams& p, int64_t begin, int64_t end) {
   const Unit unit;
   const ConvBlocks blocks(p);
   for (int64_t item = begin; item < end; ++item) {
     const Block block = block_of(p, blocks, item);
     if (blocks.in_place)
-      convolve_in_place(p, blocks, block);
+      convolve_in_place<terms>(p, blocks, block);
     else
-      convolve_copy(p, blocks, block);
+      convolve_copy<terms>(p, blocks, block);
+  }
+}
+
+}  // namespace
+
+void conv_bf16(const ConvParams& p, int64_t begin, int64_t end) {
+  switch (p.terms) {
+    case 1: return convolve<1>(p, begin, end);
+    case 2: return convolve<2>(p, begin, end);
+    case 3: return convolve<3>(p, begin, end);
   }
 }
 

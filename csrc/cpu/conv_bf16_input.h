@@ -31,27 +31,27 @@ static void find_taps(const ConvParams& p, int64_t* tap, At at) {
 
 // Where a source of x has its pixels, in elements.
 struct Source {
-  int64_t border, pixel, row, block, sample;  // block: from kDepth channels to the next
+  int64_t border, pixel, row, term, block, sample;  // block: from kDepth channels to the next
 
   Source(const ConvParams& p, int source) {
     border = p.blocked ? 1 : 0;
     pixel = p.blocked ? kDepth : p.channels[source];
     row = (p.width + 2 * border) * pixel;
-    const int64_t image = (p.height + 2 * border) * row;
-    block = p.blocked ? image : kDepth;
-    sample = p.blocked ? p.depth_blocks() * image : image;
+    term = (p.height + 2 * border) * row;
+    block = p.blocked ? p.terms * term : kDepth;
+    sample = p.blocked ? p.depth_blocks() * block : term;
   }
   int64_t at(int64_t n, int64_t h, int64_t w) const { return n * sample + (h + border) * row + (w + border) * pixel; }
 };
 
-// [blocks of channels, samples, row phases, column phases, rows, columns, kDepth]. Row r of phase i is row
+// [blocks of channels, terms, samples, row phases, column phases, rows, columns, kDepth]. Row r of phase i is row
 // (block.row + r) stride + i - padding of the image, and columns are likewise. What tap (u, v) sees from a pixel of y
 // is in phase u % phases, u / phases rows on: as far away for every pixel.
 // With a phase for each column of the kernel the copy is as wide as y. Rows then lie on end without a gap, and narrow
 // images can be cut into tiles that go on from a row to the next.
 struct Copy {
   int64_t row_phases, column_phases, rows, columns;
-  int64_t size;           // of a block of channels
+  int64_t size;           // of a term of a block of channels
   int64_t tap[kMaxTaps];  // how far it sees
 
   Copy(const ConvParams& p, const ConvBlocks& blocks, const Block& block) {
@@ -68,18 +68,24 @@ struct Copy {
   int64_t sample() const { return row_phases * column_phases * rows * columns * kDepth; }
 };
 
-DIFFKERN_FN void convert(const BFloat16* from, int64_t count, BFloat16* to) {
-  std::memcpy(to, from, count * sizeof *to);
+// The terms of `count` channels of a pixel. Terms are `apart` from each other, and `from_apart` in a blocked image.
+template <int terms>
+DIFFKERN_FN void convert(const BFloat16* from, int64_t from_apart, int64_t count, BFloat16* to, int64_t apart) {
+  for (int i = 0; i < terms; ++i) std::memcpy(to + i * apart, from + i * from_apart, count * sizeof *to);
 }
 
-DIFFKERN_FN void convert(const float* from, int64_t count, BFloat16* to) {
+template <int terms>
+DIFFKERN_FN void convert(const float* from, int64_t, int64_t count, BFloat16* to, int64_t apart) {
   int64_t c = 0;
-  for (; c + kLanes <= count; c += kLanes) store(to + c, load(from + c));
-  if (c < count) store(to + c, load(from + c, int(count - c)), int(count - c));
+  for (; c + kLanes <= count; c += kLanes) store_terms<terms>(to + c, apart, load(from + c));
+  if (c == count) return;
+  BFloat16 rest[terms][kLanes];
+  store_terms<terms>(rest[0], kLanes, load(from + c, int(count - c)));
+  for (int i = 0; i < terms; ++i) std::memcpy(to + c + i * apart, rest[i], (count - c) * sizeof *to);
 }
 
 // What the block sees of `count` neighbouring channels of a source.
-template <class T>
+template <class T, int terms>
 static void copy_channels(const ConvParams& p, const Block& block, const Copy& copy, const T* x, const Source& source,
                           int64_t count, BFloat16* to) {
   const int doubled = p.upsample && p.quarters() == 1;
@@ -91,36 +97,38 @@ static void copy_channels(const ConvParams& p, const Block& block, const Copy& c
         const T* const row = x + source.at(n, h >> doubled, 0);
         for (int64_t c = 0; c < copy.columns; ++c, to += kDepth) {
           const int64_t w = (block.column + c) * p.stride + phase % copy.column_phases - p.padding;
+          const T* const pixel = row + (w >> doubled) * source.pixel;
           if (0 > h || h >= height || 0 > w || w >= width)
-            std::memset(to, 0, count * sizeof *to);
+            for (int i = 0; i < terms; ++i) std::memset(to + i * copy.size, 0, count * sizeof *to);
           else if (count == kDepth)
-            convert(row + (w >> doubled) * source.pixel, kDepth, to);  // of a size that the compiler knows
+            convert<terms>(pixel, source.term, kDepth, to, copy.size);  // of a size that the compiler knows
           else
-            convert(row + (w >> doubled) * source.pixel, count, to);
+            convert<terms>(pixel, source.term, count, to, copy.size);
         }
       }
 }
 
 // Channels [first, last) of what the block sees.
-template <class T>
+template <class T, int terms>
 static void fill(const ConvParams& p, const Block& block, const Copy& copy, int64_t first, int64_t last, BFloat16* to) {
-  const int64_t back = (last - first - 1) / kDepth * copy.size;          // the last block
-  if (last % kDepth) std::memset(to + back, 0, copy.size * sizeof *to);  // behind the last channel too
+  const int64_t apart = terms * copy.size, back = (last - first - 1) / kDepth * apart;  // back: the last block
+  if (last % kDepth) std::memset(to + back, 0, apart * sizeof *to);                     // behind the last channel too
   for (int64_t c = first, count; c < last; c += count) {
     const int part = c >= p.channels[0];
     const Source source(p, part);
     const int64_t own = part ? c - p.channels[0] : c;
     count = min(min(last - c, p.channels[part] - own), kDepth - max(c % kDepth, own % kDepth));
-    copy_channels(p, block, copy, static_cast<const T*>(p.x[part]) + own / kDepth * source.block + own % kDepth, source,
-                  count, to + (c - first) / kDepth * copy.size + c % kDepth);
+    const T* const x = static_cast<const T*>(p.x[part]) + own / kDepth * source.block + own % kDepth;
+    copy_channels<T, terms>(p, block, copy, x, source, count, to + (c - first) / kDepth * apart + c % kDepth);
   }
 }
 
+template <int terms>
 static void fill(const ConvParams& p, const Block& block, const Copy& copy, int64_t first, int64_t last, BFloat16* to) {
   if (p.x_dtype == DType::bf16)
-    fill<BFloat16>(p, block, copy, first, last, to);
+    fill<BFloat16, terms>(p, block, copy, first, last, to);
   else
-    fill<float>(p, block, copy, first, last, to);
+    fill<float, terms>(p, block, copy, first, last, to);
 }
 
 }  // namespace diffkern

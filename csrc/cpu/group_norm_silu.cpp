@@ -5,6 +5,8 @@
 // contiguous memory rows and lanes alike are pixels of one channel.
 // The order of every sum depends on the shape alone: neither the batch nor the threads change the bits.
 
+#include <type_traits>
+
 #include "../math/silu.h"
 #include "half.h"
 #include "kernels.h"
@@ -309,15 +311,17 @@ template <int n>
 struct Place {
   int64_t lines, pixels;      // so many lines of so many rows of the tile
   int64_t first, line, step;  // where the first row is, how far the next line, and the next row
+  int64_t apart;              // terms
   int64_t offset[n];          // of each register
 
   Place(const GroupNormSiluParams& p, const Block& block, const Tile& tile)
-      : lines(1), pixels(tile.rows), first(tile.offset), line(0), step(tile.stride) {
+      : lines(1), pixels(tile.rows), first(tile.offset), line(0), step(tile.stride), apart(0) {
     for (int v = 0; v < n; ++v) offset[v] = v * kLanes;
     if (p.blocked_width == 0) return;
     pixels = p.blocked_width, lines = p.pixels / pixels;
     step = kDepthBlock, line = (pixels + 2) * step;
-    const int64_t image = (lines + 2) * line;
+    apart = (lines + 2) * line;
+    const int64_t image = p.terms * apart;
     first = block.sample * (p.channels / kDepthBlock) * image + line + step;
     for (int v = 0; v < n; ++v) {
       const int64_t channel = tile.channel + v * kLanes;
@@ -329,34 +333,44 @@ struct Place {
 DIFFKERN_FN f32v silu_as(f32v z, const void*) { return silu(z); }
 DIFFKERN_FN f32v silu_as(f32v z, const BFloat16*) { return silu_approx(z); }
 
-template <class T, class Row, int n = Row::registers>
+// Stores z, as y has it: like x, or in terms.
+template <int terms, class Y, class Row>
+DIFFKERN_FN void put(Y* y, int64_t apart, const Row& row, f32v z) {
+  row.put(y, z);
+#pragma GCC unroll 2
+  for (int i = 1; i < terms; ++i) row.put(y + i * apart, z = less_bfloat16(z));
+}
+
+template <class T, int terms, class Row, int n = Row::registers>
 void normalise(const GroupNormSiluParams& p, const Block& block, const Tile& tile, const Row& row,
                const Spread<3, n>& coefficients) {
   const auto& [center, slope, offset] = coefficients.of;
   const Place<n> place(p, block, tile);
   const T* x = tile.template x<T>();
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + tile.offset : nullptr;
-  T* const first = static_cast<T*>(p.y) + place.first;
+  using Y = std::conditional_t<terms == 0, T, BFloat16>;
+  Y* const first = static_cast<Y*>(p.y) + place.first;
   const bool activate = p.silu;
   for (int64_t line = 0; line < place.lines; ++line, x += place.pixels * tile.source_stride) {
-    T* const y = first + line * place.line;
+    Y* const y = first + line * place.line;
     for (int64_t r = 0; r < place.pixels; ++r)
       for (int v = 0; v < n; ++v) {
         f32v z = multiply_add(row.get(x + r * tile.source_stride + v * kLanes) - center[v], slope[v], offset[v]);
-        if (activate) z = silu_as(z, y);
+        if (activate) z = silu_as(z, x);
         if (residual) z = z + row.get(residual + r * tile.stride + v * kLanes);
-        row.put(y + r * place.step + place.offset[v], z);
+        put<terms>(y + r * place.step + place.offset[v], place.apart, row, z);
       }
   }
-  if (p.blocked_width == 0) return;
+  if (terms == 0) return;
   for (int64_t line = -1; line <= place.lines; ++line) {
     const bool inside = 0 <= line && line < place.lines;
     for (int64_t r = -1; r <= place.pixels; r += inside ? place.pixels + 1 : 1)
-      for (int v = 0; v < n; ++v) row.put(first + line * place.line + r * place.step + place.offset[v], f32v{});
+      for (int v = 0; v < n; ++v)
+        put<terms>(first + line * place.line + r * place.step + place.offset[v], place.apart, row, f32v{});
   }
 }
 
-template <class T>
+template <class T, int terms = 0>
 void forward(const GroupNormSiluParams& p, const Block& block) {
   Moments groups[kMaxGroupsPerBlock];
   const Flat flat = flatten(p, block);
@@ -378,7 +392,7 @@ void forward(const GroupNormSiluParams& p, const Block& block) {
   }
 
   for_each_tile(p, block, [&](const Tile& tile, const auto& row) {
-    normalise<T>(p, block, tile, row, spread<3>(p, block, tile, row, [&](int64_t channel, int64_t group) {
+    normalise<T, terms>(p, block, tile, row, spread<3>(p, block, tile, row, [&](int64_t channel, int64_t group) {
                    return affine(p, block.sample, channel, groups[group].mean, rstd[group]);
                  }));
   });
@@ -489,11 +503,17 @@ void backward(const GroupNormSiluParams& p, const Block& block) {
 }  // namespace
 
 void group_norm_silu(const GroupNormSiluParams& p, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item) switch (p.dtype) {
-      case DType::f32: forward<float>(p, block_of(p, item)); break;
-      case DType::bf16: forward<BFloat16>(p, block_of(p, item)); break;
-      case DType::f16: forward<Float16>(p, block_of(p, item)); break;
-    }
+  const auto run = [&](auto forward) {
+    for (int64_t item = begin; item < end; ++item) forward(p, block_of(p, item));
+  };
+  switch (p.dtype) {
+    case DType::f32: return run(p.terms == 0   ? forward<float>
+                                : p.terms == 1 ? forward<float, 1>
+                                : p.terms == 2 ? forward<float, 2>
+                                               : forward<float, 3>);
+    case DType::bf16: return p.terms ? run(forward<BFloat16, 1>) : run(forward<BFloat16>);
+    case DType::f16: return run(forward<Float16>);
+  }
 }
 
 void group_norm_silu_backward(const GroupNormSiluParams& p, int64_t begin, int64_t end) {

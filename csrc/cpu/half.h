@@ -45,6 +45,28 @@ DIFFKERN_FN void store(BFloat16* p, f32v a) {
 #endif
 }
 
+// a less what it is rounded to
+DIFFKERN_FN f32v less_bfloat16(f32v a) {
+#if defined(__AVX512BF16__)
+  return a - as_float((i32v)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a)) << 16);
+#else
+  BFloat16 rounded[kLanes];
+  store(rounded, a);
+  return a - load(rounded);
+#endif
+}
+
+// a as the sum of so many, `apart` from each other: each the nearest to what those before it leave. Three are exact
+// (24 bits), two within 2^-16 of it.
+template <int terms>
+DIFFKERN_FN void store_terms(BFloat16* p, int64_t apart, f32v a) {
+#pragma GCC unroll 3
+  for (int i = 0; i < terms; ++i, p += apart) {
+    store(p, a);
+    if (i + 1 < terms) a = less_bfloat16(a);
+  }
+}
+
 DIFFKERN_FN f32v load(const BFloat16* p, int count) {
   BFloat16 all[kLanes] = {};
   std::memcpy(all, p, count * sizeof *p);
