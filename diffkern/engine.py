@@ -39,9 +39,9 @@ def optimize(network: Any, *, dtype: torch.dtype = torch.float32) -> Any:
     dtype    float32; or bfloat16: images and weights between input and output, products of convolutions and of
              attention. Their sums, softmax, the embeddings and statistics stay float32, and so does the result
 
-    In float32, ``torch.set_float32_matmul_precision`` says what products may be, as it does for torch: with "highest",
-    the default, those of floats, or as exact; with "high" or "medium", where the processor has AMX, those of sums of two
-    bfloat16 numbers, which have 16 bits.
+    In float32, ``torch.set_float32_matmul_precision`` says what products may be, as it does for torch. With "highest",
+    the default, they are those of floats, or as exact; with "high" or "medium", where the processor has AMX, those of
+    sums of two bfloat16 numbers, which have 16 bits.
 
     Returns what is called as ``network`` was: an :class:`Engine`, a ``Model``, or a module with the signature and the
     attributes of ``UNet2DModel``. It shares the network's weights and notices when they change (not when they are
@@ -184,10 +184,8 @@ def _resblocks(network: UNet) -> list[ResBlock]:
 
 @dataclasses.dataclass(eq=False)
 class _Value:
-    """An image that a step makes: [N, C, H, W] in channels_last memory, or blocked [N, C / 32, terms, H + 2, W + 2, 32].
-
-    It is blocked if it has terms, which are bfloat16.
-    """
+    """An image [N, C, H, W] that a step makes, in channels_last memory; or if it has terms, which are bfloat16, blocked:
+    [N, C / 32, terms, H + 2, W + 2, 32]."""
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
