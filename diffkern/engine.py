@@ -184,7 +184,7 @@ def _resblocks(network: UNet) -> list[ResBlock]:
 
 @dataclasses.dataclass(eq=False)
 class _Value:
-    """An image [N, C, H, W] that a step makes, in channels_last memory; or if it has terms, which are bfloat16, blocked:
+    """An image [N, C, H, W] that a step makes, in channels_last memory; or if it has terms (of bfloat16), blocked:
     [N, C / 32, terms, H + 2, W + 2, 32]."""
 
     shape: tuple[int, int, int, int]
@@ -230,7 +230,7 @@ class _Trace:
         self.condition_of = dict(zip(_resblocks(network), conditions, strict=True))
         self.x = _Value(tuple(shape), torch.float32)
         x = network.walk(self.conv(self.x, network.conv_in), self.block)
-        x = self.norm(network.conv_norm_out, x, blocked=dtype == torch.bfloat16)
+        x = self.norm(network.conv_norm_out, x, blocked=self.terms == 1)
         self.y = self.conv(x, network.conv_out, dtype=torch.float32)
 
     @property
@@ -299,16 +299,16 @@ class _Trace:
         *,
         scale_shift: Tensor | None = None,
         silu: bool = True,
-        blocked: bool = True,
+        blocked: bool = False,
     ) -> _Value:
-        """blocked: where it can be, as 3x3 convolutions by terms like it."""
+        """blocked: where it can be, as convolutions by terms like it."""
 
         def run(y: Tensor, x: Tensor, skip: Tensor | None) -> None:
             _ops.group_norm_silu_out(y, x, skip, norm.weight, norm.bias, norm.num_groups, norm.eps, scale_shift, silu)
 
         n, _, h, w = x.shape
         channels = [value.shape[1] for value in (x, skip) if value]
-        blocked = blocked and not self.winograd and all(c % 32 == 0 for c in channels)
+        blocked = blocked and all(c % 32 == 0 for c in channels)
         return self.step(run, (n, sum(channels), h, w), x, skip, terms=self.terms if blocked else None)
 
     def resampled(self, x: _Value, how: str | None) -> _Value:
@@ -324,10 +324,10 @@ class _Trace:
     def resblock(self, block: ResBlock, x: _Value, skip: _Value | None = None) -> _Value:
         condition = self.condition_of[block]
         add, scale_shift = (None, condition) if block.scale_shift else (condition, None)
-        h = self.norm(block.norm1, x, skip)
+        h = self.norm(block.norm1, x, skip, blocked=not self.winograd)
         up = block.resample == "up"
         h = self.conv(h if up else self.resampled(h, block.resample), block.conv1, add=add, upsample=up)
-        h = self.norm(block.norm2, h, scale_shift=scale_shift)
+        h = self.norm(block.norm2, h, scale_shift=scale_shift, blocked=not self.winograd)
         if block.resample:
             x = self.resampled(x, block.resample)
         if block.conv_shortcut is not None:
@@ -345,7 +345,7 @@ class _Trace:
             _ops.attention_out(out, q, k, v, None)
 
         dtype = self.dtype if d % 32 == 0 and d <= 256 else torch.float32
-        normed = self.norm(block.group_norm, x, silu=False, blocked=False)
+        normed = self.norm(block.group_norm, x, silu=False, blocked=self.terms in (2, 3))
         qkv = self.conv(normed, (block.to_q, block.to_k, block.to_v), dtype=dtype)
         out = self.step(run, x.shape, qkv, dtype=dtype)
         return self.conv(out, block.to_out[0], residual=x)

@@ -104,6 +104,9 @@ static void copy_channels(const ConvParams& p, const Block& block, const Copy& c
             convert<terms>(pixel, source.term, kDepth, to, copy.size);  // of a size that the compiler knows
           else
             convert<terms>(pixel, source.term, count, to, copy.size);
+          if (!p.blocked)  // of which pixels lie too far apart to be guessed; the next block's
+            for (int64_t i = 0; i < kDepth * int64_t(sizeof(T)); i += 64)
+              __builtin_prefetch((const char*)(pixel + kDepth) + i);
         }
       }
 }
