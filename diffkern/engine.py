@@ -86,7 +86,7 @@ class Engine(nn.Module):
             with compiled.lock, torch.inference_mode(False), torch.no_grad():
                 if compiled.update():
                     conditions = compiled.conditions(self.network, t, labels)
-                    return compiled.plan(self.network, x_t.shape, self.dtype, _terms(self.dtype)).run(x_t, conditions)
+                    return compiled.plan(self.network, x_t.shape, self.dtype, terms_of(self.dtype)).run(x_t, conditions)
         if self.dtype == torch.float32:
             return self.network(x_t, t, labels)
         with torch.autocast(x_t.device.type, self.dtype):
@@ -103,7 +103,7 @@ def _native(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
-def _terms(dtype: torch.dtype) -> int | None:
+def terms_of(dtype: torch.dtype) -> int | None:
     """How many numbers of bfloat16 a factor of a product is the sum of (``ops.pack_conv``); None if it is a float."""
     if dtype == torch.bfloat16:
         return 1

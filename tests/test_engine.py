@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from networks import CONFIGS, assert_close, call_twin, config_of, diffusers_twin, inputs, with_random_weights
-from tolerances import ENGINE, SAMPLE_ENGINE
+from tolerances import ENGINE, ENGINE_HIGH, SAMPLE_ENGINE
 from torch import Tensor, nn
 
 import diffkern
@@ -32,6 +32,15 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected).abs().max() / expected.abs().max()).item()
 
 
+@pytest.fixture
+def precision(request):
+    """Sets what ``torch.set_float32_matmul_precision`` sets."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
 # --- the same values ---
 
 
@@ -53,6 +62,50 @@ def test_images_may_be_oblong_and_of_any_divisible_size():
         x = torch.randn(2, 3, h, w, generator=torch.Generator().manual_seed(1))
         t = torch.tensor([3, 4])
         assert relative_error(engine(x, t), in_float64(network, x, t, None)) < ENGINE
+
+
+@pytest.mark.parametrize("precision", ["high"], indirect=True)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_at_high_precision_it_is_within_factors_of_16_bits(precision, name):
+    network = network_of(name)
+    for size in (8, 16):
+        x, t, labels = inputs(network, size)
+        assert relative_error(optimize(network)(x, t, labels), in_float64(network, x, t, labels)) < ENGINE_HIGH
+
+
+@pytest.mark.parametrize("precision", ["high"], indirect=True)
+def test_the_precision_is_that_of_the_call(precision):
+    network = network_of("ddpm_cifar10")
+    x, t, labels = inputs(network)
+    engine = optimize(network)
+    high = engine(x, t, labels)
+    torch.set_float32_matmul_precision("highest")
+    highest = engine(x, t, labels)
+    assert torch.equal(high, highest) == (_C.cpu_level() != "avx512_amx")
+    assert relative_error(highest, in_float64(network, x, t, labels)) < ENGINE
+    torch.set_float32_matmul_precision("medium")
+    assert torch.equal(engine(x, t, labels), high)
+
+
+AT_A_LEVEL = """
+from networks import inputs
+from test_engine import in_float64, network_of, relative_error
+from tolerances import ENGINE
+from diffkern import _C, optimize
+
+assert _C.cpu_level() == "{level}"
+for name in ("ddpm_cifar10", "improved_ddpm"):
+    network = network_of(name)
+    x, t, labels = inputs(network)
+    assert relative_error(optimize(network)(x, t, labels), in_float64(network, x, t, labels)) < ENGINE
+print("exact")
+"""
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
+def test_each_cpu_level_gives_the_network(run_at_level, level):
+    done = run_at_level(level, AT_A_LEVEL.format(level=level))
+    assert done.stdout == "exact\n", done.stderr
 
 
 def test_every_call_has_its_own_result_and_its_own_shape():
@@ -79,8 +132,9 @@ def test_no_labels_are_the_null_class():
 # --- the same bits ---
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"], indirect=True)
 @pytest.mark.parametrize("name", ["ddpm_cifar10", "improved_ddpm", "fashion_mnist"])
-def test_a_sample_has_the_same_bits_in_any_batch(name):
+def test_a_sample_has_the_same_bits_in_any_batch(precision, name):
     network = network_of(name)
     engine = optimize(network)
     generator = torch.Generator().manual_seed(3)

@@ -21,6 +21,7 @@ CONV = {"direct": 8 * 2**-24, "taps": 32 * 2**-24, "matrices": 32 * 2**-24}  # o
 # by how the weight is packed: Winograd's algorithm adds up values that are larger than their sum
 UNET = 3e-5  # relative to the largest value: a network of a hundred sums, torch's on one side
 ENGINE = 6e-6  # relative to the largest value: the engine's network against float64
+ENGINE_HIGH = 6e-5  # the same by factors of 16 bits, where products may be made so
 SAMPLE = 1e-5  # images in [-1, 1], from a network that is an exact affine map
 SAMPLE_ENGINE = 2e-4  # images in [-1, 1], whose networks differ by UNET in every step
 PARALLEL = 1e-4  # relative to the largest value: a few steps of Adam, by gradients that were summed in another order
