@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffkern import ops
-from diffkern.engine import FEW_TILES
+from diffkern.engine import FEW_CHANNELS, FEW_TILES, terms_of
 
 DIRECT = [  # N, C, K, pixels a side of x, kernel, stride
     *((n, 384, 256, side, 1, 1) for n in (1, 16) for side in (8, 32)),
@@ -37,14 +37,20 @@ def tensors(n: int, c: int, k: int, side: int, kernel: int) -> tuple[Tensor, Ten
 @pytest.mark.parametrize(("n", "c", "k", "side", "kernel", "stride"), DIRECT)
 def test_conv2d_direct(compare, n, c, k, side, kernel, stride):
     x, weight, bias = tensors(n, c, k, side, kernel)
-    packed, options = ops.pack_conv(weight), dict(stride=stride, padding=kernel // 2)
+    floats, options = ops.pack_conv(weight), dict(stride=stride, padding=kernel // 2)
     peers = {"torch": lambda: F.conv2d(x, weight, bias, **options)}
+    terms = terms_of(torch.float32) if min(c, k) > FEW_CHANNELS else None
+    if terms is None:
+        packed = floats
+    else:
+        packed = ops.pack_conv(weight, terms=terms)
+        peers["by floats"] = lambda: ops.conv2d(x, floats, bias, out_channels=k, **options)
     if kernel == 1:
         rows, matrix = x.permute(0, 2, 3, 1), weight[:, :, 0, 0].contiguous()
         peers["linear"] = lambda: F.linear(rows, matrix, bias).permute(0, 3, 1, 2)
     with torch.inference_mode():
         compare(
-            f"conv2d {kernel}x{kernel} / {stride} [{n}, {c}, {side}, {side}] -> {k}",
+            f"conv2d {kernel}x{kernel} / {stride} [{n}, {c}, {side}, {side}] -> {k}, by {terms or 'no'} terms",
             lambda: ops.conv2d(x, packed, bias, out_channels=k, **options),
             peers,
             flops=2 * n * c * k * (side // stride) ** 2 * kernel**2,

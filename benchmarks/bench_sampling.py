@@ -8,7 +8,7 @@ from diffkern import sample
 from diffkern.schedule import Schedule
 from diffkern.unet import UNet
 
-STEPS, IMAGES = 20, 8
+STEPS, IMAGES = 50, 16
 
 
 def test_sampling(compare, monkeypatch):

@@ -1,5 +1,7 @@
 """The network's forward pass by the engine, beside the other engines on the same weights (``engines.py``)."""
 
+from collections.abc import Callable
+
 import engines
 import peers
 import pytest
@@ -55,6 +57,37 @@ def test_unet(compare, tmp_path, name, n):
         same=close,
         flops=flops,
     )
+
+
+@pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_unet_at_high_precision(compare, tmp_path, name, n):
+    """By factors of 16 bits, beside our own 24 and those who have 8."""
+    unet, twin, x, t, expected, flops = case(name, n)
+    engine = optimize(unet)
+
+    def at(precision: str) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            torch.set_float32_matmul_precision(precision)
+            return engine(x, t)
+
+        return torch.inference_mode()(call)
+
+    def close(ours: list[Tensor], others: list[Tensor]) -> None:
+        for result, bound in ((ours[0], 5e-5), (others[0], 0.1)):
+            assert (result - expected).norm() < bound * expected.norm()
+
+    calls = {name: make(twin, x, t, tmp_path) for name, make in engines.installed(n).items() if "bf16" in name}
+    try:
+        compare(
+            f"unet {name}, high precision, {n} x 32x32",
+            at("high"),
+            {"highest": at("highest"), "torch": engines.eager(twin, x, t, tmp_path), **calls},
+            same=close,
+            flops=flops,
+        )
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("n", [1, 16])
