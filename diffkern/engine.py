@@ -22,7 +22,19 @@ from torch.nn import functional as F
 
 from . import _C, ops
 from .model import Model
-from .unet import AttentionBlock, Downsample, ResBlock, UNet, from_diffusers
+from .unet import (
+    AttentionBlock,
+    Conv3x3,
+    Downsample,
+    Level,
+    MidBlock,
+    ResBlock,
+    TimestepEmbedding,
+    UNet,
+    Upsample,
+    from_diffusers,
+)
+from .watch import Watch
 
 _ops = torch.ops.diffkern
 
@@ -30,6 +42,10 @@ FEW_TILES = 64  # of a batch: up to so many it is faster to make Winograd's matr
 FEW_CHANNELS = 4  # up to so many neither they nor terms are worth their while
 KEPT_PLANS = 4
 KEPT_CONDITIONS = 4096
+KNOWN = {  # what modules may be; where others are, as those of LoRA, the network itself runs
+    *(UNet, Level, MidBlock, ResBlock, AttentionBlock, Downsample, Upsample, Conv3x3, TimestepEmbedding),
+    *(nn.Conv2d, nn.Linear, nn.GroupNorm, nn.Embedding, nn.Dropout, nn.ModuleList),
+}
 
 
 def optimize(network: Any, *, dtype: torch.dtype = torch.float32) -> Any:
@@ -44,9 +60,10 @@ def optimize(network: Any, *, dtype: torch.dtype = torch.float32) -> Any:
     sums of two bfloat16 numbers, which have 16 bits.
 
     Returns what is called as ``network`` was: an :class:`Engine`, a ``Model``, or a module with the signature and the
-    attributes of ``UNet2DModel``. It shares the network's weights and notices when they change (not when they are
-    written to behind torch's back, through ``.data``). Where there is a gradient to record, on another device, in
-    another dtype, in training with dropout, or under autocast, the network itself runs; for bfloat16, under autocast.
+    attributes of ``UNet2DModel``. It shares the network's weights and notices when they change: at its first call it
+    looks at all their numbers, then at 16 of each weight, which an optimiser or an average does not leave alone. Where
+    there is a gradient to record, on another device, in another dtype, in training with dropout, under autocast, or
+    with hooks or modules that are not ours, the network itself runs; for bfloat16, under autocast.
 
     Raises TypeError for other networks, ValueError for an option of ``UNet2DModel`` that our U-Net has not.
     """
@@ -70,7 +87,7 @@ class Engine(nn.Module):
 
     def __init__(self, network: UNet, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.network, self.dtype = network, dtype
+        self.network, self.dtype, self._first = network, dtype, True
 
     @property
     def config(self) -> dict[str, Any]:
@@ -78,13 +95,12 @@ class Engine(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x_t: [N, C, H, W]; t: [N] int64; labels: [N] int64 or None. As ``UNet.forward``."""
-        if self._runs(x_t) and x_t.numel() > 0:
+        if self._may_run(x_t):
             self.network.check(x_t, t, labels)
-            if self.network not in _compiled:
-                _compiled[self.network] = _Compiled(self.network)
-            compiled = _compiled[self.network]
+            compiled, recording = _compiled.setdefault(self.network, _Compiled()), torch.is_grad_enabled()
             with compiled.lock, torch.inference_mode(False), torch.no_grad():
-                if compiled.update():
+                first, self._first = self._first, False
+                if compiled.update(self.network, first) and not (recording and compiled.learns()):
                     conditions = compiled.conditions(self.network, t, labels)
                     return compiled.plan(self.network, x_t.shape, self.dtype, terms_of(self.dtype)).run(x_t, conditions)
         if self.dtype == torch.float32:
@@ -92,15 +108,12 @@ class Engine(nn.Module):
         with torch.autocast(x_t.device.type, self.dtype):
             return self.network(x_t, t, labels).to(x_t.dtype)
 
-    def _runs(self, x_t: Tensor) -> bool:
-        gradient = torch.is_grad_enabled() and any(a.requires_grad for a in (x_t, *self.network.parameters()))
+    def _may_run(self, x_t: Tensor) -> bool:
         random = self.network.training and self.config["dropout"] > 0
         traced = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        return _native(x_t) and not (gradient or random or traced)
-
-
-def _native(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+        native = x_t.dtype == torch.float32 and x_t.device.type == "cpu"
+        gradient = torch.is_grad_enabled() and x_t.requires_grad
+        return native and x_t.numel() > 0 and not (gradient or random or traced)
 
 
 def terms_of(dtype: torch.dtype) -> int | None:
@@ -113,24 +126,23 @@ def terms_of(dtype: torch.dtype) -> int | None:
 
 
 class _Compiled:
-    """All that is made of a network's weights. It holds the network's leaves, never the network."""
+    """All that is made of a network's weights. It never holds the network."""
 
-    def __init__(self, network: UNet):
+    def __init__(self):
         self.lock = threading.Lock()
-        self._leaves = [module._parameters for module in network.modules() if module._parameters]
-        self._weights: list[tuple[int, int]] = []
+        self._watch: Watch | None = None
 
-    def update(self) -> bool:
-        """Forget everything if the weights are not what they were. Returns whether kernels can use them."""
-        parameters = [parameter for leaf in self._leaves for parameter in leaf.values() if parameter is not None]
-        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-        if weights != self._weights:
-            self._weights = weights
-            self._native = all(map(_native, parameters))
+    def update(self, network: UNet, exact: bool) -> bool:
+        """Forget everything if the network is not what it was. Returns whether kernels can do what it does."""
+        if self._watch is None or self._watch.changed(exact):
+            self._watch = Watch(network)
             self._packed: dict[Any, Tensor] = {}
             self._plans: dict[tuple[torch.Size, torch.dtype, int | None], _Plan] = {}
             self._rows: dict[tuple[int, int], Tensor] = {}  # (t, label) -> the condition of every residual block
-        return self._native
+        return self._watch.native and self._watch.kinds <= KNOWN and self._watch.does_as_written()
+
+    def learns(self) -> bool:
+        return any(weight.requires_grad for weight in self._watch.weights)
 
     def packed(self, key: Any, weight: Callable[[], Tensor], pack: Callable[..., Tensor], **options: Any) -> Tensor:
         """A weight as ``ops.conv2d`` takes it, made once."""
@@ -418,7 +430,21 @@ class DiffusersEngine(nn.Module):
     def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.network, self.dtype = network, dtype
-        self.engine = Engine(from_diffusers(network), dtype)
+        self._share()
+
+    def _share(self) -> None:
+        """Makes ours of its weights as they are now."""
+        self.engine, self._watch = Engine(from_diffusers(self.network), self.dtype), Watch(self.network)
+
+    def _same(self) -> bool:
+        """Does the engine what the network does now?"""
+        if self._watch.changed_members():
+            try:
+                self._share()
+            except ValueError:  # it is a U-Net of ours no more
+                return False
+        kinds = {kind.__module__.split(".")[0] for kind in self._watch.kinds}
+        return kinds <= {"diffusers", "torch"} and self._watch.does_as_written()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -429,7 +455,8 @@ class DiffusersEngine(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, **options) -> Any:
         """As ``UNet2DModel.forward``: ``UNet2DOutput``, or a tuple with ``return_dict=False``."""
         t = torch.as_tensor(timestep)
-        if t.is_floating_point() or (class_labels is None) != (self.engine.config["num_classes"] is None):
+        unlike = t.is_floating_point() or (class_labels is None) != (self.engine.config["num_classes"] is None)
+        if unlike or not self._same():
             return self.network(sample, timestep, class_labels, **options)
         if class_labels is not None:  # our null class is their last
             class_labels = torch.where(class_labels == self.engine.config["num_classes"], -1, class_labels)

@@ -1,0 +1,63 @@
+"""Is a network what it was when something was made of it?"""
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _C
+
+
+class Watch:
+    """A network's modules and weights, as they were when this was made. It holds their tables, never the network."""
+
+    def __init__(self, network: nn.Module):
+        modules = list(network.modules())
+        self.kinds = {type(module) for module in modules}
+        self._tables = [module.__dict__ for module in modules]
+        self._members = list(self._find_members())
+        self.weights = [member for member in self._members if isinstance(member, nn.Parameter)]
+        self._addresses = self._find_addresses()
+        self._sizes = [weight.nbytes for weight in self.weights]
+        self.native = all(map(_native, self.weights))
+        self._seen = {exact: self._look(exact) for exact in (False, True)}
+
+    def changed(self, exact: bool = False) -> bool:
+        """Did a module, a weight or its numbers? Of these it looks at some, which no optimiser leaves alone; or at all.
+
+        It looks at the numbers themselves, as fused optimisers and ``.data`` write to them behind torch's back.
+        """
+        if self.changed_members() or self._find_addresses() != self._addresses:
+            return True
+        return self._look(exact) != self._seen[exact]
+
+    def changed_members(self) -> bool:
+        """Did a module or a weight give way to another?"""
+        members = list(self._find_members())
+        return len(members) != len(self._members) or any(map(operator.is_not, members, self._members))
+
+    def does_as_written(self) -> bool:
+        """Are there no hooks, nor a ``forward`` that is not the class's?"""
+        return not any(
+            table["_forward_hooks"] or table["_forward_pre_hooks"] or "forward" in table for table in self._tables
+        )
+
+    def _find_members(self) -> Iterator[Any]:
+        for table in self._tables:
+            yield from table["_modules"].values()
+            yield from table["_parameters"].values()
+
+    def _find_addresses(self) -> list[int]:
+        return [weight.data_ptr() for weight in self.weights]
+
+    def _look(self, exact: bool) -> int:
+        return _C.fingerprint(self._addresses, self._sizes, exact) if self.native else 0
+
+
+def _native(weight: nn.Parameter) -> bool:
+    """Is it float32 on the CPU, in one piece?"""
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.layout != torch.strided:
+        return False
+    return torch.ops.aten.is_non_overlapping_and_dense(weight) and weight.untyped_storage().nbytes() >= weight.nbytes
