@@ -83,20 +83,26 @@ struct HeadsView {
 // out = softmax(q k^T scale) v
 struct AttentionParams {
   HeadsView q, k, v, out;
-  DType dtype;  // of them and their gradients: float32 on the CPU, but for attention_bf16
+  DType dtype;  // of them and their gradients: float32 on the CPU, but for attention_terms
   int64_t samples, heads, queries, keys, channels;
   float scale;
   float* lse;                                  // [N, heads, queries]: ln sum_key exp(scale q . k)
   HeadsView grad_out, grad_q, grad_k, grad_v;  // backward only
   float* grad_q_parts;                         // [spans - 1, N, queries, heads, d]: the first span's part is in grad_q
   float* delta;                                // [N, heads, queries]: grad_out . out. CUDA only, which has no parts
+
+
+  // Forward on the CPU. A work item is a block of queries of one head. Each stands alone: the cut does not touch its bits.
+  int terms;            // of bfloat16, whose sum is a number; 0 in attention
+  int64_t query_block;  // up to kAttentionBlock in attention, kTermsQueries in attention_terms
+  int64_t query_blocks() const { return (queries + query_block - 1) / query_block; }
 };
 
-constexpr int64_t kMaxBFloat16Head = 256;  // channels of attention_bf16's heads at most
+// Of attention_terms, at most: channels of a head, queries of a work item.
+constexpr int64_t kMaxTermsHead = 256, kTermsQueries = 256;
 
-// A work item: forward a block of queries of one head, backward a span of its keys.
+// A backward work item is a span of the keys of one head.
 constexpr int64_t kAttentionBlock = 64;
-inline constexpr int64_t attention_blocks(int64_t queries) { return (queries + kAttentionBlock - 1) / kAttentionBlock; }
 inline constexpr int64_t attention_span(int64_t keys) {  // whole blocks of keys, four spans at most
   const int64_t quarter = (keys + 4 * kAttentionBlock - 1) / (4 * kAttentionBlock) * kAttentionBlock;
   return quarter < 4 * kAttentionBlock ? 4 * kAttentionBlock : quarter;

@@ -354,9 +354,10 @@ class _Trace:
             tokens = qkv.permute(0, 2, 3, 1).view(n, h * w, 3, block.heads, d)
             q, k, v = tokens.permute(2, 0, 3, 1, 4)  # [N, heads, H W, d]
             out = y.permute(0, 2, 3, 1).view(n, h * w, block.heads, d).transpose(1, 2)
-            _ops.attention_out(out, q, k, v, None)
+            _ops.attention_out(out, q, k, v, None, terms)
 
-        dtype = self.dtype if d % 32 == 0 and d <= 256 else torch.float32
+        terms = self.terms if d % 32 == 0 and d <= 256 else None
+        dtype = self.dtype if terms else torch.float32
         normed = self.norm(block.group_norm, x, silu=False, blocked=self.terms in (2, 3))
         qkv = self.conv(normed, (block.to_q, block.to_k, block.to_v), dtype=dtype)
         out = self.step(run, x.shape, qkv, dtype=dtype)

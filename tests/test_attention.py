@@ -66,6 +66,8 @@ SHAPES = [
     (3, 2, 7, 63, 5),
     (2, 1, 129, 257, 257),
     (1, 1, 70, 1030, 16),
+    (2, 1, 256, 256, 256),
+    (1, 2, 157, 300, 64),
 ]
 
 
@@ -209,8 +211,9 @@ def test_equal_keys_give_the_mean(value):
 # --- the same bits ---
 
 
-def test_the_bits_depend_on_no_thread_count_and_no_batch():
-    q, k, v = qkv(3, 2, 150, 700, 40)
+@pytest.mark.parametrize("shape", [(3, 2, 150, 700, 40), (3, 1, 200, 256, 64), (2, 1, 40, 190, 64)], ids=str)
+def test_the_bits_depend_on_no_thread_count_and_no_batch(shape):
+    q, k, v = qkv(*shape)
     grad_out = values(tuple(q.shape), seed=3)
 
     def bits(of: slice) -> list[Tensor]:
@@ -222,15 +225,13 @@ def test_the_bits_depend_on_no_thread_count_and_no_batch():
     try:
         torch.set_num_threads(1)
         expected = bits(slice(None))
-        for count in (2, 3, 4):
+        for count in (2, 3, 4, 16):
             torch.set_num_threads(count)
-            for got, one in zip(bits(slice(None)), expected, strict=True):
-                assert torch.equal(got, one)
+            for of in (slice(None), slice(0, 1), slice(1, None)):
+                for got, whole in zip(bits(of), expected, strict=True):
+                    assert torch.equal(got, whole[of])
     finally:
         torch.set_num_threads(threads)
-    for of in (slice(0, 1), slice(1, 3)):
-        for got, whole in zip(bits(of), expected, strict=True):
-            assert torch.equal(got, whole[of])
 
 
 def test_each_head_and_each_query_stands_alone():
@@ -254,7 +255,7 @@ print("exact")
 """
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def test_each_cpu_level_is_exact(run_at_level, level):
     done = run_at_level(level, AT_A_LEVEL.format(level=level))
     assert done.stdout == "exact\n", done.stderr
@@ -274,11 +275,12 @@ def test_attention_is_a_well_behaved_operator(dtype, scale):
 
 
 def test_the_second_result_is_the_log_of_the_softmaxs_sum():
-    q, k, v = qkv(2, 2, 70, 300, 16, scale=3.0)
-    _, lse = torch.ops.diffkern.attention(q, k, v, 0.5)
-    expected = (q.double() @ k.double().mT * 0.5).logsumexp(-1)
-    assert lse.dtype == torch.float32 and not lse.requires_grad
-    torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=1e-6)
+    for queries, d in ((70, 16), (300, 32)):
+        q, k, v = qkv(2, 2, queries, 300, d, scale=3.0)
+        _, lse = torch.ops.diffkern.attention(q, k, v, 0.5)
+        expected = (q.double() @ k.double().mT * 0.5).logsumexp(-1)
+        assert lse.dtype == torch.float32 and not lse.requires_grad
+        torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 Q, K, V = qkv(2, 2, 6, 7, 4)
@@ -366,9 +368,9 @@ def heads(*shape: int, seed: int) -> Tensor:
 def test_attention_out_has_the_ops_bits():
     q, k, v = (heads(2, 3, 70, 24, seed=seed) for seed in range(3))
     out = torch.full((2, 70, 3, 24), torch.nan).transpose(1, 2)
-    torch.ops.diffkern.attention_out(out, q, k, v, None)
+    torch.ops.diffkern.attention_out(out, q, k, v, None, None)
     assert torch.equal(out, ops.attention(q, k, v))
-    torch.library.opcheck(torch.ops.diffkern.attention_out.default, (out, q, k, v, 0.3))
+    torch.library.opcheck(torch.ops.diffkern.attention_out.default, (out, q, k, v, 0.3, None))
 
 
 def test_attention_out_copies_nothing_and_says_so():
@@ -377,7 +379,7 @@ def test_attention_out_copies_nothing_and_says_so():
     for name, arguments in (("q", (out, apart, k, v)), ("v", (out, q, k, apart)), ("out", (apart, q, k, v))):
         message = f"^{name}: expected the channels of a token together, got a stride of 5"
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.diffkern.attention_out(*arguments, None)
+            torch.ops.diffkern.attention_out(*arguments, None, None)
     low = [tensor.half() for tensor in (out, q, k, v)]
-    with pytest.raises(RuntimeError, match="^q: expected float32 or bfloat16, got float16"):
-        torch.ops.diffkern.attention_out(*low, None)
+    with pytest.raises(RuntimeError, match="^q: expected float32, got float16"):
+        torch.ops.diffkern.attention_out(*low, None, None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from networks import CONFIGS, config_of, inputs, with_random_weights
 from test_conv2d import OPTIONS, SHAPES, arguments, exact
-from tolerances import ATTENTION, CONV, ROUNDING
+from tolerances import ATTENTION, ATTENTION_TERMS, CONV, ROUNDING
 from torch import Tensor
 
 import diffkern
@@ -283,16 +283,16 @@ def test_the_dtypes_that_do_not_go_together_are_named():
 # --- attention ---
 
 
-def heads(n: int, count: int, queries: int, keys: int, d: int) -> list[Tensor]:
+def heads(n: int, count: int, queries: int, keys: int, d: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """q, k, v as a projection lays them out, side by side, with scores of some size."""
-    tokens = torch.randn(n, max(queries, keys), 3, count, d, generator=torch.Generator().manual_seed(6)).bfloat16()
+    tokens = torch.randn(n, max(queries, keys), 3, count, d, generator=torch.Generator().manual_seed(6)).to(dtype)
     q, k, v = tokens.permute(2, 0, 3, 1, 4)
     return [2 * q[:, :, :queries], k[:, :, :keys], v[:, :, :keys]]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, terms: int | None = 1) -> Tensor:
     out = torch.full_like(q.transpose(1, 2), torch.nan, memory_format=torch.contiguous_format).transpose(1, 2)
-    torch.ops.diffkern.attention_out(out, q, k, v, scale)
+    torch.ops.diffkern.attention_out(out, q, k, v, scale, terms)
     return out
 
 
@@ -307,7 +307,24 @@ def assert_attention_is_exact(q: Tensor, k: Tensor, v: Tensor, scale: float | No
     assert ((attend(q, k, v, scale).double() - expected).abs() <= bound).all()
 
 
-ATTENTIONS = [(2, 1, 256, 256, 256), (1, 3, 64, 64, 32), (2, 2, 77, 130, 64), (1, 1, 1, 1, 32), (1, 2, 150, 33, 96)]
+def assert_attention_is_exact_by_terms(q: Tensor, k: Tensor, v: Tensor, terms: int, scale: float | None = None) -> None:
+    """A score is off by no more than its terms leave out, and a probability by a factor of e to twice that."""
+    out, (q, k, v) = attend(q, k, v, scale, terms), (tensor.double() for tensor in (q, k, v))
+    left_out = CONV["direct"] + (0 if terms == 3 else 2.1 * 2.0 ** (-8 * terms))
+    score = (q.abs() @ k.abs().mT).amax(-1, keepdim=True) * (q.shape[-1] ** -0.5 if scale is None else abs(scale))
+    bound = (torch.expm1(2 * left_out * score) + left_out) * reference.attention(q, k, v.abs(), scale=scale)
+    error = (out.double() - reference.attention(q, k, v, scale=scale)).abs()
+    assert out.dtype == torch.float32 and (error <= bound).all()
+
+
+ATTENTIONS = [
+    (2, 1, 256, 256, 256),
+    (1, 3, 64, 64, 32),
+    (2, 2, 77, 130, 64),
+    (1, 1, 1, 1, 32),
+    (1, 2, 150, 33, 96),
+    (1, 1, 300, 257, 64),
+]
 
 
 @pytest.mark.parametrize("shape", ATTENTIONS, ids=str)
@@ -317,32 +334,77 @@ def test_attention_is_its_definition(shape):
         assert_attention_is_exact(q, k, v, scale)
 
 
+@pytest.mark.parametrize("terms", [1, 2, 3])
+@pytest.mark.parametrize("shape", ATTENTIONS, ids=str)
+def test_attention_by_terms_is_as_exact_as_they_are_many(shape, terms):
+    q, k, v = heads(*shape, torch.float32)
+    for scale in (None, 0.5, -0.25):
+        assert_attention_is_exact_by_terms(q, k, v, terms, scale)
+    expected = reference.attention(q.double(), k.double(), v.double())
+    assert (attend(q, k, v, None, terms) - expected).abs().max() <= ATTENTION_TERMS[terms] * expected.abs().max()
+
+
+def test_attention_of_bfloat16_numbers_is_that_of_floats_of_one_term():
+    q, k, v = heads(2, 2, 77, 130, 64)
+    assert torch.equal(attend(q, k, v), attend(q.float(), k.float(), v.float()).bfloat16())
+
+
+def test_a_nan_reaches_the_rows_that_read_it_and_no_other():
+    q, k, v = heads(2, 2, 150, 140, 32, torch.float32)
+    q[0, 0, 3, 5] = k[1, 0, 139, 0] = v[0, 1, 130, 7] = torch.nan
+    expected = torch.zeros(q.shape, dtype=torch.bool)
+    expected[0, 0, 3] = expected[1, 0] = expected[0, 1, :, 7] = True
+    for terms in (1, 2, 3):
+        assert torch.equal(attend(q, k, v, None, terms).isnan(), expected)
+
+
 def test_attention_holds_where_scores_grow_and_shrink_by_thousands():
     q, k, v = heads(1, 2, 64, 300, 64)
     for slope in (-1, 1):
         steep = (k.float() * 200 * torch.linspace(0, slope, 300)[:, None]).bfloat16()
         assert_attention_is_exact(q, steep, v)
+        for terms in (2, 3):
+            assert_attention_is_exact_by_terms(q.float(), k.float() * 200 * slope, v.float(), terms)
+            assert_attention_is_exact_by_terms(q.float(), steep.float(), v.float(), terms)
 
 
-def test_attentions_bits_depend_on_no_thread_count_and_no_batch():
-    q, k, v = heads(3, 2, 200, 150, 64)
+@pytest.mark.parametrize("terms", [None, 1, 2, 3])
+@pytest.mark.parametrize("shape", [(3, 2, 200, 150, 64), (2, 1, 300, 70, 32), (2, 1, 40, 300, 160)], ids=str)
+def test_attentions_bits_depend_on_no_thread_count_and_no_batch(shape, terms):
+    q, k, v = heads(*shape, torch.bfloat16 if terms == 1 else torch.float32)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        expected = attend(q, k, v)
-        for count in (2, 3, 5):
+        expected = attend(q, k, v, None, terms)
+        for count in (2, 3, 5, 16):
             torch.set_num_threads(count)
-            assert torch.equal(attend(q, k, v), expected)
+            for of in (slice(None), slice(0, 1), slice(1, None)):
+                assert torch.equal(attend(q[of], k[of], v[of], None, terms), expected[of])
     finally:
         torch.set_num_threads(threads)
-    for of in (slice(0, 1), slice(1, None)):
-        assert torch.equal(attend(q[of], k[of], v[of]), expected[of])
 
 
 @pytest.mark.parametrize("d", [16, 288])
 def test_attention_names_the_heads_that_it_does_not_take(d):
-    with pytest.raises(RuntimeError, match=f"^q: expected a multiple of 32 channels in bfloat16, .* got {d}"):
-        attend(*heads(1, 1, 4, 4, d))
+    for terms, dtype in ((1, torch.bfloat16), (3, torch.float32)):
+        with pytest.raises(RuntimeError, match=f"^q: expected a multiple of 32 channels, .* got {d}"):
+            attend(*heads(1, 1, 4, 4, d, dtype), None, terms)
+
+
+@pytest.mark.parametrize(
+    "terms, dtype, message",
+    [
+        (0, torch.float32, "terms: expected 1 to 3, got 0"),
+        (4, torch.float32, "terms: expected 1 to 3, got 4"),
+        (None, torch.bfloat16, "q: expected float32, got bfloat16"),
+        (1, torch.float16, "q: expected float32 or bfloat16, got float16"),
+        (2, torch.bfloat16, "q: expected float32, got bfloat16"),
+        (3, torch.bfloat16, "q: expected float32, got bfloat16"),
+    ],
+)
+def test_attention_names_the_terms_and_dtypes_that_do_not_go_together(terms, dtype, message):
+    with pytest.raises(RuntimeError, match="^" + message):
+        attend(*heads(1, 1, 4, 4, 32, dtype), None, terms)
 
 
 # --- on every level ---
@@ -351,13 +413,16 @@ def test_attention_names_the_heads_that_it_does_not_take(d):
 AT_A_LEVEL = """
 import torch
 from test_bf16 import ATTENTIONS, UPSAMPLING, WHOLE, WIDE
-from test_bf16 import assert_attention_is_exact, assert_exact, assert_exact_by_terms, coarse, heads
+from test_bf16 import assert_attention_is_exact, assert_attention_is_exact_by_terms
+from test_bf16 import assert_exact, assert_exact_by_terms, coarse, heads
 from test_conv2d import OPTIONS, SHAPES, arguments
 from diffkern import _C, ops
 
 assert _C.cpu_level() == "{level}"
 for shape in ATTENTIONS:
     assert_attention_is_exact(*heads(*shape))
+    for terms in (1, 2, 3):
+        assert_attention_is_exact_by_terms(*heads(*shape, torch.float32), terms)
 for shape in WHOLE:
     x, weight, options = arguments(*shape, **UPSAMPLING[1])
     assert_exact(x, coarse(weight), torch.bfloat16, pack=ops.pack_upsampling, **options)

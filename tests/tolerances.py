@@ -17,6 +17,7 @@ SAME_STEP = 2e-6  # the same step by other coefficients: another rounding of eac
 LOSS = 1e-6  # relative: a mean of squares, whose rounding errors average out
 GROUP_NORM = 2e-6  # statistics in double, then three roundings and silu
 ATTENTION = 3e-6  # relative to the largest value: what a few hundred additions may lose
+ATTENTION_TERMS = {1: 2e-2, 2: 3e-5, 3: ATTENTION}  # the same by numbers of so many terms: of 8, 16 and 24 bits
 CONV = {"direct": 8 * 2**-24, "taps": 32 * 2**-24, "matrices": 32 * 2**-24}  # of the sum of the products' magnitudes,
 # by how the weight is packed: Winograd's algorithm adds up values that are larger than their sum
 UNET = 3e-5  # relative to the largest value: a network of a hundred sums, torch's on one side

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string_view>
 
 #include "op.h"
 
@@ -58,53 +59,72 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v) {
   check(k.size(2) > 0, "k: expected at least one token, got shape ", show(sizes_of(k)));
 }
 
-// Of bfloat16 on a CPU, where it lies.
-void run_attention_bf16(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v,
-                        std::optional<double> scale) {
-  AttentionParams params = attention_params(q, k, v, scale);
-  check(params.channels % kDepthBlock == 0 && params.channels <= kMaxBFloat16Head,
-        "q: expected a multiple of 32 channels in bfloat16, and ", kMaxBFloat16Head, " at most, got ", params.channels);
-  params.out = heads_view(out);
-  run_cpu(params, cpu::level().kernels.attention_bf16,
-          params.samples * params.heads * attention_blocks(params.queries),
-          grain(2 * kAttentionBlock * params.keys * params.channels));
+// Do products of bfloat16 terms take heads of so many channels?
+bool take_terms(int64_t channels) { return channels % kDepthBlock == 0 && channels <= kMaxTermsHead; }
+
+// Queries of a work item, `most` of them or fewer: each item reads all keys, but there should be one for every thread.
+int64_t query_block(const AttentionParams& p, int64_t most) {
+  constexpr int64_t least = 32;  // and about as many take the time that it takes to pack the keys
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto time = [&](int64_t block) {
+    const int64_t items = p.samples * p.heads * ((p.queries + block - 1) / block);
+    return (items + threads - 1) / threads * (std::min(block, p.queries) + least);
+  };
+  int64_t best = most;
+  for (int64_t block = most / 2; block >= least; block /= 2)
+    if (time(block) < time(best)) best = block;
+  return best;
 }
 
-// out, which is as_heads, and lse
-Tensor run_attention(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
-  const Tensor q_heads = as_heads(q), k_heads = as_heads(k), v_heads = as_heads(v);
+// out and lse. All tensors are as_heads, or lie so in bfloat16.
+Tensor run_attention(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale,
+                     int terms) {
   Tensor lse = empty_of({q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q);
-  AttentionParams params = attention_params(q_heads, k_heads, v_heads, scale);
+  AttentionParams params = attention_params(q, k, v, scale);
   params.out = heads_view(out);
   params.lse = memory<float>(lse);
+  params.terms = terms;
+  params.query_block = query_block(params, terms ? kTermsQueries : kAttentionBlock);
+  const auto& kernels = cpu::level().kernels;
   if (!on_cuda(q))
-    run_cpu(params, cpu::level().kernels.attention, params.samples * params.heads * attention_blocks(params.queries),
-            grain(2 * kAttentionBlock * params.keys * params.channels));
+    run_cpu(params, terms ? kernels.attention_terms : kernels.attention,
+            params.samples * params.heads * params.query_blocks(),
+            grain(2 * params.query_block * params.keys * params.channels));
   else if (q.numel() > 0)
     run_cuda(q, params, DIFFKERN_CUDA_LAUNCHER(attention));
   return lse;
 }
 
+// Three terms are as exact as floats are, and with AMX they are faster where many queries meet the keys that are packed.
+int terms_of_floats(const Tensor& q) {
+  const bool amx = !on_cuda(q) && std::string_view(cpu::level().name) == "avx512_amx";
+  return amx && take_terms(q.size(3)) && q.size(2) > 2 * kAttentionBlock ? kMaxTerms : 0;
+}
+
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
   check_attention(q, k, v);
   Tensor out = empty_heads(q);
-  Tensor lse = run_attention(out, q, k, v, scale);
+  Tensor lse = run_attention(out, as_heads(q), as_heads(k), as_heads(v), scale, terms_of_floats(q));
   return {as_dtype(out, q.scalar_type()), lse};
 }
 
-void attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
+void attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale,
+                   std::optional<int64_t> terms) {
   check_attention(q, k, v);
   check_like("out", out, q, sizes_of(q));
-  const bool bf16 = !on_cuda(q) && q.scalar_type() == ScalarType::BFloat16;
-  check(bf16 || q.scalar_type() == heads_dtype(q), "q: expected float32 or bfloat16, got ", show(q.scalar_type()));
+  check(!terms || !on_cuda(q), "terms: expected None on a CUDA device, got ", terms.value_or(0));
+  check(!terms || (*terms >= 1 && *terms <= kMaxTerms), "terms: expected 1 to ", kMaxTerms, ", got ",
+        terms.value_or(0));
+  const bool bf16 = terms == 1 && q.scalar_type() == ScalarType::BFloat16;
+  check(bf16 || q.scalar_type() == heads_dtype(q), "q: expected float32", terms == 1 ? " or bfloat16" : "", ", got ",
+        show(q.scalar_type()));
+  check(!terms || take_terms(q.size(3)), "q: expected a multiple of ", kDepthBlock, " channels, and ", kMaxTermsHead,
+        " at most, with terms, got ", q.size(3));
   for (const auto& [name, tensor] : {std::pair("out", out), {"q", q}, {"k", k}, {"v", v}})  // used where they lie
     check(tensor.stride(3) == 1, name, ": expected the channels of a token together, got a stride of ",
           tensor.stride(3));
   check_writable("out", out);
-  if (bf16)
-    run_attention_bf16(out, q, k, v, scale);
-  else
-    run_attention(out, q, k, v, scale);
+  run_attention(out, q, k, v, scale, int(terms.value_or(0)));
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
@@ -144,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
 }
 
 DIFFKERN_OP(attention, "(Tensor q, Tensor k, Tensor v, float? scale) -> (Tensor, Tensor)")
-DIFFKERN_OP(attention_out, "(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float? scale) -> ()")
+DIFFKERN_OP(attention_out, "(Tensor(a!) out, Tensor q, Tensor k, Tensor v, float? scale, int? terms) -> ()")
 DIFFKERN_OP(attention_backward,
             "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float? scale) -> (Tensor, Tensor, "
             "Tensor)")

@@ -92,10 +92,10 @@ float dot(const float* a, const float* b, int64_t count) {
 
 void attention(const AttentionParams& p, int64_t begin, int64_t end) {
   alignas(64) float q_t[512 * kBlock], s[kKeys * kBlock], inverse[kBlock], lse[kBlock];
-  const int64_t blocks = attention_blocks(p.queries);
+  const int64_t blocks = p.query_blocks();
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t sample = item / blocks / p.heads, head = item / blocks % p.heads, first = item % blocks * kBlock;
-    const int64_t queries = p.queries - first < kBlock ? p.queries - first : kBlock;
+    const int64_t sample = item / blocks / p.heads, head = item / blocks % p.heads, first = item % blocks * p.query_block;
+    const int64_t queries = p.queries - first < p.query_block ? p.queries - first : p.query_block;
     const Rows q = rows_of(p.q, sample, head).from(first), out = rows_of(p.out, sample, head).from(first);
     Softmax state;
     for (int64_t i = 0; i < queries; i += kLanes) {

@@ -16,7 +16,7 @@
   X(group_norm_silu, GroupNormSiluParams)          \
   X(group_norm_silu_backward, GroupNormSiluParams) \
   X(attention, AttentionParams)                    \
-  X(attention_bf16, AttentionParams)               \
+  X(attention_terms, AttentionParams)              \
   X(attention_backward, AttentionParams)           \
   X(attention_sum_grad_q, AttentionParams)         \
   X(conv_winograd, ConvParams)                     \

@@ -28,7 +28,7 @@ extern const Kernels kernels;
 #if defined(DIFFKERN_BFLOAT16_LEVELS)
 // Those that have a use for instructions of bfloat16.
 #define DIFFKERN_BFLOAT16_KERNELS(X)      \
-  X(attention_bf16, AttentionParams)      \
+  X(attention_terms, AttentionParams)     \
   X(conv_bf16, ConvParams)                \
   X(group_norm_silu, GroupNormSiluParams)
 #define DIFFKERN_DECLARE(name, Params) void name(const Params&, int64_t begin, int64_t end);
