@@ -92,24 +92,18 @@ struct AttentionParams {
   float* delta;                                // [N, heads, queries]: grad_out . out. CUDA only, which has no parts
 
 
-  // Forward on the CPU. A work item is a block of queries of one head. Each stands alone: the cut does not touch its bits.
+  // CPU only. A forward work item is a block of queries of one head, a backward one a span of its keys.
   int terms;            // of bfloat16, whose sum is a number; 0 in attention
   int64_t query_block;  // up to kAttentionBlock in attention, kTermsQueries in attention_terms
+  int64_t key_span;     // whole blocks
   int64_t query_blocks() const { return (queries + query_block - 1) / query_block; }
+  int64_t key_spans() const { return (keys + key_span - 1) / key_span; }
 };
 
 // Of attention_terms, at most: channels of a head, queries of a work item.
 constexpr int64_t kMaxTermsHead = 256, kTermsQueries = 256;
 
-// A backward work item is a span of the keys of one head.
-constexpr int64_t kAttentionBlock = 64;
-inline constexpr int64_t attention_span(int64_t keys) {  // whole blocks of keys, four spans at most
-  const int64_t quarter = (keys + 4 * kAttentionBlock - 1) / (4 * kAttentionBlock) * kAttentionBlock;
-  return quarter < 4 * kAttentionBlock ? 4 * kAttentionBlock : quarter;
-}
-inline constexpr int64_t attention_spans(int64_t keys) {
-  return (keys + attention_span(keys) - 1) / attention_span(keys);
-}
+constexpr int64_t kAttentionBlock = 64;  // of tokens
 
 // y = silu(norm(x + add) (1 + scale) + shift) + residual. All tensors of the shape of x have its dtype and layout, but
 // a blocked y, which CPUs write for conv_bf16 (ConvParams).

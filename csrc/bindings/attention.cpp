@@ -62,18 +62,29 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v) {
 // Do products of bfloat16 terms take heads of so many channels?
 bool take_terms(int64_t channels) { return channels % kDepthBlock == 0 && channels <= kMaxTermsHead; }
 
-// Queries of a work item, `most` of them or fewer: each item reads all keys, but there should be one for every thread.
-int64_t query_block(const AttentionParams& p, int64_t most) {
-  constexpr int64_t least = 32;  // and about as many take the time that it takes to pack the keys
+// The time of the busiest thread, if a work item is a block of a head's tokens and takes as long as these and so many.
+int64_t time_of(const AttentionParams& p, int64_t tokens, int64_t block, int64_t more) {
   const int64_t threads = torch::stable::get_num_threads();
-  const auto time = [&](int64_t block) {
-    const int64_t items = p.samples * p.heads * ((p.queries + block - 1) / block);
-    return (items + threads - 1) / threads * (std::min(block, p.queries) + least);
-  };
+  const int64_t items = p.samples * p.heads * ((tokens + block - 1) / block);
+  return (items + threads - 1) / threads * (std::min(block, tokens) + more);
+}
+
+// Queries of a work item, `most` of them at most. They stand alone: the cut does not touch their bits.
+int64_t query_block(const AttentionParams& p, int64_t most) {
+  constexpr int64_t least = 32;  // which take as long as to pack the keys
   int64_t best = most;
   for (int64_t block = most / 2; block >= least; block /= 2)
-    if (time(block) < time(best)) best = block;
+    if (time_of(p, p.queries, block, least) < time_of(p, p.queries, best, least)) best = block;
   return best;
+}
+
+// Keys of a work item of the backward pass. A block's part of grad_q is summed up by itself, and then added to that of
+// those before it: by the same item or, with the same bits, afterwards, if every item has one block. Where there are more
+// than a few blocks, items are spans of them, four at most.
+int64_t key_span(const AttentionParams& p) {
+  constexpr int64_t block = kAttentionBlock, few = 4 * block, more = 16;  // keys, as long as to add up a part of grad_q
+  if (p.keys > few) return std::max(few, (p.keys + few - 1) / few * block);
+  return time_of(p, p.keys, block, more) < time_of(p, p.keys, few, 0) ? block : few;
 }
 
 // out and lse. All tensors are as_heads, or lie so in bfloat16.
@@ -95,7 +106,7 @@ Tensor run_attention(const Tensor& out, const Tensor& q, const Tensor& k, const 
   return lse;
 }
 
-// Three terms are as exact as floats are, and with AMX they are faster where many queries meet the keys that are packed.
+// Three terms are as exact as floats are, and with AMX they are faster if many queries meet the keys that are packed.
 int terms_of_floats(const Tensor& q) {
   const bool amx = !on_cuda(q) && std::string_view(cpu::level().name) == "avx512_amx";
   return amx && take_terms(q.size(3)) && q.size(2) > 2 * kAttentionBlock ? kMaxTerms : 0;
@@ -152,12 +163,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
     if (q.numel() > 0) run_cuda(q, params, DIFFKERN_CUDA_LAUNCHER(attention_backward));
     return {grad_q, grad_k, grad_v};
   }
-  const int64_t spans = attention_spans(params.keys), elements = params.queries * params.channels;
+  params.key_span = key_span(params);
+  const int64_t spans = params.key_spans();
   Tensor parts = empty_of({(spans - 1) * q.numel()}, ScalarType::Float, q);
   params.grad_q_parts = memory<float>(parts);
   const auto& kernels = cpu::level().kernels;
   run_cpu(params, kernels.attention_backward, params.samples * params.heads * spans,
-          grain(5 * elements * std::min(params.keys, attention_span(params.keys))));
+          grain(5 * params.queries * params.channels * std::min(params.keys, params.key_span)));
   if (spans > 1) run_cpu(params, kernels.attention_sum_grad_q, chunks(q.numel()), kChunkGrain);
   const ScalarType dtype = q.scalar_type();
   return {as_dtype(grad_q, dtype), as_dtype(grad_k, dtype), as_dtype(grad_v, dtype)};

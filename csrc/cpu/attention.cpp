@@ -7,7 +7,7 @@
 //
 // Backward (Dao et al. 2022, algorithm 4): a work item is a span of keys of one head, taken in blocks. It makes the
 // probabilities again from lse, sums its rows of dk and dv over the queries, and its part of dq; the parts are added up
-// in the order of the spans afterwards. Spans depend on the number of keys alone.
+// in the order of the spans afterwards.
 //
 // Sums may be contracted here (CMakeLists.txt): their bits depend on the level anyway, by its width.
 
@@ -94,7 +94,8 @@ void attention(const AttentionParams& p, int64_t begin, int64_t end) {
   alignas(64) float q_t[512 * kBlock], s[kKeys * kBlock], inverse[kBlock], lse[kBlock];
   const int64_t blocks = p.query_blocks();
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t sample = item / blocks / p.heads, head = item / blocks % p.heads, first = item % blocks * p.query_block;
+    const int64_t sample = item / blocks / p.heads, head = item / blocks % p.heads;
+    const int64_t first = item % blocks * p.query_block;
     const int64_t queries = p.queries - first < p.query_block ? p.queries - first : p.query_block;
     const Rows q = rows_of(p.q, sample, head).from(first), out = rows_of(p.out, sample, head).from(first);
     Softmax state;
@@ -125,7 +126,7 @@ void attention(const AttentionParams& p, int64_t begin, int64_t end) {
 
 void attention_backward(const AttentionParams& p, int64_t begin, int64_t end) {
   alignas(64) float k_t[256 * kBlock], v_t[256 * kBlock], prob[kQueries * kBlock], grad_s[kQueries * kBlock];
-  const int64_t span = attention_span(p.keys), spans = attention_spans(p.keys);
+  const int64_t span = p.key_span, spans = p.key_spans();
   const int64_t elements = p.samples * p.queries * p.heads * p.channels;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t sample = item / spans / p.heads, head = item / spans % p.heads, first = item % spans * span;
@@ -172,9 +173,9 @@ void attention_backward(const AttentionParams& p, int64_t begin, int64_t end) {
 void attention_sum_grad_q(const AttentionParams& p, int64_t begin, int64_t end) {
   const int64_t elements = p.samples * p.queries * p.heads * p.channels;
   float* const grad_q = static_cast<float*>(p.grad_q.data);
-  for (int64_t i = begin * kChunk; i < elements && i < end * kChunk; ++i)
-    for (int64_t part = 0; part < attention_spans(p.keys) - 1; ++part)
-      grad_q[i] += p.grad_q_parts[part * elements + i];
+  const int64_t last = end * kChunk < elements ? end * kChunk : elements;
+  for (int64_t part = 0; part < p.key_spans() - 1; ++part)
+    for (int64_t i = begin * kChunk; i < last; ++i) grad_q[i] += p.grad_q_parts[part * elements + i];
 }
 
 }  // namespace diffkern::cpu::DIFFKERN_CPU_LEVEL
