@@ -12,6 +12,7 @@ from diffkern import ops
 SHAPES = [  # N, tokens, d; one head, as in Ho et al. 2020, and 16 x 16 tokens most of the time
     *((n, 256, d) for n in (1, 16) for d in (32, 64, 128, 256, 512)),
     *((n, 64, d) for n in (1, 16) for d in (64, 256)),
+    *((n, 16, 256) for n in (1, 16)),
     *((1, 1024, d) for d in (64, 256)),
 ]
 
@@ -29,6 +30,25 @@ def test_attention(compare, n, tokens, d):
             f"attention [{n}, 1, {tokens}, {d}]",
             lambda: ops.attention(q, k, v),
             {"torch": lambda: F.scaled_dot_product_attention(q, k, v)},
+            flops=4 * n * tokens**2 * d,
+        )
+
+
+@pytest.mark.parametrize(("terms", "tolerance"), [(1, 2e-2), (2, 1e-4), (3, 1e-5)])
+@pytest.mark.parametrize(("n", "tokens", "d"), [(16, 256, 256), (16, 256, 64), (1, 256, 256), (1, 64, 256)])
+def test_attention_by_terms(compare, n, tokens, d, terms, tolerance):
+    q, k, v, out = tensors(n, tokens, d, 4)
+
+    def by_terms() -> torch.Tensor:
+        torch.ops.diffkern.attention_out(out, q, k, v, None, terms)
+        return out
+
+    with torch.inference_mode():
+        compare(
+            f"attention [{n}, 1, {tokens}, {d}] by {terms} terms",
+            by_terms,
+            {"torch": lambda: F.scaled_dot_product_attention(q, k, v)},
+            tolerance=tolerance,
             flops=4 * n * tokens**2 * d,
         )
 

@@ -315,9 +315,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
 
     Returns [N, heads, tokens, d], in memory [N, tokens, heads, d] for the projection that follows. Sums are float32,
     and so is all arithmetic on the CPU; with AMX, many queries and d a multiple of 32 up to 256, products are those of
-    three bfloat16 terms a number, which are as exact, but NaN for what is infinite. CUDA multiplies bfloat16 and float16
-    on tensor cores, with probabilities rounded to the dtype, where d is a multiple of 8 up to 512. A sample's bits depend
-    neither on its batch nor on the number of threads.
+    three bfloat16 terms a number, which are as exact, but NaN for what is infinite. CUDA multiplies bfloat16 and
+    float16 on tensor cores, with probabilities rounded to the dtype, where d is a multiple of 8 up to 512. A sample's
+    bits depend neither on its batch nor on the number of threads.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):

@@ -79,8 +79,8 @@ int64_t query_block(const AttentionParams& p, int64_t most) {
 }
 
 // Keys of a work item of the backward pass. A block's part of grad_q is summed up by itself, and then added to that of
-// those before it: by the same item or, with the same bits, afterwards, if every item has one block. Where there are more
-// than a few blocks, items are spans of them, four at most.
+// those before it: by the same item or, with the same bits, afterwards, if every item has one block. Where there are
+// more than a few blocks, items are spans of them, four at most.
 int64_t key_span(const AttentionParams& p) {
   constexpr int64_t block = kAttentionBlock, few = 4 * block, more = 16;  // keys, as long as to add up a part of grad_q
   if (p.keys > few) return std::max(few, (p.keys + few - 1) / few * block);
@@ -109,7 +109,7 @@ Tensor run_attention(const Tensor& out, const Tensor& q, const Tensor& k, const 
 // Three terms are as exact as floats are, and with AMX they are faster if many queries meet the keys that are packed.
 int terms_of_floats(const Tensor& q) {
   const bool amx = !on_cuda(q) && std::string_view(cpu::level().name) == "avx512_amx";
-  return amx && take_terms(q.size(3)) && q.size(2) > 2 * kAttentionBlock ? kMaxTerms : 0;
+  return amx && take_terms(q.size(3)) && q.size(2) >= 2 * kAttentionBlock ? kMaxTerms : 0;
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {

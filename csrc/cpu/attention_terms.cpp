@@ -1,8 +1,9 @@
 // softmax(q k^T scale) v without the tokens x tokens matrix: products of bfloat16, or of floats as sums of bfloat16
 // terms (gemm_bf16.h); softmax and sums of float32. For heads of whole blocks of channels.
 //
-// A work item is a block of queries of one head, in groups of 32, which meet the keys a block at a time (attention.cpp).
-// Keys, and then their values, are packed as the right-hand sides of the two products; probabilities become terms too.
+// A work item is a block of queries of one head, in groups of 32, which meet the keys a block at a time, as those of
+// attention.cpp do. Keys, and then their values, are packed as the right-hand sides of the two products; probabilities
+// become terms too.
 
 #include "../math/log.h"
 #include "../math/silu.h"
@@ -70,54 +71,51 @@ void pack_queries(Group<terms>& group, const Tokens<T>& q, int64_t count, int64_
         for (int64_t term = 0; term < terms; ++term) std::memset(to + term * apart, 0, kDepth * sizeof *to);
 }
 
-// k^T, as the right-hand side [panels of keys, blocks of channels, terms, 2, kDepth / 2, 16 keys, 2]: pairs of channels
-// turn. Keys that are not there are the last one.
+// 16 keys from the first one by a block of channels: to[word][key], words of 32 bits. Keys behind the last repeat it.
+template <class T>
+DIFFKERN_FN void turn(const Tokens<T>& k, int64_t first, int64_t last, int64_t channel, void* to) {
+  constexpr int64_t words = kDepth * sizeof(T) / sizeof(float);
+  for (int64_t key = 0; key < kHalf; key += 4)
+    for (int64_t word = 0; word < words; word += kLanes) {
+      f32v x[4];
+      for (int i = 0; i < 4; ++i)
+        std::memcpy(&x[i], (const float*)(k[min(first + key + i, last)] + channel) + word, sizeof x[i]);
+      transpose_quads(x);
+      for (int i = 0; i < 4; ++i)
+        for (int l = 0; l < kLanes; l += 4)
+          std::memcpy((float*)to + (word + l + i) * kHalf + key, (const float*)&x[i] + l, 4 * sizeof(float));
+    }
+}
+
+// k^T, as the right-hand side [panels of keys, blocks of channels, terms, 2, kDepth / 2, 16 keys, 2]: channels in pairs.
 template <int terms, class T>
 void pack_keys(const Tokens<T>& k, int64_t count, int64_t channels, BFloat16* to) {
-  constexpr int64_t apart = kHalf * kDepth;
-  alignas(64) BFloat16 rows[terms * apart];  // [terms, 16 keys, kDepth]
+  constexpr int64_t half = kDepth * kHalf, apart = 2 * half;
   for (int64_t key = 0; key < count; key += kColumns)
-    for (int64_t c = 0; c < channels; c += kDepth, to += 2 * terms * apart)
-      for (int64_t half = 0; half < 2; ++half) {
-        for (int64_t j = 0; j < kHalf; ++j)
-          split<terms>(k[min(key + half * kHalf + j, count - 1)] + c, rows + j * kDepth, apart);
-        for (int64_t term = 0; term < terms; ++term) {
-          BFloat16* const turned = to + (2 * term + half) * apart;
-          for (int64_t j = 0; j < kHalf; j += 4)
-            for (int64_t pair = 0; pair < kDepth; pair += 2 * kLanes) {
-              f32v x[4];
-              for (int64_t i = 0; i < 4; ++i)
-                std::memcpy(&x[i], rows + term * apart + (j + i) * kDepth + pair, sizeof x[i]);
-              transpose_quads(x);
-              for (int64_t i = 0; i < 4; ++i)
-                for (int64_t l = 0; l < kLanes; l += 4)
-                  std::memcpy(turned + ((pair / 2 + l + i) * kHalf + j) * 2, (const float*)&x[i] + l,
-                              4 * sizeof(float));
-            }
+    for (int64_t c = 0; c < channels; c += kDepth, to += terms * apart)
+      for (int64_t h = 0; h < 2; ++h)
+        if constexpr (sizeof(T) == sizeof(BFloat16)) {
+          turn(k, key + h * kHalf, count - 1, c, to + h * half);  // words are pairs
+        } else {
+          alignas(64) float words[half];
+          turn(k, key + h * kHalf, count - 1, c, words);
+          for (int64_t i = 0; i < half; i += 2 * kHalf)
+            for (int64_t l = 0; l < kHalf; l += kLanes)
+              store_terms<terms>(to + h * half + i + 2 * l, apart, load(words + i + l), load(words + i + kHalf + l));
         }
-      }
 }
 
 // v, as the right-hand side [panels of channels, blocks of keys, terms, 2, kDepth / 2, 16 channels, 2]: keys in pairs.
 // Those that are not there are 0.
 template <int terms, class T>
 void pack_values(const Tokens<T>& v, int64_t count, int64_t channels, BFloat16* to) {
-  constexpr int64_t apart = kColumns * kDepth;
+  constexpr int64_t half = kDepth * kHalf, apart = 2 * half;
   for (int64_t c = 0; c < channels; c += kColumns)
     for (int64_t key = 0; key < count; key += kDepth, to += terms * apart)
-      for (int64_t k = 0; k < kDepth; k += 2) {
-        alignas(64) BFloat16 rows[2][terms * kColumns] = {};  // [2 keys, terms, kColumns]
-        for (int64_t i = 0; i < 2; ++i)
-          if (key + k + i < count) split<terms>(v[key + k + i] + c, rows[i], kColumns);
-        for (int64_t term = 0; term < terms; ++term)
-          for (int64_t l = 0; l < kColumns; l += kLanes) {
-            const BFloat16* const low = rows[0] + term * kColumns + l;
-            const BFloat16* const high = rows[1] + term * kColumns + l;
-            const i32v pairs = load_16_bits(low) | load_16_bits(high) << 16;
-            std::memcpy(to + term * apart + l / kHalf * kDepth * kHalf + k * kHalf + l % kHalf * 2, &pairs,
-                        sizeof pairs);
-          }
-      }
+      for (int64_t k = key; k < key + kDepth; k += 2)
+        for (int64_t l = 0; l < kColumns; l += kLanes)
+          store_terms<terms>(to + l / kHalf * half + (k - key) * kHalf + l % kHalf * 2, apart,
+                             k < count ? load(v[k] + c + l) : f32v{}, k + 1 < count ? load(v[k + 1] + c + l) : f32v{});
 }
 
 // c [panels, kQueries, kColumns] = a b, or c + a b; a is [blocks, terms, kQueries, kDepth].
@@ -140,18 +138,14 @@ void multiply_all(const BFloat16* a, int64_t tiles, int64_t blocks, const BFloat
 // p = exp(s scale - max), for so many more keys: s is [panels of keys, kQueries, kColumns]. What was summed up with a
 // smaller max shrinks.
 template <int terms>
-void online_softmax(Group<terms>& group, float* s, float scale, bool first, int64_t keys, int64_t panels) {
+void online_softmax(Group<terms>& group, const float* s, float scale, bool first, int64_t keys, int64_t panels) {
   alignas(64) float present[kKeys<terms>], largest[kQueries], shrink[kQueries];
   for (int64_t key = 0; key < kKeys<terms>; ++key) present[key] = key < keys ? 1.0f : 0.0f;
   const int64_t queries = group.tiles * kRows, scores = parts(keys, kColumns) * kSums, sums = panels * kSums;
   for (int64_t i = 0; i < queries; ++i) {
     f32v all = broadcast(group.max[i]);
     for (int64_t j = i * kColumns; j < scores; j += kSums)
-      for (int64_t l = j; l < j + kColumns; l += kLanes) {
-        const f32v z = load(s + l) * scale;
-        store(s + l, z);
-        all = max(z, all);
-      }
+      for (int64_t l = j; l < j + kColumns; l += kLanes) all = max(load(s + l) * scale, all);
     largest[i] = reduce_max(all);
   }
   for (int64_t i = 0; i < queries; i += kLanes) {
@@ -164,7 +158,7 @@ void online_softmax(Group<terms>& group, float* s, float scale, bool first, int6
     f32v all{};
     for (int64_t block = 0; block * kSums < scores; ++block)
       for (int64_t l = 0; l < kColumns; l += kLanes) {
-        const f32v score = load(s + block * kSums + i * kColumns + l);
+        const f32v score = load(s + block * kSums + i * kColumns + l) * scale;
         const f32v e = exp_approx(score - largest[i]) * load(present + block * kColumns + l);
         store_terms<terms>(group.p + (block * terms * kQueries + i) * kDepth + l, kQueries * kDepth, e);
         all = all + e;

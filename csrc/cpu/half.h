@@ -67,6 +67,33 @@ DIFFKERN_FN void store_terms(BFloat16* p, int64_t apart, f32v a) {
   }
 }
 
+// In each lane a's nearest bfloat16 and, in the high half, b's
+DIFFKERN_FN i32v pair_of(f32v a, f32v b) {
+#if defined(__AVX512BF16__)
+  alignas(64) static constexpr uint16_t kInTurn[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  return (i32v)_mm512_permutexvar_epi16(_mm512_load_si512(kInTurn), both);
+#else
+  BFloat16 halves[2][kLanes];
+  store(halves[0], a);
+  store(halves[1], b);
+  return load_16_bits(halves[0]) | load_16_bits(halves[1]) << 16;
+#endif
+}
+
+// The terms of a and b, in turn.
+template <int terms>
+DIFFKERN_FN void store_terms(BFloat16* p, int64_t apart, f32v a, f32v b) {
+#pragma GCC unroll 3
+  for (int i = 0; i < terms; ++i, p += apart) {
+    const i32v pair = pair_of(a, b);
+    std::memcpy(p, &pair, sizeof pair);
+    a = a - as_float(pair << 16);
+    b = b - as_float(pair & int32_t(0xFFFF0000));
+  }
+}
+
 DIFFKERN_FN f32v load(const BFloat16* p, int count) {
   BFloat16 all[kLanes] = {};
   std::memcpy(all, p, count * sizeof *p);
