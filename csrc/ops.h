@@ -100,7 +100,7 @@ struct AttentionParams {
   int64_t key_spans() const { return (keys + key_span - 1) / key_span; }
 };
 
-// Of attention_terms, at most: channels of a head, queries of a work item.
+// Of attention_terms, at most: channels of a head, queries of a work item. They need 850 KB of stack.
 constexpr int64_t kMaxTermsHead = 256, kTermsQueries = 256;
 
 constexpr int64_t kAttentionBlock = 64;  // of tokens

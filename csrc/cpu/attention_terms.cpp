@@ -2,8 +2,9 @@
 // terms (gemm_bf16.h); softmax and sums of float32. For heads of whole blocks of channels.
 //
 // A work item is a block of queries of one head, in groups of 32, which meet the keys a block at a time, as those of
-// attention.cpp do. Keys, and then their values, are packed as the right-hand sides of the two products; probabilities
-// become terms too.
+// attention.cpp do. Keys, and then their values, are packed as the right-hand sides of the two products, during which
+// the next ones are asked for; probabilities become terms too. exp_approx will do for any number of terms: it is off by
+// no more than the rounding of a score is.
 
 #include "../math/log.h"
 #include "../math/silu.h"
@@ -14,9 +15,9 @@ namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
 
 namespace {
 
-constexpr int64_t kQueries = 2 * kRows;                    // of a group
-constexpr int64_t kGroups = kTermsQueries / kQueries;      // of a work item at most
-constexpr int64_t kSums = kQueries * kColumns;            // from a panel of sums to the next
+constexpr int64_t kQueries = 2 * kRows;                // of a group
+constexpr int64_t kGroups = kTermsQueries / kQueries;  // of a work item at most
+constexpr int64_t kSums = kQueries * kColumns;         // of a panel
 constexpr int64_t kHalf = kColumns / 2;
 template <int terms>
 constexpr int64_t kKeys = terms == 3 ? 64 : 128;  // that meet
@@ -34,6 +35,12 @@ struct Tokens {
       : data(static_cast<T*>(x.data) + sample * x.sample_stride + head * x.head_stride + first * x.token_stride),
         stride(x.token_stride) {}
   T* operator[](int64_t token) const { return data + token * stride; }
+
+  // Asks for these tokens, for the second-level cache.
+  __attribute__((always_inline)) void ask(int64_t begin, int64_t end, int64_t channels) const {
+    for (int64_t token = begin; token < end; ++token)
+      for (int64_t c = 0; c < channels; c += 64 / sizeof(T)) __builtin_prefetch((*this)[token] + c, 0, 2);
+  }
 };
 
 // The terms of a block of channels, `apart` from each other.
@@ -60,15 +67,16 @@ struct alignas(64) Group {
 template <int terms, class T>
 void pack_queries(Group<terms>& group, const Tokens<T>& q, int64_t count, int64_t channels) {
   constexpr int64_t apart = kQueries * kDepth;
-  BFloat16* to = group.q;
   group.tiles = count > kRows ? 2 : 1;
   for (int64_t i = 0; i < kQueries; ++i) group.max[i] = -__builtin_inff(), group.sum[i] = 0;
-  for (int64_t c = 0; c < channels; c += kDepth, to += (terms - 1) * apart)
-    for (int64_t i = 0; i < kQueries; ++i, to += kDepth)
+  for (int64_t i = 0; i < kQueries; ++i)
+    for (int64_t c = 0; c < channels; c += kDepth) {
+      BFloat16* const to = group.q + c * terms * kQueries + i * kDepth;
       if (i < count)
         split<terms>(q[i] + c, to, apart);
       else
         for (int64_t term = 0; term < terms; ++term) std::memset(to + term * apart, 0, kDepth * sizeof *to);
+    }
 }
 
 // 16 keys from the first one by a block of channels: to[word][key], words of 32 bits. Keys behind the last repeat it.
@@ -87,7 +95,7 @@ DIFFKERN_FN void turn(const Tokens<T>& k, int64_t first, int64_t last, int64_t c
     }
 }
 
-// k^T, as the right-hand side [panels of keys, blocks of channels, terms, 2, kDepth / 2, 16 keys, 2]: channels in pairs.
+// k^T, as the right-hand side: [panels of keys, blocks of channels, terms, 2, kDepth / 2, 16 keys, 2], in pairs.
 template <int terms, class T>
 void pack_keys(const Tokens<T>& k, int64_t count, int64_t channels, BFloat16* to) {
   constexpr int64_t half = kDepth * kHalf, apart = 2 * half;
@@ -181,21 +189,25 @@ void attend(const AttentionParams& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t sample = item / blocks / p.heads, head = item / blocks % p.heads;
     const int64_t first = item % blocks * p.query_block, count = min(p.query_block, p.queries - first);
-    Group<terms>* const last = groups + parts(count, kQueries);
-    for (Group<terms>* group = groups; group < last; ++group) {
-      const int64_t done = (group - groups) * kQueries;
-      pack_queries<terms>(*group, Tokens<T>(p.q, sample, head, first + done), min(kQueries, count - done), p.channels);
-    }
+    const int64_t group_count = parts(count, kQueries);
+    for (int64_t g = 0; g < group_count; ++g)
+      pack_queries<terms>(groups[g], Tokens<T>(p.q, sample, head, first + g * kQueries),
+                          min(kQueries, count - g * kQueries), p.channels);
     for (int64_t key = 0; key < p.keys; key += kKeys<terms>) {
       const int64_t keys = min(kKeys<terms>, p.keys - key), key_blocks = parts(keys, kDepth);
-      pack_keys<terms>(Tokens<T>(p.k, sample, head, key), keys, p.channels, packed);
-      for (Group<terms>* group = groups; group < last; ++group) {
-        multiply_all<terms>(group->q, group->tiles, panels, packed, key_blocks, s, false);
-        online_softmax(*group, s, p.scale, key == 0, keys, panels);
+      const Tokens<T> k(p.k, sample, head, key), v(p.v, sample, head, key), next(p.k, sample, head, key + keys);
+      pack_keys<terms>(k, keys, p.channels, packed);
+      for (int64_t g = 0; g < group_count; ++g) {
+        v.ask(keys * g / group_count, keys * (g + 1) / group_count, p.channels);
+        multiply_all<terms>(groups[g].q, groups[g].tiles, panels, packed, key_blocks, s, false);
+        online_softmax(groups[g], s, p.scale, key == 0, keys, panels);
       }
-      pack_values<terms>(Tokens<T>(p.v, sample, head, key), keys, p.channels, packed);
-      for (Group<terms>* group = groups; group < last; ++group)
-        multiply_all<terms>(group->p, group->tiles, key_blocks, packed, panels, group->out, key > 0);
+      pack_values<terms>(v, keys, p.channels, packed);
+      const int64_t next_keys = min(kKeys<terms>, p.keys - key - keys);
+      for (int64_t g = 0; g < group_count; ++g) {
+        next.ask(next_keys * g / group_count, next_keys * (g + 1) / group_count, p.channels);
+        multiply_all<terms>(groups[g].p, groups[g].tiles, key_blocks, packed, panels, groups[g].out, key > 0);
+      }
     }
     const Tokens<T> out(p.out, sample, head, first);
     for (int64_t i = 0; i < count; ++i) {
