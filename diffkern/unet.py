@@ -7,13 +7,14 @@ Parameter names are those of diffusers' ``UNet2DModel``, so that the field's che
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
+from .schedule import checked_float, checked_int
 
 Image = TypeVar("Image")
 
@@ -198,6 +199,8 @@ class UNet(nn.Module):
     resample_blocks             resolution changes inside residual blocks (BigGAN's) instead of by one convolution
     downsample_padding          0 pads right and below only; 1 pads all around
     flip_sin_to_cos, freq_shift of the sinusoidal embedding; Ho et al. 2020 has (False, 1)
+
+    Raises TypeError or ValueError for options of which no U-Net can be made.
     """
 
     def __init__(
@@ -225,12 +228,8 @@ class UNet(nn.Module):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        _check_config(self.config)
         widths = [channels * m for m in channel_mult]
-        for level, width in enumerate(widths):
-            if width % groups:
-                raise ValueError(f"groups: expected a divisor of every width {widths}, got {groups}")
-            if level in attention_levels and head_dim is not None and width % head_dim:
-                raise ValueError(f"head_dim: expected a divisor of level {level}'s width {width}, got {head_dim}")
         emb_dim = 4 * channels
         last = len(widths) - 1
 
@@ -286,8 +285,8 @@ class UNet(nn.Module):
                 resampler = ("upsamplers", up)
             self.up_blocks.append(Level(resnets, attentions, resampler))
 
-        self.conv_norm_out = nn.GroupNorm(groups, channels, norm_eps)
-        self.conv_out = Conv3x3(channels, out_channels * (2 if learned_variance else 1))
+        self.conv_norm_out = nn.GroupNorm(groups, c, norm_eps)
+        self.conv_out = Conv3x3(c, out_channels * (2 if learned_variance else 1))
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
         self.to(memory_format=torch.channels_last)
@@ -360,6 +359,43 @@ class UNet(nn.Module):
             raise ValueError("labels: expected None, this network has no classes (num_classes is None)")
         if labels.shape != t.shape:
             raise ValueError(f"labels: expected shape {tuple(t.shape)}, got {tuple(labels.shape)}")
+
+
+def _check_config(c: dict[str, Any]) -> None:
+    """TypeError or ValueError unless there is a U-Net of these options, which then has all that they say."""
+
+    def check(name: str, low: int, high: float = math.inf) -> None:
+        value, several = c[name], isinstance(c[name], Sequence)
+        expected = ("ints " if several else "an int ") + (f">= {low}" if high == math.inf else f"in {low}..{high}")
+        for number in value if several else [value]:
+            if not low <= checked_int(name, number, expected) <= high:
+                raise ValueError(f"{name}: expected {expected}, got {value}")
+
+    for name in ("channel_mult", "attention_levels"):
+        if not isinstance(c[name], Sequence):
+            raise TypeError(f"{name}: expected a sequence of ints, got {c[name]!r}")
+    if not c["channel_mult"]:
+        raise ValueError("channel_mult: expected at least one level, got none")
+    optional = [name for name in ("head_dim", "num_classes") if c[name] is not None]
+    for name in ("in_channels", "out_channels", "channels", "channel_mult", "blocks", "groups", *optional):
+        check(name, 1)
+    widths = [c["channels"] * m for m in c["channel_mult"]]
+    last = len(widths) - 1
+    check("attention_levels", 0, last)
+    check("downsample_padding", 0, 1)
+    checked_float("norm_eps", c["norm_eps"], "a number >= 0", lambda value: value >= 0)
+    checked_float("dropout", c["dropout"], "a number in [0, 1]", lambda value: 0 <= value <= 1)
+    if c["channels"] % 2:
+        raise ValueError(f"channels: expected an even int, half of them sines, got {c['channels']}")
+    half = c["channels"] // 2
+    checked_float("freq_shift", c["freq_shift"], f"a number below channels / 2 = {half}", lambda value: value < half)
+    if any(width % c["groups"] for width in (c["channels"], *widths)):
+        raise ValueError(f"groups: expected a divisor of every width {widths}, got {c['groups']}")
+    for level in sorted({*c["attention_levels"], *([last] if c["mid_attention"] else [])}):
+        if c["head_dim"] is not None and widths[level] % c["head_dim"]:
+            raise ValueError(
+                f"head_dim: expected a divisor of level {level}'s width {widths[level]}, got {c['head_dim']}"
+            )
 
 
 DIFFUSERS_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")

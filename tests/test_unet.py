@@ -4,6 +4,7 @@ import pytest
 import torch
 from networks import CONFIGS, assert_close, call_twin, config_of, diffusers_twin, inputs, with_random_weights
 
+from diffkern.engine import optimize
 from diffkern.unet import UNet, timestep_embedding
 
 
@@ -148,13 +149,43 @@ def test_a_wrong_input_raises_its_message(change, message):
     ("config", "message"),
     [
         (dict(groups=5), "groups: expected a divisor of every width [32, 64], got 5"),
+        (dict(groups=0), "groups: expected an int >= 1, got 0"),
+        (dict(channels=36, groups=8), "groups: expected a divisor of every width [36, 72], got 8"),
         (dict(head_dim=7), "head_dim: expected a divisor of level 1's width 64, got 7"),
+        (dict(head_dim=48, attention_levels=()), "head_dim: expected a divisor of level 1's width 64, got 48"),
+        (dict(head_dim=128), "head_dim: expected a divisor of level 1's width 64, got 128"),
+        (dict(head_dim=0), "head_dim: expected an int >= 1, got 0"),
+        (dict(attention_levels=(0, 7)), "attention_levels: expected ints in 0..1, got (0, 7)"),
+        (dict(attention_levels=(-1,)), "attention_levels: expected ints in 0..1, got (-1,)"),
+        (dict(attention_levels=1), "attention_levels: expected a sequence of ints, got 1"),
+        (dict(channels=0), "channels: expected an int >= 1, got 0"),
+        (dict(channels=33, groups=1), "channels: expected an even int, half of them sines, got 33"),
+        (dict(channels=2, groups=1), "freq_shift: expected a number below channels / 2 = 1, got 1.0"),
+        (dict(channel_mult=()), "channel_mult: expected at least one level, got none"),
+        (dict(channel_mult=(1, 1.5)), "channel_mult: expected ints >= 1, got 1.5"),
+        (dict(channel_mult=(1, 0)), "channel_mult: expected ints >= 1, got (1, 0)"),
+        (dict(blocks=0), "blocks: expected an int >= 1, got 0"),
+        (dict(num_classes=-1), "num_classes: expected an int >= 1, got -1"),
+        (dict(in_channels=0), "in_channels: expected an int >= 1, got 0"),
+        (dict(out_channels=True), "out_channels: expected an int >= 1, got True"),
+        (dict(downsample_padding=2), "downsample_padding: expected an int in 0..1, got 2"),
+        (dict(norm_eps=-1e-5), "norm_eps: expected a number >= 0, got -1e-05"),
+        (dict(dropout=1.5), "dropout: expected a number in [0, 1], got 1.5"),
     ],
 )
 def test_a_wrong_config_raises_its_message(config, message):
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises((TypeError, ValueError)) as raised:
         UNet(**config_of("plain") | config)
     assert str(raised.value) == message
+
+
+def test_the_first_level_may_be_wider_than_channels():
+    unet = with_random_weights(UNet(**config_of("plain") | dict(channel_mult=(2, 3), groups=16))).eval()
+    x, t, labels = inputs(unet)
+    with torch.no_grad():
+        out = unet(x, t, labels)
+        assert out.shape == x.shape and out.std() > 0.1
+        assert_close(optimize(unet)(x, t, labels), out)
 
 
 def test_labels_without_classes_raise():
