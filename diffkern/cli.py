@@ -153,8 +153,7 @@ def _labels(tokens: list[str] | None, model: Model, n: int) -> list[int] | None:
         return None
     if not tokens:
         return [i % len(classes) for i in range(n)]
-    numbers = {str(label): label for label in range(-1, len(classes))}
-    labels = [numbers[token] if token in numbers else model.label(token) for token in tokens]
+    labels = [model.label(token) for token in tokens]
     if len(labels) not in (1, n):
         raise ValueError(f"labels: expected 1 or {n}, one for each image, got {len(labels)}")
     return labels * n if len(labels) == 1 else labels

@@ -59,6 +59,13 @@ class Model:
             raise ValueError(f"shape: expected three positive sizes (C, H, W), got {self.shape}")
         if self.classes is not None:
             self.classes = tuple(self.classes)
+            names = [name.lower() if isinstance(name, str) else name for name in (*self.classes, "none")]
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError(f"classes: expected names, got {self.classes}")
+            if len(set(names)) < len(names):
+                raise ValueError(
+                    f"classes: expected names other than none that differ by more than case, got {self.classes}"
+                )
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.network(x_t, t, labels)
@@ -67,13 +74,24 @@ class Model:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def label(self, name: str) -> int:
-        """The number of the class of that name, upper or lower case; -1, the null class, of "none"."""
-        known = {name.lower(): label for label, name in enumerate(self.classes or ())} | {"none": -1}
-        if name.lower() not in known:
-            numbered = ", ".join(f"{label} {name}" for label, name in enumerate(self.classes or ()))
-            raise ValueError(f"labels: expected none or one of {numbered}, got {name!r}")
-        return known[name.lower()]
+    def label(self, text: str) -> int:
+        """The class of that name, upper or lower case, or of that number; -1, the null class, of "none".
+
+        ValueError if there is no such class, or if it is one class's name and another's number.
+        """
+        classes = self.classes or ()
+        by_name = {name.lower(): label for label, name in enumerate(classes)} | {"none": -1}
+        by_number = {str(label): label for label in range(-1, len(classes))}
+        meant = {known[text.lower()] for known in (by_name, by_number) if text.lower() in known}
+        if len(meant) > 1:
+            raise ValueError(
+                f"labels: expected what means one class, got {text!r}: the name of class {by_name[text.lower()]}, "
+                f"and the number of {classes[by_number[text]]!r}"
+            )
+        if not meant:
+            numbered = ", ".join(f"{label} {name}" for label, name in enumerate(classes))
+            raise ValueError(f"labels: expected none or one of {numbered}, got {text!r}")
+        return meant.pop()
 
     def description(self) -> dict[str, Any]:
         """All but the weights, as JSON holds it."""

@@ -294,7 +294,7 @@ class _Source(NamedTuple):
     prediction: str
     shape: tuple[int, int, int]
     num_classes: int | None  # None where nobody knows
-    label: Callable[[str], int] | None  # of a class's name; None where nobody knows
+    label: Callable[[str], int] | None  # of a class's name or number as text; None where nobody knows
     device: torch.device
 
 

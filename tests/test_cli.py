@@ -1,5 +1,6 @@
 """The command line: what it writes, what it says, and the status that it leaves with."""
 
+import dataclasses
 import json
 import os
 import re
@@ -65,6 +66,21 @@ def test_sample_writes_a_labelled_grid_with_its_settings_inside(folder, capsys):
     assert settings["model"] == "m.safetensors" and settings["versions"]["torch"] == torch.__version__
     with Image.open("s.png") as image:
         assert image.size == (3 * 68 + 4, 2 * (68 + 14) + 4)  # a column a class
+
+
+def test_a_label_on_the_command_line_means_what_it_means_in_python(folder, capsys):
+    model = dataclasses.replace(tiny.model(12), classes=tuple(sorted(map(str, range(12)))))  # 0, 1, 10, 11, 2 ...
+    save(model, "numbers.safetensors")
+    command = ["sample", "--model", "numbers.safetensors", "--n", "1", "--steps", "2", *QUIET]
+    for text, label in (("1", 1), ("-1", -1)):
+        assert main([*command, f"--label={text}"]) == 0
+        assert read_settings("samples.png")["labels"] == [label]
+        options = dict(steps=2, sampler="ddim", progress=False)
+        assert torch.equal(sample(model, 1, labels=text, **options), sample(model, 1, labels=label, **options))
+    with pytest.raises(ValueError, match="got '2': the name of class 4, and the number of '10'") as error:
+        sample(model, 1, labels="2", progress=False)
+    assert main([*command, "--label", "2"]) == 2
+    assert capsys.readouterr().err.endswith(f"diffkern: error: {error.value}\n")
 
 
 def test_sample_draws_what_the_settings_in_the_png_say(folder):

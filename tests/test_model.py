@@ -65,6 +65,24 @@ def test_a_shipped_model_is_found_by_its_name(tmp_path, monkeypatch):
         load("fashion")
 
 
+def test_a_class_is_meant_by_its_name_or_by_its_number():
+    model = tiny.model()
+    model.classes = ("Cat", "0", "7")
+    assert [model.label(text) for text in ("CAT", "1", "2", "7", "None", "-1")] == [0, 1, 2, 2, -1, -1]
+    with pytest.raises(ValueError, match="labels: expected .*, got '0': the name of class 1, and the number of 'Cat'"):
+        model.label("0")
+    for text in ("3", "-2", "cow", ""):
+        with pytest.raises(ValueError, match="labels: expected none or one of 0 Cat, 1 0, 2 7, got '"):
+            model.label(text)
+
+
+@pytest.mark.parametrize("classes", [("a", "b", "A"), ("None", "b", "c"), ("a", "", "")])
+def test_classes_that_no_name_tells_apart_are_refused(classes):
+    network = tiny.model().network
+    with pytest.raises(ValueError, match="classes: expected names other than none that differ by more than case, got"):
+        Model(network, tiny.SCHEDULE, "eps", (1, 8, 8), classes)
+
+
 def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
@@ -188,6 +206,11 @@ BAD_CALLS = {
         lambda tmp: Model(torch.nn.Linear(1, 1), [0.1]),
         TypeError,
         "schedule: expected a Schedule, got list",
+    ),
+    "numbered classes": (
+        lambda tmp: Model(torch.nn.Linear(1, 1), tiny.SCHEDULE, classes=(0, 1)),
+        TypeError,
+        "classes: expected names, got",
     ),
     "no device": (lambda tmp: models.checked_device("gpu"), ValueError, "device: expected cpu or cuda, got 'gpu'"),
     "other device": (lambda tmp: models.checked_device("meta"), ValueError, "device: expected one of cpu.*, got meta"),
