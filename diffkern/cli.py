@@ -17,7 +17,7 @@ import torch
 from . import evaluate, images, parallel, training
 from .data import FASHION_MNIST, fashion_mnist, load_dataset
 from .model import Model, load, save
-from .samplers import SAMPLERS
+from .samplers import SAMPLERS, VARIANCES
 from .sampling import Step, sample
 from .schedule import Schedule
 
@@ -345,7 +345,9 @@ def _parser() -> Parser:
     p.add_argument("--steps", type=_count, help="(default: all for ddpm, 50 for ddim, 20 for dpmpp_2m)")
     p.add_argument("--sampler", choices=SAMPLERS, help="(default: ddim for fewer steps than all, else ddpm)")
     p.add_argument("--spacing", choices=("trailing", "leading", "linspace", "quadratic"), default="trailing")
-    p.add_argument("--variance", choices=("fixed_small", "fixed_large", "learned"), default="fixed_small")
+    p.add_argument(
+        "--variance", choices=VARIANCES, help="of ddpm (default: learned if it was learned, else fixed_small)"
+    )
     p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 none to 1 as much as ddpm's (default: 0)")
     p.add_argument("--no-clip", dest="clip", action="store_false", help="do not clamp the predicted x_0 to [-1, 1]")
     p.add_argument("--batch-size", type=_count, help="rows of each pass through the network (default: 16 at most)")

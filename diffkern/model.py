@@ -30,13 +30,12 @@ FORMAT = 1
 class Model:
     """What the network predicts, on which schedule, for images of which shape.
 
-    network           called as ``network(x_t, t, labels)``: [N, C, H, W], [N] int64, [N] int64 or None
-    schedule          the betas that it was trained on
-    prediction        "eps", "x0", "v" or "score"
-    shape             (C, H, W) of an image
-    classes           a name for each label 0..K-1, or None
-    learned_variance  the network returns 2C channels, the second half of them for the variance
-    name              for file names and titles
+    network     called as ``network(x_t, t, labels)``: [N, C, H, W], [N] int64, [N] int64 or None
+    schedule    the betas that it was trained on
+    prediction  "eps", "x0", "v" or "score"
+    shape       (C, H, W) of an image
+    classes     a name for each label 0..K-1, or None
+    name        for file names and titles
     """
 
     network: nn.Module
@@ -44,7 +43,6 @@ class Model:
     prediction: str = "eps"
     shape: tuple[int, int, int] = (3, 32, 32)
     classes: tuple[str, ...] | None = None
-    learned_variance: bool = False
     name: str = "model"
 
     def __post_init__(self):
@@ -65,6 +63,14 @@ class Model:
             if len(set(names)) < len(names):
                 raise ValueError(
                     f"classes: expected names other than none that differ by more than case, got {self.classes}"
+                )
+        if isinstance(self.network, UNet):
+            channels, num_classes = (self.network.config[name] for name in ("in_channels", "num_classes"))
+            if self.shape[0] != channels:
+                raise ValueError(f"shape: expected the network's {channels} channels, got {self.shape}")
+            if self.classes is not None and len(self.classes) != num_classes:
+                raise ValueError(
+                    f"classes: expected names for the network's num_classes, {num_classes}, got {len(self.classes)}"
                 )
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -105,7 +111,6 @@ class Model:
             "prediction": self.prediction,
             "shape": self.shape,
             "classes": self.classes,
-            "learned_variance": self.learned_variance,
             "prefix": "",
         }
 
@@ -167,7 +172,6 @@ def build(description: dict[str, Any], path: str | os.PathLike) -> Model:
             prediction=description["prediction"],
             shape=description["shape"],
             classes=description["classes"],
-            learned_variance=description["learned_variance"],
             name=description["name"],
         )
     except KeyError as error:

@@ -53,7 +53,7 @@ def sample(
     sampler: str = "ddpm",
     steps: int | Sequence[int] | None = None,
     spacing: str = "trailing",
-    variance: str | Tensor = "fixed_small",
+    variance: str | Tensor | None = None,
     eta: float = 0.0,
     clip: bool = True,
     x_T: Tensor | None = None,
@@ -78,10 +78,11 @@ def sample(
                 class, and None is null throughout
     guidance    w of out_null + w (out_label - out_null) (Ho & Salimans 2022): 1 is the conditional model, 0 the
                 unconditional one, each one pass through the network; any other w takes two, and needs labels
-    sampler     "ddpm" (``variance``: "fixed_small", "fixed_large", "learned", or a tensor [steps] of variances),
-                "ddim" (``eta`` in [0, 1]) or "dpmpp_2m": see :mod:`diffkern.samplers`
+    sampler     "ddpm", "ddim" (``eta`` in [0, 1]) or "dpmpp_2m": see :mod:`diffkern.samplers`
     steps       how many, spread by ``spacing`` ("trailing", "leading", "linspace", "quadratic"), or the very steps,
                 decreasing; None is all of them for ddpm, 50 for ddim and 20 for dpmpp_2m
+    variance    of ddpm: "fixed_small", "fixed_large", "learned", or a tensor [steps] of variances; None is "learned"
+                for a ``UNet`` that learned it, else "fixed_small"
     clip        clamp each prediction of x_0 to [-1, 1]
     x_T         where to start, [N, C, H, W]; None draws it from the seeds
     batch_size  rows of every network call, at most 16 unless given; the last batch is padded to it
@@ -115,6 +116,8 @@ def sample(
     if steps is None and DEFAULT_STEPS.get(sampler):
         steps = min(DEFAULT_STEPS[sampler], source.schedule.T)
     timesteps = source.schedule.timesteps(steps, spacing)
+    if variance is None and sampler == "ddpm":
+        variance = "learned" if source.learned_variance else "fixed_small"
     table = _coefficients(sampler, source.schedule, timesteps, source.prediction, variance, eta)
     table = (table if clip else fold_x0(table)).float().to(device)
     network = source.network
@@ -256,15 +259,15 @@ def _report(callback: Callable[[Step], Any], images: slice, index: int, t: int, 
 
 
 def _coefficients(
-    sampler: str, schedule: Schedule, timesteps: list[int], prediction: str, variance: str | Tensor, eta: float
+    sampler: str, schedule: Schedule, timesteps: list[int], prediction: str, variance: str | Tensor | None, eta: float
 ) -> Tensor:
     """The table of the sampler named; an option that it does not have must be at its default."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: expected one of {SAMPLERS}, got {sampler!r}")
     if sampler != "ddim" and eta != 0:
         raise ValueError(f"eta: expected 0, its default, with sampler {sampler!r}, got {eta!r}")
-    if sampler != "ddpm" and not (isinstance(variance, str) and variance == "fixed_small"):
-        raise ValueError(f"variance: expected 'fixed_small', its default, with sampler {sampler!r}, got {variance!r}")
+    if sampler != "ddpm" and variance is not None:
+        raise ValueError(f"variance: expected None, its default, with sampler {sampler!r}, got {variance!r}")
     if sampler == "ddpm":
         return ddpm(schedule, timesteps, prediction, variance)
     if sampler == "ddim":
@@ -294,6 +297,7 @@ class _Source(NamedTuple):
     prediction: str
     shape: tuple[int, int, int]
     num_classes: int | None  # None where nobody knows
+    learned_variance: bool  # False where nobody knows
     label: Callable[[str], int] | None  # of a class's name or number as text; None where nobody knows
     device: torch.device
 
@@ -328,9 +332,12 @@ def _resolve(
         network, shape, num_classes, label = model, _shape(shape), None, None
     else:
         raise TypeError(f"model: expected a name, a path, a Model or a callable, got {type(model).__name__}")
+    learned_variance = False
     if isinstance(network, UNet):
         num_classes = network.config["num_classes"]
-    return _Source(network, schedule, prediction, tuple(shape), num_classes, label, _where(network, device))
+        learned_variance = network.conv_out.out_channels == 2 * shape[0]
+    where = _where(network, device)
+    return _Source(network, schedule, prediction, tuple(shape), num_classes, learned_variance, label, where)
 
 
 def _where(network: Network, device: torch.device | None) -> torch.device:

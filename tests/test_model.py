@@ -25,7 +25,7 @@ def test_a_saved_model_loads_the_same(tmp_path):
     assert torch.equal(loaded(X, T, LABELS), model(X, T, LABELS))
     assert loaded.schedule == model.schedule
     assert (loaded.prediction, loaded.shape, loaded.classes) == ("eps", (1, 8, 8), model.classes)
-    assert (loaded.name, loaded.learned_variance) == ("tiny", False)
+    assert loaded.name == "tiny"
     assert not loaded.network.training and not any(p.requires_grad for p in loaded.network.parameters())
 
 
@@ -49,11 +49,15 @@ def test_loading_keeps_the_memory_format_of_the_network(tmp_path):
 
 def test_an_unconditional_model_with_learned_variance_round_trips(tmp_path):
     network = UNet(**tiny.NETWORK, learned_variance=True)
-    model = Model(network, tiny.SCHEDULE, "v", (1, 8, 8), None, learned_variance=True)
+    model = Model(network, tiny.SCHEDULE, "v", (1, 8, 8), None)
     save(model, tmp_path / "m.safetensors")
     loaded = load(tmp_path / "m.safetensors")
-    assert (loaded.classes, loaded.learned_variance, loaded.prediction) == (None, True, "v")
+    assert (loaded.classes, loaded.prediction) == (None, "v")
     assert loaded(X, T).shape == (2, 2, 8, 8)
+
+
+def test_a_file_that_tells_of_its_variance_beside_its_network_loads(tmp_path):
+    assert torch.equal(load(saved(tmp_path, learned_variance=False))(X, T, LABELS), tiny.model()(X, T, LABELS))
 
 
 def test_a_shipped_model_is_found_by_its_name(tmp_path, monkeypatch):
@@ -142,7 +146,9 @@ BAD_FILES = {
     "bad schedule": (dict(schedule={"kind": "square"}), "config: expected a kind among"),
     "bad prediction": (dict(prediction="noise"), "prediction: expected one of eps, x0, v, score, got 'noise'"),
     "bad shape": (dict(shape=[8, 8]), r"shape: expected three positive sizes \(C, H, W\), got \(8, 8\)"),
-    "no classes": (dict(network=tiny.NETWORK), "got 0 missing .* and 1 unexpected .*class_embedding"),
+    "no classes": (dict(network=tiny.NETWORK, classes=None), "got 0 missing .* and 1 unexpected .*class_embedding"),
+    "other classes": (dict(classes=["a", "b"]), "classes: expected names for the network's num_classes, 3, got 2"),
+    "other channels": (dict(shape=[3, 8, 8]), r"shape: expected the network's 1 channels, got \(3, 8, 8\)"),
     "missing tensor": (dict(tensors=without("conv_in.bias")), r"got 1 missing \['conv_in.bias'\]"),
     "other shape": (
         dict(tensors=lambda stored: stored | {"conv_in.bias": torch.zeros(9)}),
@@ -211,6 +217,11 @@ BAD_CALLS = {
         lambda tmp: Model(torch.nn.Linear(1, 1), tiny.SCHEDULE, classes=(0, 1)),
         TypeError,
         "classes: expected names, got",
+    ),
+    "classes of none": (
+        lambda tmp: Model(UNet(**tiny.NETWORK), tiny.SCHEDULE, "eps", (1, 8, 8), ("a", "b")),
+        ValueError,
+        "classes: expected names for the network's num_classes, None, got 2",
     ),
     "no device": (lambda tmp: models.checked_device("gpu"), ValueError, "device: expected cpu or cuda, got 'gpu'"),
     "other device": (lambda tmp: models.checked_device("meta"), ValueError, "device: expected one of cpu.*, got meta"),

@@ -455,10 +455,14 @@ def test_model_object_file_and_bare_network_are_the_same(tmp_path):
 
 
 def test_model_with_a_learned_variance_is_sampled_with_it():
-    model = Model(small_unet(learned_variance=True), Schedule.cosine(20), "eps", (2, 8, 8), learned_variance=True)
-    learned = sample(model, 2, steps=4, variance="learned", progress=False)
-    fixed = sample(model, 2, steps=4, progress=False)
+    model = Model(small_unet(learned_variance=True), Schedule.cosine(20), "eps", (2, 8, 8))
+    learned, fixed, default = (
+        sample(model, 2, steps=4, sampler="ddpm", variance=variance, progress=False)
+        for variance in ("learned", "fixed_small", None)
+    )
     assert learned.isfinite().all() and not torch.equal(learned, fixed)
+    assert torch.equal(default, learned)
+    assert sample(model, 2, steps=4, sampler="ddim", progress=False).isfinite().all()  # which has no use for it
 
 
 # --- what does not fit ---
@@ -574,8 +578,8 @@ BAD = [
         "variance: expected one of ('fixed_small', 'fixed_large', 'learned')",
     ),
     (dict(variance=torch.ones(3), steps=5), ValueError, "variance: expected shape (5,), one for each step, got (3,)"),
-    (dict(sampler="ddim", variance="fixed_large"), ValueError, "variance: expected 'fixed_small', its default, with"),
-    (dict(sampler="ddim", variance=torch.ones(50)), ValueError, "variance: expected 'fixed_small', its default, with"),
+    (dict(sampler="ddim", variance="fixed_large"), ValueError, "variance: expected None, its default, with"),
+    (dict(sampler="ddim", variance=torch.ones(50)), ValueError, "variance: expected None, its default, with"),
     (dict(eta=0.5), ValueError, "eta: expected 0, its default, with sampler 'ddpm', got 0.5"),
     (dict(sampler="ddim", eta=2.0), ValueError, "eta: expected a number in [0, 1], got 2.0"),
     (dict(sampler="ddim", eta=None), TypeError, "eta: expected a number in [0, 1], got None"),
