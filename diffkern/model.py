@@ -64,8 +64,9 @@ class Model:
                 raise ValueError(
                     f"classes: expected names other than none that differ by more than case, got {self.classes}"
                 )
-        if isinstance(self.network, UNet):
-            channels, num_classes = (self.network.config[name] for name in ("in_channels", "num_classes"))
+        network = unwrapped(self.network)
+        if isinstance(network, UNet):
+            channels, num_classes = (network.config[name] for name in ("in_channels", "num_classes"))
             if self.shape[0] != channels:
                 raise ValueError(f"shape: expected the network's {channels} channels, got {self.shape}")
             if self.classes is not None and len(self.classes) != num_classes:
@@ -101,18 +102,26 @@ class Model:
 
     def description(self) -> dict[str, Any]:
         """All but the weights, as JSON holds it."""
-        if not isinstance(self.network, UNet):
-            raise TypeError(f"network: expected a diffkern.unet.UNet to describe, got {type(self.network).__name__}")
+        network = unwrapped(self.network)
+        if not isinstance(network, UNet):
+            raise TypeError(f"network: expected a diffkern.unet.UNet to describe, got {type(network).__name__}")
         return {
             "format": FORMAT,
             "name": self.name,
-            "network": self.network.config,
+            "network": network.config,
             "schedule": self.schedule.config(),
             "prediction": self.prediction,
             "shape": self.shape,
             "classes": self.classes,
             "prefix": "",
         }
+
+
+def unwrapped(network: Any) -> Any:
+    """The ``UNet`` that ``optimize`` was given, or any other network as it is."""
+    from .engine import Engine  # which takes a Model
+
+    return network.network if isinstance(network, Engine) else network
 
 
 def shipped() -> list[str]:
@@ -154,7 +163,7 @@ def save(model: Model, path: str | os.PathLike, *, dtype: torch.dtype = torch.fl
         raise TypeError(f"model: expected a Model, got {type(model).__name__}")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
-    weights = {key: tensor.to(dtype) for key, tensor in model.network.state_dict().items()}
+    weights = {key: tensor.to(dtype) for key, tensor in unwrapped(model.network).state_dict().items()}
     for key, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f"model: expected weights that are finite in {dtype}, got others in {key}")

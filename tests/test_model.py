@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import one_thread  # noqa: F401
 
 from diffkern import model as models
+from diffkern.engine import optimize
 from diffkern.model import Model, load, read, save, write_atomically
 from diffkern.unet import UNet
 
@@ -27,6 +28,13 @@ def test_a_saved_model_loads_the_same(tmp_path):
     assert (loaded.prediction, loaded.shape, loaded.classes) == ("eps", (1, 8, 8), model.classes)
     assert loaded.name == "tiny"
     assert not loaded.network.training and not any(p.requires_grad for p in loaded.network.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimized_model_saves_as_the_model_itself(tmp_path, dtype):
+    save(tiny.model(), tmp_path / "m.safetensors")
+    save(optimize(tiny.model(), dtype=dtype), tmp_path / "optimized.safetensors")
+    assert (tmp_path / "optimized.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -222,6 +230,11 @@ BAD_CALLS = {
         lambda tmp: Model(UNet(**tiny.NETWORK), tiny.SCHEDULE, "eps", (1, 8, 8), ("a", "b")),
         ValueError,
         "classes: expected names for the network's num_classes, None, got 2",
+    ),
+    "channels of an engine": (
+        lambda tmp: Model(optimize(UNet(**tiny.NETWORK)), tiny.SCHEDULE, "eps", (3, 8, 8)),
+        ValueError,
+        "shape: expected the network's 1 channels, got",
     ),
     "no device": (lambda tmp: models.checked_device("gpu"), ValueError, "device: expected cpu or cuda, got 'gpu'"),
     "other device": (lambda tmp: models.checked_device("meta"), ValueError, "device: expected one of cpu.*, got meta"),
