@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import ops
 from .engine import Engine
-from .model import Model, checked_device, load
+from .model import Model, checked_device, load, unwrapped
 from .samplers import PREDICTIONS, SAMPLERS, ddim, ddpm, dpmpp_2m, fold_x0
 from .schedule import Schedule, checked_float, checked_int
 from .unet import UNet
@@ -88,7 +88,7 @@ def sample(
     batch_size  rows of every network call, at most 16 unless given; the last batch is padded to it
     device      where to run; None is where the network is, and the CPU for a name, a file or a bare function
     dtype       torch.bfloat16 or float16 runs the network under autocast; the engine has bfloat16 kernels of its own.
-                x_t and the update stay float32
+                None is float32, or what the network was optimized for. x_t and the update stay float32
     engine      run a U-Net on a CPU by :func:`diffkern.optimize`, which is faster and rounds otherwise
     cuda_graph  on a CUDA device, record one step, network and update, and replay it for all: no step waits for the
                 host. The network must be one that a CUDA graph can hold; there is no ``callback``
@@ -120,7 +120,7 @@ def sample(
         variance = "learned" if source.learned_variance else "fixed_small"
     table = _coefficients(sampler, source.schedule, timesteps, source.prediction, variance, eta)
     table = (table if clip else fold_x0(table)).float().to(device)
-    network = source.network
+    network, dtype = source.network, dtype or source.dtype
     if engine and isinstance(network, UNet):
         bf16 = dtype == torch.bfloat16
         network, dtype = (Engine(network, dtype), None) if bf16 else (Engine(network), dtype)
@@ -300,6 +300,7 @@ class _Source(NamedTuple):
     learned_variance: bool  # False where nobody knows
     label: Callable[[str], int] | None  # of a class's name or number as text; None where nobody knows
     device: torch.device
+    dtype: torch.dtype | None  # bfloat16 of a network that was optimized for it
 
 
 def _resolve(
@@ -332,12 +333,13 @@ def _resolve(
         network, shape, num_classes, label = model, _shape(shape), None, None
     else:
         raise TypeError(f"model: expected a name, a path, a Model or a callable, got {type(model).__name__}")
-    learned_variance = False
+    dtype = torch.bfloat16 if isinstance(network, Engine) and network.dtype == torch.bfloat16 else None
+    network, learned_variance = unwrapped(network), False
     if isinstance(network, UNet):
         num_classes = network.config["num_classes"]
         learned_variance = network.conv_out.out_channels == 2 * shape[0]
     where = _where(network, device)
-    return _Source(network, schedule, prediction, tuple(shape), num_classes, learned_variance, label, where)
+    return _Source(network, schedule, prediction, tuple(shape), num_classes, learned_variance, label, where, dtype)
 
 
 def _where(network: Network, device: torch.device | None) -> torch.device:

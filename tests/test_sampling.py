@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from diffkern import ops
+from diffkern.engine import optimize
 from diffkern.model import Model, save
 from diffkern.samplers import ddpm
 from diffkern.sampling import Step, _Loop, sample
@@ -463,6 +464,18 @@ def test_model_with_a_learned_variance_is_sampled_with_it():
     assert learned.isfinite().all() and not torch.equal(learned, fixed)
     assert torch.equal(default, learned)
     assert sample(model, 2, steps=4, sampler="ddim", progress=False).isfinite().all()  # which has no use for it
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_optimized_network_is_sampled_as_the_network_itself(dtype):
+    unet, described = small_unet(3, learned_variance=True), dict(prediction="eps", shape=(2, 8, 8))
+    expected = run(unet, labels=[0, 2, -1], steps=4, dtype=dtype, **described)
+    optimized = optimize(unet, dtype=dtype or torch.float32)
+    assert torch.equal(run(optimized, labels=[0, 2, -1], steps=4, **described), expected)
+    model = optimize(Model(unet, LINEAR, "eps", (2, 8, 8), ("a", "b", "c")), dtype=dtype or torch.float32)
+    assert torch.equal(sample(model, labels=["a", "c", "none"], steps=4, progress=False), expected)
+    with pytest.raises(ValueError, match=r"labels: expected ints in -1..2, got 99"):
+        run(optimized, labels=99, **described)
 
 
 # --- what does not fit ---
