@@ -10,10 +10,12 @@ what came: RuntimeError for shapes, dtypes, devices and indices, TypeError and V
 """
 
 import math
+import operator
 import reprlib
 from collections.abc import Sequence
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,7 +25,7 @@ from .reference import COLUMNS as COLUMNS
 
 _ops = torch.ops.diffkern
 
-Seeds = int | Sequence[int] | Tensor
+Seeds = int | Sequence[int] | np.ndarray | Tensor
 NoneType = type(None)
 
 
@@ -36,7 +38,8 @@ def as_seeds(seeds: Seeds, device: torch.device | str | None = None) -> Tensor:
         return seeds if device is None or seeds.device == device else seeds.to(device)
     if isinstance(seeds, (str, bytes, float)):
         raise TypeError(f"seeds: expected an int, ints or an int64 tensor, got {seeds!r}")
-    values = list(seeds) if isinstance(seeds, Sequence | range) else [seeds]
+    seeds = seeds.tolist() if isinstance(seeds, np.ndarray) else seeds
+    values = list(seeds) if isinstance(seeds, Sequence) else [seeds]
     wrapped = []
     for value in values:
         if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -51,9 +54,12 @@ def as_seeds(seeds: Seeds, device: torch.device | str | None = None) -> Tensor:
 def _as_index(name: str, index: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(index, Tensor):
         return index
-    if isinstance(index, bool) or not hasattr(index, "__index__"):
-        raise TypeError(f"{name}: expected an int or an int64 tensor, got {index!r}")
-    index = index.__index__()
+    try:
+        if isinstance(index, bool):
+            raise TypeError
+        index = operator.index(index)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int or an int64 tensor, got {index!r}") from None
     if not -(2**63) <= index < 2**63:
         raise ValueError(f"{name}: expected an int of 64 bits, got {index}")
     return torch.tensor(index, dtype=torch.int64, device=device)
@@ -100,7 +106,7 @@ def noise(
 ) -> Tensor:
     """Standard normals ``[N, *shape]``, a function of (seed of the sample, step, stream, element) and of nothing else.
 
-    seeds   int64 tensor [N] or ints in [-2^63, 2^64)
+    seeds   int64 tensor [N], or ints in [-2^63, 2^64), as a NumPy array if need be
     shape   of one sample
     step    in [0, 2^32): one for all, or an int64 tensor [N]
     stream  what the noise is for: 0 the initial x_T, 1 reverse steps, 2 forward noising; others are free

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +81,7 @@ BAD = {
         (dict(step=2**32), RuntimeError, "step: expected values in [0, 4294967296), got 4294967296"),
         (dict(step=1.0), TypeError, "step: expected an int or an int64 tensor, got 1.0"),
         (dict(step=True), TypeError, "step: expected an int or an int64 tensor, got True"),
+        (dict(step=np.array([0, 1])), TypeError, "step: expected an int or an int64 tensor, got array([0, 1])"),
         (dict(step=None), TypeError, "step: expected an int or an int64 tensor, got None"),
         (dict(step="0"), TypeError, "step: expected an int or an int64 tensor, got '0'"),
         (dict(step=torch.zeros(2)), RuntimeError, "step: expected int64, got float32"),

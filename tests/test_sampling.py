@@ -4,6 +4,7 @@ import math
 import re
 import signal
 
+import numpy as np
 import pytest
 import torch
 from oracles import Gaussian, ddim_trajectory, ddpm_trajectory, dpmpp_2m_trajectory
@@ -330,6 +331,9 @@ def test_network_always_runs_batch_size_rows():
         (torch.tensor(6), [6]),
         (torch.tensor([4, -2]), [4, 2**64 - 2]),
         ((8, 9), torch.tensor([8, 9])),
+        (np.arange(3, dtype=np.int32), [0, 1, 2]),
+        (np.array([2**64 - 1, 5], np.uint64), [-1, 5]),
+        (np.array(7), 7),
     ],
     ids=str,
 )
@@ -534,6 +538,8 @@ BAD = [
     (dict(seeds=[1, 2, 2**64]), ValueError, "seeds: expected ints in [-2^63, 2^64), got 18446744073709551616"),
     (dict(seeds=[1, 2, -(2**63) - 1]), ValueError, "seeds: expected ints in [-2^63, 2^64), got -9223372036854775809"),
     (dict(seeds=[1, 2, 0.5]), TypeError, "seeds: expected ints, got 0.5"),
+    (dict(seeds=np.array([0.5, 1.0, 2.0])), TypeError, "seeds: expected ints, got 0.5"),
+    (dict(seeds=np.ones((3, 2), np.int64)), TypeError, "seeds: expected ints, got [1, 1]"),
     (dict(seeds=0.5), TypeError, "seeds: expected an int, ints or an int64 tensor, got 0.5"),
     (dict(seeds="abc"), TypeError, "seeds: expected an int, ints or an int64 tensor, got 'abc'"),
     (
