@@ -295,6 +295,7 @@ def _(out, seeds, t, weights):
 
 @torch.library.register_fake("diffkern::noise_loss_backward")
 def _(grad_loss, out, seeds, t, weights):
+    _same_device(out, grad_loss=grad_loss, seeds=seeds, t=t, weights=weights)
     return torch.empty_like(out)
 
 
@@ -343,6 +344,7 @@ def _empty_heads(like: Tensor) -> Tensor:
 
 @torch.library.register_fake("diffkern::attention")
 def _(q, k, v, scale):
+    _same_device(q, k=k, v=v)
     return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -353,6 +355,7 @@ def _(out, q, k, v, scale, terms):
 
 @torch.library.register_fake("diffkern::attention_backward")
 def _(grad_out, q, k, v, out, lse, scale):
+    _same_device(q, k=k, v=v, grad_out=grad_out, out=out, lse=lse)
     return _empty_heads(q), _empty_heads(k), _empty_heads(v)
 
 
@@ -633,6 +636,7 @@ def _empty_like_dense(x: Tensor) -> Tensor:
 
 @torch.library.register_fake("diffkern::group_norm_silu")
 def _(x, weight, bias, groups, eps, scale_shift, add, residual, silu):
+    _same_device(x, weight=weight, bias=bias, scale_shift=scale_shift, add=add, residual=residual)
     mean, rstd = (x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2))
     return _empty_like_dense(x), mean, rstd
 
@@ -644,6 +648,8 @@ def _(y, x, skip, weight, bias, groups, eps, scale_shift, silu):
 
 @torch.library.register_fake("diffkern::group_norm_silu_backward")
 def _(grad_y, x, mean, rstd, weight, bias, groups, scale_shift, add, silu):
+    factors = dict(mean=mean, rstd=rstd, weight=weight, bias=bias, scale_shift=scale_shift, add=add)
+    _same_device(x, grad_y=grad_y, **factors)
     grad_offset, grad_slope = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
     return _empty_like_dense(x), grad_offset, grad_slope
 

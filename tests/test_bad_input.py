@@ -438,3 +438,26 @@ def test_a_bad_call_leaves_its_target_as_it_was():
 def test_a_layout_without_strides_finds_no_kernel():
     with pytest.raises(NotImplementedError, match="SparseCPU"):
         ops.q_sample(**GOOD[ops.q_sample] | dict(x_0=X.to_sparse()))
+
+
+HEADS, ONE_EACH, VECTOR = torch.zeros(2, 1, 4, 8), torch.zeros(2, 3), torch.zeros(3)
+WITH_GRADIENTS = {
+    "noise_loss": (X, index(1, 2), index(0), torch.zeros(2)),
+    "noise_loss_backward": (torch.zeros(2), X, index(1, 2), index(0), torch.zeros(2)),
+    "attention": (HEADS, HEADS, HEADS, None),
+    "attention_backward": (HEADS, HEADS, HEADS, HEADS, HEADS, HEADS[..., 0], None),
+    "group_norm_silu": (X, VECTOR, VECTOR, 3, 1e-5, torch.zeros(2, 6), ONE_EACH, X, True),
+    "group_norm_silu_backward": (X, X, *[ONE_EACH] * 2, VECTOR, VECTOR, 3, torch.zeros(2, 6), ONE_EACH, True),
+    "conv3x3": (X, torch.zeros(5, 3, 3, 3), torch.zeros(5)),
+    "conv3x3_backward": (torch.zeros(2, 5, 4, 4), X, torch.zeros(5, 3, 3, 3), True, True),
+}
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
+def test_one_tensor_without_memory_among_others_is_refused(name):
+    """Its fake would answer for the op, and make tensors without values of everything."""
+    op, arguments = getattr(torch.ops.diffkern, name), WITH_GRADIENTS[name]
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            with pytest.raises(RuntimeError, match=": expected device (cpu, got meta|meta, got cpu)"):
+                op(*arguments[:i], argument.to("meta"), *arguments[i + 1 :])
