@@ -18,7 +18,7 @@ namespace diffkern::cpu {
 namespace baseline {
 extern const Kernels kernels;
 }
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DIFFKERN_PORTABLE)
 namespace avx2 {
 extern const Kernels kernels;
 }
@@ -78,7 +78,7 @@ bool may_use_amx() {
 #endif
 
 Level choose() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DIFFKERN_PORTABLE)
   __builtin_cpu_init();
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

@@ -10,7 +10,9 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
+// DIFFKERN_PORTABLE makes an x86-64 any other machine: for tests of what those compile.
+#if defined(__x86_64__) && !defined(DIFFKERN_PORTABLE)
+#define DIFFKERN_SSE2
 #include <immintrin.h>
 #endif
 
@@ -102,10 +104,10 @@ DIFFKERN_FN f32v unpack_high_pairs(f32v a, f32v b) { return (f32v)_mm256_unpackh
 #else  // any machine, 128 bits
 
 DIFFKERN_FN f32v sqrt(f32v a) {
-#if defined(__SSE2__)
+#if defined(DIFFKERN_SSE2)
   return (f32v)_mm_sqrt_ps((__m128)a);
 #else
-  return f32v{sqrt(a[0]), sqrt(a[1]), sqrt(a[2]), sqrt(a[3])};
+  return f32v{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])};
 #endif
 }
 DIFFKERN_FN f32v load(const float* p, int count) {
@@ -118,7 +120,7 @@ DIFFKERN_FN f32v max(f32v a, f32v b) { return a > b ? a : b; }
 DIFFKERN_FN f32v min(f32v a, f32v b) { return a < b ? a : b; }
 DIFFKERN_FN f32v multiply_add(f32v a, f32v b, f32v c) { return a * b + c; }  // rounds twice
 DIFFKERN_FN u64v multiply_low_halves(u64v a, uint32_t b) {
-#if defined(__SSE2__)
+#if defined(DIFFKERN_SSE2)
   return (u64v)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
 #else
   return (a & 0xFFFFFFFFu) * uint64_t(b);

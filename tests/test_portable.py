@@ -1,0 +1,61 @@
+"""What processors other than x86-64 compile, on this one: every kernel, and noise with the same bits."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from interpreted import ROOT
+
+from diffkern import ops
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+
+SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+
+
+def compile_portably(*arguments: str | Path) -> None:
+    flags = re.search(r"set\(cpu_flags (.*?)\)", (ROOT / "CMakeLists.txt").read_text(), re.DOTALL)[1].split()
+    definitions = ["-DDIFFKERN_PORTABLE", "-DDIFFKERN_CPU_LEVEL=baseline", f"-I{ROOT / 'csrc'}"]
+    done = subprocess.run(
+        ["g++", "-std=gnu++20", *flags, *definitions, "-Werror", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_a_source_compiles_without_intrinsics(source):
+    compile_portably("-fsyntax-only", source)
+
+
+NOISE = """
+#include <cstdio>
+
+#include "ops.h"
+
+namespace diffkern::cpu::baseline {
+void noise(const NoiseParams& p, int64_t begin, int64_t end);
+}
+
+int main() {
+  static float z[2][777];
+  const int64_t seeds[] = {5, -1}, step = 31;
+  diffkern::NoiseParams params{};
+  params.z = {z, diffkern::DType::f32, 1, 777, {777}, {1}};
+  params.samples = 2, params.elements = 777, params.seeds = seeds, params.step = &step, params.stream = 1;
+  diffkern::cpu::baseline::noise(params, 0, 2);
+  return std::fwrite(z, sizeof z, 1, stdout) != 1;
+}
+"""
+
+
+def test_noise_without_intrinsics_has_the_bits_of_the_noise_here(tmp_path):
+    (tmp_path / "main.cpp").write_text(NOISE)
+    program = tmp_path / "noise"
+    compile_portably("-O1", tmp_path / "main.cpp", ROOT / "csrc/cpu/noise.cpp", "-o", program)
+    words = subprocess.run([program], capture_output=True, check=True).stdout
+    z = torch.from_numpy(np.frombuffer(words, np.float32).reshape(2, 777).copy())
+    assert torch.equal(z, ops.noise([5, -1], (777,), step=31, stream=1))
