@@ -265,10 +265,9 @@ class Trainer:
 
     def step(self) -> float:
         """One step of Algorithm 1; returns its loss. Raises :class:`Diverged`, and then has changed nothing."""
-        if self.network.config["dropout"]:
-            torch.manual_seed((self.config.seed + self.steps + (parallel.rank() << 40)) % 2**63)
         self.optimizer.zero_grad()
-        loss = self.loss()
+        with _seeded((self.config.seed + self.steps + (parallel.rank() << 40)) % 2**63, self.model.device):
+            loss = self.loss()
         loss.backward()
         loss = parallel.mean(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip or math.inf)
@@ -380,6 +379,18 @@ def _signals() -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """What torch draws on ``device`` is drawn from ``seed``; its generator is left as it was."""
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
 
 
 def config_fields() -> list:

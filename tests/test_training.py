@@ -157,6 +157,16 @@ def test_the_gradient_is_clipped_before_adamw_sees_it():
     assert moments.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
 
+def test_a_step_with_dropout_leaves_torch_s_generator_alone_and_draws_as_if_it_were_seeded():
+    run, seeded = (trainer(network={**tiny.NETWORK, "dropout": 0.5}, seed=7) for _ in range(2))
+    run.step(), seeded.step()
+    torch.manual_seed(7 + 1)
+    expected = seeded.loss().item()
+    before = torch.get_rng_state()
+    assert run.step() == expected
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_dropout_draws_from_the_step_and_not_from_a_state():
     def two_steps(disturb: bool) -> list[float]:
         run = trainer(network={**tiny.NETWORK, "dropout": 0.5})
