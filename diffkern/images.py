@@ -16,9 +16,15 @@ KEY = "diffkern"
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """[N, C, H, W] in [-1, 1] (clamped) -> uint8 [N, H, W, C]; the inverse of x / 127.5 - 1, to the nearest."""
+    """[N, C, H, W] in [-1, 1] (clamped) -> uint8 [N, H, W, C]; the inverse of x / 127.5 - 1, to the nearest.
+
+    ValueError where a value is not finite: no pixel shows what a network that diverged has drawn.
+    """
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"x: expected [N, 1 or 3, H, W], got {tuple(x.shape)}")
+    finite = x.detach().isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise ValueError(f"x: expected finite images, got NaN or infinity in {int((~finite).sum())} of {len(x)}")
     pixels = (x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     return pixels.round().byte().permute(0, 2, 3, 1).numpy()
 

@@ -83,6 +83,15 @@ def test_a_label_on_the_command_line_means_what_it_means_in_python(folder, capsy
     assert capsys.readouterr().err.endswith(f"diffkern: error: {error.value}\n")
 
 
+def test_sample_writes_no_image_of_a_network_that_overflows(folder, capsys):
+    model = tiny.model()
+    torch.nn.init.constant_(model.network.conv_in.weight, 3e38)
+    save(model, "overflow.safetensors")
+    assert main(["sample", "--model", "overflow.safetensors", "--n", "2", "--steps", "2", *QUIET]) == 2
+    assert capsys.readouterr().err == "diffkern: error: x: expected finite images, got NaN or infinity in 2 of 2\n"
+    assert not (folder / "samples.png").exists()
+
+
 def test_sample_draws_what_the_settings_in_the_png_say(folder):
     arguments = ["--seeds", "7", "20:22", "--labels", "class 2", "1", "none", "--guidance", "2", "--npz", "s.npz"]
     assert main(["sample", "--model", "m.safetensors", "--steps", "3", "--batch-size", "2", *arguments, *QUIET]) == 0

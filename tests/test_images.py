@@ -24,6 +24,14 @@ def test_values_out_of_range_are_clamped():
     assert to_uint8(torch.tensor([-3.0, 3.0]).reshape(2, 1, 1, 1)).ravel().tolist() == [0, 255]
 
 
+def test_an_image_that_is_not_finite_is_no_image():
+    x = torch.zeros(4, 1, 2, 2)
+    x[1, 0, 1, 1], x[3, 0, 0, 0] = torch.nan, -torch.inf
+    for draw in (to_uint8, grid):
+        with pytest.raises(ValueError, match="^x: expected finite images, got NaN or infinity in 2 of 4$"):
+            draw(x)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("labels", [None, ["a", "b", "c", "a class with a long name", ""]], ids=["bare", "labelled"])
 def test_the_grid_shows_each_image_in_its_place(channels, labels):
