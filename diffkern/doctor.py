@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import _C, __version__, ops, reference
+from .engine import optimize
+from .unet import UNet
 
 OPS = ("noise", "q_sample", "reverse_step", "noise_loss", "group_norm_silu", "attention")
 
@@ -74,12 +77,12 @@ def _cuda_devices() -> list[torch.device]:
 
 
 def cpu_backend(op: str) -> str:
-    return "native" if _has_kernel(op, "CPU") else "torch"
+    return "native" if _has_kernel(op, "CPU") else "missing"
 
 
 def cuda_backend(op: str) -> str:
     if not _has_kernel(op, "CUDA"):
-        return "torch"
+        return "missing"
     if not architectures():
         return "not built"
     return "native" if _cuda_devices() else "native (no card)"
@@ -115,6 +118,10 @@ def checks() -> Iterator[tuple[str, Check]]:
         for op, cases in examples().items():
             what = "agrees with its reference" if op in INEXACT else "has the bits of its reference"
             yield f"{device}: {op} {what}", functools.partial(_agrees, device, op, cases)
+    yield "cpu: conv3x3 and its gradients agree with torch's", _convolves
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        name = str(dtype).removeprefix("torch.")
+        yield f"cpu: optimize in {name} agrees with its network", functools.partial(_optimizes, dtype, tolerance)
 
 
 def _words(text: str) -> np.ndarray:
@@ -177,6 +184,34 @@ def _agrees(device: torch.device, op: str, cases: list[tuple[list, dict]]) -> bo
         if got.dtype != expected.dtype or not torch.allclose(got, expected, rtol=tolerance, atol=tolerance):
             return False
     return True
+
+
+def _convolves() -> bool:
+    generator = torch.Generator().manual_seed(0)
+    arguments = [torch.randn(shape, generator=generator) for shape in ((2, 35, 9, 6), (33, 35, 3, 3), (33,))]
+    results = []
+    for convolution in (ops.conv3x3, functools.partial(F.conv2d, padding=1)):
+        leaves = [tensor.clone().requires_grad_() for tensor in arguments]
+        y = convolution(*leaves)
+        results.append((y, *torch.autograd.grad(y.square().mean(), leaves)))
+    return all(_near(got, expected, 1e-4) for got, expected in zip(*results, strict=True))
+
+
+def _optimizes(dtype: torch.dtype, tolerance: float) -> bool:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = UNet(1, channels=32, channel_mult=(1, 2), blocks=1, groups=8, num_classes=2)
+        network.eval().requires_grad_(False)
+        for parameter in network.parameters():
+            if parameter.ndim > 1:  # some of them start at zero, and would hide what comes before
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+        x_t, t, labels = torch.randn(2, 1, 16, 16), torch.tensor([999, 0]), torch.tensor([1, -1])
+    return _near(optimize(network, dtype=dtype)(x_t, t, labels), network(x_t, t, labels), tolerance)
+
+
+def _near(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Within ``tolerance`` of the largest value."""
+    return bool((got - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def _error(check: Check) -> str | None:
