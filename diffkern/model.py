@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .samplers import PREDICTIONS
 from .schedule import Schedule
-from .unet import UNet
+from .unet import UNet, from_diffusers
 
 MODELS = Path(__file__).parent / "models"
 """Where the shipped models are, each with its card."""
@@ -73,6 +73,27 @@ class Model:
                 raise ValueError(
                     f"classes: expected names for the network's num_classes, {num_classes}, got {len(self.classes)}"
                 )
+
+    @classmethod
+    def from_diffusers(cls, pipeline: Any, name: str = "model") -> "Model":
+        """The model in a pipeline of diffusers' for pixels, as ``DDPMPipeline``: its ``UNet2DModel``, whose parameters
+        it shares, and the betas and the prediction of its scheduler.
+
+        Raises TypeError for a pipeline of other parts, ValueError for an option of them that diffkern has not.
+        """
+        unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
+        if type(unet).__name__ != "UNet2DModel" or not hasattr(scheduler, "betas"):
+            parts = f"{type(unet).__name__} and {type(scheduler).__name__}"
+            raise TypeError(f"pipeline: expected a UNet2DModel as unet and a scheduler with betas, got {parts}")
+        predictions = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+        kind, size = scheduler.config.prediction_type, unet.config.sample_size
+        if kind not in predictions:
+            raise ValueError(f"prediction_type: expected one of {', '.join(predictions)}, got {kind!r}")
+        if size is None:
+            raise ValueError("sample_size: expected the images' size in the UNet2DModel's config, got None")
+        height, width = (size, size) if isinstance(size, int) else size
+        shape, schedule = (unet.config.in_channels, height, width), Schedule(scheduler.betas)
+        return cls(from_diffusers(unet), schedule, predictions[kind], shape, name=name)
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.network(x_t, t, labels)

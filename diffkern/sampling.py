@@ -22,7 +22,8 @@ from .unet import UNet
 DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpmpp_2m": 20}  # None: all of them
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""network(x_t [N, C, H, W] float32, t [N] int64, labels [N] int64 or None) -> [N, C or 2C, H, W]"""
+"""network(x_t [N, C, H, W] float32, t [N] int64, labels [N] int64 or None) -> [N, C or 2C, H, W], or what
+holds that as its ``sample``, as diffusers' networks give it"""
 
 
 @dataclass(frozen=True)
@@ -429,6 +430,7 @@ def _labels(labels: Any, source: _Source) -> Tensor:
 def _checked_output(out: Any, x_t: Tensor, learned_variance: bool) -> Tensor:
     """The network's output; without the half that tells a variance where none is asked for."""
     n, channels, *size = x_t.shape
+    out = getattr(out, "sample", out)
     if not isinstance(out, Tensor):
         raise TypeError(f"model: expected a tensor as output, got {type(out).__name__}")
     if not out.is_floating_point():

@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from networks import diffusers_twin
 from oracles import Gaussian, ddim_trajectory, ddpm_trajectory, dpmpp_2m_trajectory
 from oracles import one_thread as one_thread
 from tolerances import SAMPLE
@@ -468,6 +469,13 @@ def test_model_with_a_learned_variance_is_sampled_with_it():
     assert learned.isfinite().all() and not torch.equal(learned, fixed)
     assert torch.equal(default, learned)
     assert sample(model, 2, steps=4, sampler="ddim", progress=False).isfinite().all()  # which has no use for it
+
+
+def test_a_network_of_diffusers_is_sampled_as_ours():
+    unet, described = small_unet(), dict(prediction="eps", shape=(2, 8, 8), steps=4)
+    twin = diffusers_twin(unet)
+    twin.load_state_dict(unet.state_dict())
+    assert_near(run(twin, **described), run(unet, engine=False, **described), 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
