@@ -17,7 +17,7 @@ import torch
 from . import evaluate, images, parallel, training
 from .data import FASHION_MNIST, fashion_mnist, load_dataset
 from .model import Model, load, save
-from .samplers import SAMPLERS, VARIANCES
+from .samplers import SAMPLERS, VARIANCES, default_sampler
 from .sampling import Step, sample
 from .schedule import Schedule
 
@@ -60,7 +60,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     labels = _labels(arguments.labels, model, len(seeds))
     settings = {
         "guidance": arguments.guidance,
-        "sampler": arguments.sampler or ("ddpm" if arguments.steps in (None, model.schedule.T) else "ddim"),
+        "sampler": arguments.sampler or default_sampler(arguments.steps, model.schedule.T),
         "steps": arguments.steps,
         "spacing": arguments.spacing,
         "variance": arguments.variance,

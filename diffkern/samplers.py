@@ -23,6 +23,11 @@ PREDICTIONS = ("eps", "x0", "v", "score")
 VARIANCES = ("fixed_small", "fixed_large", "learned")
 
 
+def default_sampler(steps: int | None, T: int) -> str:
+    """ddpm for all of the T steps (None), ddim for fewer, where it is the better one (Song et al. 2021, table 1)."""
+    return "ddpm" if steps in (None, T) else "ddim"
+
+
 def ddpm(
     schedule: Schedule,
     timesteps: Sequence[int],

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import ops
 from .engine import Engine
 from .model import Model, checked_device, load, unwrapped
-from .samplers import PREDICTIONS, SAMPLERS, ddim, ddpm, dpmpp_2m, fold_x0
+from .samplers import PREDICTIONS, SAMPLERS, ddim, ddpm, default_sampler, dpmpp_2m, fold_x0
 from .schedule import Schedule, checked_float, checked_int
 from .unet import UNet
 
@@ -51,7 +51,7 @@ def sample(
     seeds: int | Sequence[int] | Tensor | None = None,
     labels: int | str | Sequence[int | str] | Tensor | None = None,
     guidance: float = 1.0,
-    sampler: str = "ddpm",
+    sampler: str | None = None,
     steps: int | Sequence[int] | None = None,
     spacing: str = "trailing",
     variance: str | Tensor | None = None,
@@ -79,7 +79,8 @@ def sample(
                 class, and None is null throughout
     guidance    w of out_null + w (out_label - out_null) (Ho & Salimans 2022): 1 is the conditional model, 0 the
                 unconditional one, each one pass through the network; any other w takes two, and needs labels
-    sampler     "ddpm", "ddim" (``eta`` in [0, 1]) or "dpmpp_2m": see :mod:`diffkern.samplers`
+    sampler     "ddpm", "ddim" (``eta`` in [0, 1]) or "dpmpp_2m": see :mod:`diffkern.samplers`; None is ddpm for all
+                steps and ddim for fewer
     steps       how many, spread by ``spacing`` ("trailing", "leading", "linspace", "quadratic"), or the very steps,
                 decreasing; None is all of them for ddpm, 50 for ddim and 20 for dpmpp_2m
     variance    of ddpm: "fixed_small", "fixed_large", "learned", or a tensor [steps] of variances; None is "learned"
@@ -117,6 +118,8 @@ def sample(
     if steps is None and DEFAULT_STEPS.get(sampler):
         steps = min(DEFAULT_STEPS[sampler], source.schedule.T)
     timesteps = source.schedule.timesteps(steps, spacing)
+    if sampler is None:
+        sampler = default_sampler(len(timesteps), source.schedule.T)
     if variance is None and sampler == "ddpm":
         variance = "learned" if source.learned_variance else "fixed_small"
     table = _coefficients(sampler, source.schedule, timesteps, source.prediction, variance, eta)

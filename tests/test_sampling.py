@@ -91,12 +91,18 @@ def assert_near(got, expected, tolerance=SAMPLE):
 RUNS = {
     "ddpm, all steps": (dict(), dict(variance="fixed_small"), LINEAR.timesteps()),
     "ddpm, fixed large": (
-        dict(steps=50, variance="fixed_large"),
+        dict(sampler="ddpm", steps=50, variance="fixed_large"),
         dict(variance="fixed_large"),
         LINEAR.timesteps(50),
     ),
-    "ddpm, leading": (dict(steps=30, spacing="leading"), dict(variance="fixed_small"), LINEAR.timesteps(30, "leading")),
+    "ddpm, leading": (
+        dict(sampler="ddpm", steps=30, spacing="leading"),
+        dict(variance="fixed_small"),
+        LINEAR.timesteps(30, "leading"),
+    ),
     "ddim": (dict(sampler="ddim"), dict(eta=0.0), LINEAR.timesteps(50)),
+    "fewer steps": (dict(steps=30), dict(eta=0.0), LINEAR.timesteps(30)),
+    "steps of one's own": (dict(steps=[999, 500, 3]), dict(eta=0.0), [999, 500, 3]),
     "ddim, eta 0.5": (
         dict(sampler="ddim", steps=20, spacing="quadratic", eta=0.5),
         dict(eta=0.5),
@@ -129,7 +135,12 @@ def test_sample_is_the_papers_equations_on_the_prescribed_noise(name, clip, pred
 
 @pytest.mark.parametrize(
     "options",
-    [dict(steps=20), dict(sampler="ddim"), dict(sampler="ddim", eta=1.0), dict(sampler="dpmpp_2m", steps=5)],
+    [
+        dict(sampler="ddpm", steps=20),
+        dict(sampler="ddim"),
+        dict(sampler="ddim", eta=1.0),
+        dict(sampler="dpmpp_2m", steps=5),
+    ],
     ids=str,
 )
 def test_sample_lands_on_a_point_mass(options):
@@ -138,7 +149,7 @@ def test_sample_lands_on_a_point_mass(options):
 
 
 def test_sample_with_zero_v_has_the_moments_of_unit_gaussian_data():
-    got = run(n=8, shape=(3, 32, 32), prediction="v", steps=100, variance="fixed_large", clip=False)
+    got = run(n=8, shape=(3, 32, 32), prediction="v", sampler="ddpm", steps=100, variance="fixed_large", clip=False)
     elements = got.numel()
     assert abs(got.mean().item()) < 5 / elements**0.5
     # fixed large is the optimal variance of N(0, 1) data, but for the last step's
@@ -155,7 +166,8 @@ def test_optimal_variances_can_be_given_as_a_tensor():
     data, timesteps = Gaussian(0.0, 0.5), LINEAR.timesteps(10)
     s = LINEAR.respace(timesteps)
     variance = (data.variance(s.alpha_bar_prev) * s.betas / data.variance(s.alpha_bar)).flip(0)
-    got = run(data.network(LINEAR, "v"), 16, prediction="v", shape=(3, 32, 32), steps=10, variance=variance, clip=False)
+    options = dict(sampler="ddpm", steps=10, variance=variance, clip=False)
+    got = run(data.network(LINEAR, "v"), 16, prediction="v", shape=(3, 32, 32), **options)
     assert abs(got.std().item() / 0.5 - 1) < 5 / (2 * got.numel()) ** 0.5
 
 
@@ -193,7 +205,7 @@ def test_the_error_falls_with_the_order_of_the_sampler(sampler, order):
 
 def test_ddim_with_eta_one_is_ddpm():
     network = Gaussian().network(LINEAR)
-    ddpm = run(network, prediction="eps", steps=50)
+    ddpm = run(network, prediction="eps", steps=50, sampler="ddpm")
     ddim = run(network, prediction="eps", steps=50, sampler="ddim", eta=1.0)
     assert_near(ddim, ddpm)
 
@@ -203,9 +215,11 @@ def test_learned_variance_at_its_ends_is_a_fixed_one(half, variance):
     def network(x_t, t, labels):
         return torch.cat((0.5 * x_t, torch.full_like(x_t, half)), 1)
 
-    learned = run(network, steps=20, variance="learned")
-    assert_near(learned, run(lambda x_t, t, labels: 0.5 * x_t, steps=20, variance=variance))
-    assert torch.equal(run(network, steps=20), run(lambda x_t, t, labels: 0.5 * x_t, steps=20))  # the half is left out
+    options = dict(sampler="ddpm", steps=20)
+    learned = run(network, variance="learned", **options)
+    assert_near(learned, run(lambda x_t, t, labels: 0.5 * x_t, variance=variance, **options))
+    # the half is left out unless it is asked for
+    assert torch.equal(run(network, **options), run(lambda x_t, t, labels: 0.5 * x_t, **options))
 
 
 def by_label(x_t, t, labels):
@@ -262,7 +276,9 @@ def test_network_gets_contiguous_float32_images_and_zero_based_steps():
     assert torch.equal(recorder.calls[0][0], ops.noise(torch.arange(3), SHAPE, step=0, stream=0))
 
 
-@pytest.mark.parametrize(("sampler", "T", "count"), [("ddpm", 30, 30), ("ddim", 1000, 50), ("ddim", 30, 30)])
+@pytest.mark.parametrize(
+    ("sampler", "T", "count"), [(None, 30, 30), ("ddpm", 30, 30), ("ddim", 1000, 50), ("ddim", 30, 30)]
+)
 def test_default_steps_are_all_for_ddpm_and_50_for_ddim(sampler, T, count):
     recorder = Recorder()
     run(recorder, 1, schedule=Schedule.cosine(T), sampler=sampler)
@@ -284,7 +300,11 @@ def test_dtype_is_that_of_autocast_around_the_network_alone(dtype):
 
 def test_images_are_in_range_with_clip_whatever_the_network_says():
     torch.manual_seed(0)
-    for options in (dict(steps=20), dict(sampler="ddim", steps=7), dict(sampler="ddim", eta=1.0, spacing="leading")):
+    for options in (
+        dict(sampler="ddpm", steps=20),
+        dict(steps=7),
+        dict(sampler="ddim", eta=1.0, spacing="leading"),
+    ):
         got = run(lambda x_t, t, labels: 3 * torch.randn_like(x_t), prediction="eps", **options)
         assert got.abs().max() == 1
 
@@ -294,13 +314,14 @@ def test_images_are_in_range_with_clip_whatever_the_network_says():
 
 def test_n_alone_means_the_first_seeds():
     network = Gaussian().network(LINEAR)
-    assert torch.equal(run(network, 5, steps=5), run(network, None, seeds=range(5), steps=5))
+    options = dict(sampler="ddpm", steps=5)
+    assert torch.equal(run(network, 5, **options), run(network, None, seeds=range(5), **options))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 16])
 def test_noise_of_an_image_does_not_depend_on_the_batches(batch_size):
-    whole = run(n=7, shape=(1, 5, 3), prediction="v", steps=10, batch_size=7)
-    split = run(n=7, shape=(1, 5, 3), prediction="v", steps=10, batch_size=batch_size)
+    whole = run(n=7, shape=(1, 5, 3), prediction="v", sampler="ddpm", steps=10, batch_size=7)
+    split = run(n=7, shape=(1, 5, 3), prediction="v", sampler="ddpm", steps=10, batch_size=batch_size)
     assert torch.equal(split, whole)
 
 
@@ -340,7 +361,7 @@ def test_network_always_runs_batch_size_rows():
 )
 def test_seeds_are_taken_modulo_2_to_the_64(seeds, same):
     def images(seeds):
-        return run(n=None, seeds=seeds, steps=2, prediction="v")
+        return run(n=None, seeds=seeds, sampler="ddpm", steps=2, prediction="v")
 
     assert torch.equal(images(seeds), images(same))
 
@@ -366,7 +387,7 @@ def test_callback_sees_each_step_of_the_float64_run(clip):
     def x_0(x, alpha_bar):
         return data.x_0(x, alpha_bar).clamp(-1, 1) if clip else data.x_0(x, alpha_bar)
 
-    options = dict(prediction="eps", steps=10, clip=clip, batch_size=2)
+    options = dict(prediction="eps", sampler="ddpm", steps=10, clip=clip, batch_size=2)
     images = run(data.network(LINEAR), 3, callback=seen.append, **options)
     assert torch.equal(images, run(data.network(LINEAR), 3, **options))
     expected = trajectory(timesteps, range(3), x_0, variance="fixed_small")
@@ -472,7 +493,7 @@ def test_model_with_a_learned_variance_is_sampled_with_it():
 
 
 def test_a_network_of_diffusers_is_sampled_as_ours():
-    unet, described = small_unet(), dict(prediction="eps", shape=(2, 8, 8), steps=4)
+    unet, described = small_unet(), dict(prediction="eps", shape=(2, 8, 8), sampler="ddpm", steps=4)
     twin = diffusers_twin(unet)
     twin.load_state_dict(unet.state_dict())
     assert_near(run(twin, **described), run(unet, engine=False, **described), 1e-4)
@@ -588,7 +609,11 @@ BAD = [
     (dict(labels=0, guidance=float("nan")), ValueError, "guidance: expected a finite number, got nan"),
     (dict(labels=0, guidance="2"), TypeError, "guidance: expected a finite number, got '2'"),
     (dict(sampler="euler"), ValueError, "sampler: expected one of ('ddpm', 'ddim', 'dpmpp_2m'), got 'euler'"),
-    (dict(sampler=None), ValueError, "sampler: expected one of ('ddpm', 'ddim', 'dpmpp_2m'), got None"),
+    (
+        dict(steps=5, variance="fixed_large"),
+        ValueError,
+        "variance: expected None, its default, with sampler 'ddim', got",
+    ),
     (dict(steps=0), ValueError, "steps: expected 1 to 1000, the length of the schedule, got 0"),
     (dict(steps=1001), ValueError, "steps: expected 1 to 1000, the length of the schedule, got 1001"),
     (dict(steps=50.0), TypeError, "steps: expected an int in 1..1000 or a decreasing sequence of ints, got 50.0"),
@@ -604,7 +629,11 @@ BAD = [
         ValueError,
         "variance: expected one of ('fixed_small', 'fixed_large', 'learned')",
     ),
-    (dict(variance=torch.ones(3), steps=5), ValueError, "variance: expected shape (5,), one for each step, got (3,)"),
+    (
+        dict(variance=torch.ones(3), sampler="ddpm", steps=5),
+        ValueError,
+        "variance: expected shape (5,), one for each step, got (3,)",
+    ),
     (dict(sampler="ddim", variance="fixed_large"), ValueError, "variance: expected None, its default, with"),
     (dict(sampler="ddim", variance=torch.ones(50)), ValueError, "variance: expected None, its default, with"),
     (dict(eta=0.5), ValueError, "eta: expected 0, its default, with sampler 'ddpm', got 0.5"),
