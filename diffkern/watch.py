@@ -1,7 +1,7 @@
 """Is a network what it was when something was made of it?"""
 
+import itertools
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ class Watch:
         modules = list(network.modules())
         self.kinds = {type(module) for module in modules}
         self._tables = [module.__dict__ for module in modules]
-        self._members = list(self._find_members())
+        self._owners = [table[kind] for table in self._tables for kind in ("_modules", "_parameters")]
+        self._members = self._find_members()
         self.weights = [member for member in self._members if isinstance(member, nn.Parameter)]
         self._addresses = self._find_addresses()
         self._sizes = [weight.nbytes for weight in self.weights]
@@ -35,7 +36,7 @@ class Watch:
 
     def changed_members(self) -> bool:
         """Did a module or a weight give way to another?"""
-        members = list(self._find_members())
+        members = self._find_members()
         return len(members) != len(self._members) or any(map(operator.is_not, members, self._members))
 
     def does_as_written(self) -> bool:
@@ -44,10 +45,8 @@ class Watch:
             table["_forward_hooks"] or table["_forward_pre_hooks"] or "forward" in table for table in self._tables
         )
 
-    def _find_members(self) -> Iterator[Any]:
-        for table in self._tables:
-            yield from table["_modules"].values()
-            yield from table["_parameters"].values()
+    def _find_members(self) -> list[Any]:
+        return [*itertools.chain.from_iterable(map(dict.values, self._owners))]
 
     def _find_addresses(self) -> list[int]:
         return [weight.data_ptr() for weight in self.weights]
