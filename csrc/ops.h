@@ -91,7 +91,6 @@ struct AttentionParams {
   float* grad_q_parts;                         // [spans - 1, N, queries, heads, d]: the first span's part is in grad_q
   float* delta;                                // [N, heads, queries]: grad_out . out. CUDA only, which has no parts
 
-
   // CPU only. A forward work item is a block of queries of one head, a backward one a span of its keys.
   int terms;            // of bfloat16, whose sum is a number; 0 in attention
   int64_t query_block;  // up to kAttentionBlock in attention, kTermsQueries in attention_terms

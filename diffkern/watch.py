@@ -26,9 +26,9 @@ class Watch:
         self._seen = {exact: self._look(exact) for exact in (False, True)}
 
     def changed(self, exact: bool = False) -> bool:
-        """Did a module, a weight or its numbers? Of these it looks at some, which no optimiser leaves alone; or at all.
+        """Did a module, a weight or its numbers? If not exact, it looks at 16 of each, which no optimiser leaves alone.
 
-        It looks at the numbers themselves, as fused optimisers and ``.data`` write to them behind torch's back.
+        At the numbers themselves, since fused optimisers and ``.data`` write to them behind torch's back.
         """
         if self.changed_members() or self._find_addresses() != self._addresses:
             return True
