@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from setuptools import build_meta
 
-OLDEST = (2, 10)  # whose stable ABI has all that csrc/bindings.cpp uses
+OLDEST = (2, 10)  # whose stable ABI has all that csrc/bindings uses
 PINNED = "2.13.0"
 
 _PROBE = """

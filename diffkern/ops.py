@@ -65,6 +65,13 @@ def _as_index(name: str, index: int | Tensor, device: torch.device) -> Tensor:
     return torch.tensor(index, dtype=torch.int64, device=device)
 
 
+def _as_device(device: torch.device | str | int) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device  # with its index
+    except (AssertionError, RuntimeError, TypeError):
+        raise RuntimeError(f"device: expected one that is here, got {device!r}") from None
+
+
 def _check(expected: str, kind: type | tuple[type, ...], **options: object) -> None:
     for name, value in options.items():
         if not isinstance(value, kind):
@@ -115,7 +122,7 @@ def noise(
 
     Philox4x32-10 (Salmon et al. 2011) and Box-Muller from 32-bit uniforms, |z| up to 6.76.
     """
-    seeds = as_seeds(seeds, device)
+    seeds = as_seeds(seeds, None if device is None else _as_device(device))
     shape = [shape] if isinstance(shape, int) else shape
     _check("ints", (list, tuple), shape=shape)
     for size in shape:
@@ -199,7 +206,7 @@ def reverse_step(
     so that Algorithm 2 of Ho et al. 2020, ``(x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t) + sigma_t z``,
     is the row with ``k_0 = 0``. z is ``noise(seeds, shape, step=t, stream=1)`` with the row's t, where sigma is not 0.
 
-    x                 [N, C, ...]
+    x                 [N, ...]; [N, C, ...] with ``learned_variance``
     out               like x, the network's output; [N, 2C, ...] with ``learned_variance``
     table             float32 [steps, 9 + J]: the columns :data:`COLUMNS`, then k_j
     step              the row: one, or an int64 tensor [N]. Out of range: raises on the CPU, gives NaN on CUDA

@@ -152,13 +152,16 @@ def reverse_step(
     return_x0: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`diffkern.ops.reverse_step`."""
-    n, channels, *_ = x.shape
+    n = len(x)
     rows = table[step.reshape(-1)].expand(n, -1).reshape(n, table.shape[1], *[1] * (x.ndim - 1)).unbind(1)
     p_x, p_o, k_x, k_o, k_0, sigma, log_var_min, log_var_max, t, *k_h = rows
 
-    o = out.float()[:, :channels]
+    def halves(out: Tensor) -> Sequence[Tensor]:
+        return out.float().chunk(2, 1) if learned_variance else (out.float(),)
+
+    o, *second_half = halves(out)
     if out_uncond is not None:
-        u = out_uncond.float()[:, :channels]
+        u = halves(out_uncond)[0]
         o = u + guidance * (o - u)
     x0 = p_x * x.float() + p_o * o
     if clip:
@@ -168,7 +171,7 @@ def reverse_step(
         x_next = x_next + k * h.float()
     std = sigma
     if learned_variance:
-        v = (out.float()[:, channels:] + 1) * 0.5
+        v = (second_half[0] + 1) * 0.5
         log_sigma = 0.5 * (log_var_min + v * (log_var_max - log_var_min))
         std = sigma * torch.from_numpy(exp(log_sigma.cpu().numpy())).to(x.device)
     z = noise(seeds, x.shape[1:], step=t.flatten().long(), stream=1, device=x.device)
@@ -179,7 +182,7 @@ def reverse_step(
 def noise_loss(out: Tensor, seeds: Tensor, t: Tensor, weights: Tensor | None = None) -> Tensor:
     """See :func:`diffkern.ops.noise_loss`."""
     eps = noise(seeds, out.shape[1:], step=t, stream=2, device=out.device)
-    loss = (out.float() - eps).square().flatten(1).mean(1)
+    loss = (out.float() - eps).square().unsqueeze(-1).flatten(1).mean(1)
     return loss if weights is None else loss * weights
 
 

@@ -30,6 +30,6 @@ def layouts(dims: int) -> st.SearchStrategy[dict]:
     )
 
 
-def shapes(min_dims: int = 2, max_dims: int = 5) -> st.SearchStrategy[list[int]]:
+def shapes(min_dims: int = 1, max_dims: int = 5) -> st.SearchStrategy[list[int]]:
     """[N, ...], often with sizes of 0 and 1."""
     return st.lists(st.integers(0, 9), min_size=min_dims, max_size=max_dims)

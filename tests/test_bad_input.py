@@ -92,6 +92,9 @@ BAD = {
         (dict(step=torch.zeros(2, 1, dtype=torch.int64)), RuntimeError, "step: expected shape () or (2,), got (2, 1)"),
         (dict(step=2**70), ValueError, "step: expected an int of 64 bits, got 1180591620717411303424"),
         (dict(step=index(0, 1).to("meta")), RuntimeError, "step: expected device cpu, got meta"),
+        (dict(device="gpu"), RuntimeError, "device: expected one that is here, got 'gpu'"),
+        (dict(device="cuda:99"), RuntimeError, "device: expected one that is here, got 'cuda:99'"),
+        (dict(device=1.5), RuntimeError, "device: expected one that is here, got 1.5"),
         (dict(stream=-1), RuntimeError, "stream: expected a value in [0, 2^32), got -1"),
         (dict(stream=2**32), RuntimeError, "stream: expected a value in [0, 2^32), got 4294967296"),
         (dict(stream=1.5), TypeError, "stream: expected an int, got 1.5"),
@@ -105,13 +108,13 @@ BAD = {
         (dict(dtype=torch.complex64), RuntimeError, "dtype: expected float32, bfloat16 or float16, got another dtype"),
     ],
     ops.q_sample: [
-        (dict(x_0=torch.zeros(3)), RuntimeError, "x_0: expected [N, ...] with at least 2 dimensions, got shape (3,)"),
+        (dict(x_0=torch.zeros(3)), RuntimeError, "seeds: expected shape (3,), got (2,)"),
         (dict(x_0=X.double()), RuntimeError, "x_0: expected float32, bfloat16 or float16, got float64"),
         (dict(x_0=X.int()), RuntimeError, "x_0: expected float32, bfloat16 or float16, got int32"),
         (dict(x_0=X.numpy()), TypeError, "x_0: expected a tensor, got array([[[[0.,...dtype=float32)"),
         (dict(x_0=None), TypeError, "x_0: expected a tensor, got None"),
         (dict(x_0=X.to("meta")), RuntimeError, "table: expected device meta, got cpu"),
-        (dict(x_0=torch.zeros(())), RuntimeError, "x_0: expected [N, ...] with at least 2 dimensions, got shape ()"),
+        (dict(x_0=torch.zeros(())), RuntimeError, "x_0: expected [N, ...], got shape ()"),
         (dict(x_0=X.cfloat()), RuntimeError, "x_0: expected float32, bfloat16 or float16, got another dtype"),
         (dict(t=-1), RuntimeError, "t: expected values in [0, 10), got -1"),
         (dict(t=10), RuntimeError, "t: expected values in [0, 10), got 10"),
@@ -163,7 +166,12 @@ BAD = {
         (dict(seeds=[1]), RuntimeError, "seeds: expected shape (2,), got (1,)"),
     ],
     ops.reverse_step: [
-        (dict(x=torch.zeros(3)), RuntimeError, "x: expected [N, ...] with at least 2 dimensions, got shape (3,)"),
+        (dict(x=torch.zeros(())), RuntimeError, "x: expected [N, ...], got shape ()"),
+        (
+            dict(x=torch.zeros(2), learned_variance=True),
+            RuntimeError,
+            "x: expected [N, C, ...], got shape (2,)",
+        ),
         (dict(x=X.double()), RuntimeError, "x: expected float32, bfloat16 or float16, got float64"),
         (dict(x=X.half()), RuntimeError, "out: expected float16, got float32"),
         (dict(x=[1.0]), TypeError, "x: expected a tensor, got [1.0]"),
@@ -255,7 +263,7 @@ BAD = {
         (dict(out=torch.zeros(2, 3, 4)), RuntimeError, "out: expected shape (2, 3, 4, 4), got (2, 3, 4)"),
     ],
     ops.noise_loss: [
-        (dict(out=torch.zeros(3)), RuntimeError, "out: expected [N, ...] with at least 2 dimensions, got shape (3,)"),
+        (dict(out=torch.zeros(())), RuntimeError, "out: expected [N, ...], got shape ()"),
         (
             dict(out=torch.zeros(2, 0, 4)),
             RuntimeError,

@@ -379,7 +379,7 @@ def backward(grad_y=X, mean=MEAN, rstd=MEAN, scale_shift=None):
 
 
 BAD = {
-    "one dimension": (lambda: norm(X[0, 0, 0]), RuntimeError, "x: expected [N, ...] with at least 2 dimensions"),
+    "one dimension": (lambda: norm(X[0, 0, 0]), RuntimeError, "x: expected [N, C, ...], got shape (5,)"),
     "no channels": (lambda: norm(X[:, :0]), RuntimeError, "x: expected at least one channel, got shape (2, 0, 3, 5)"),
     "float64": (lambda: norm(X.double()), RuntimeError, "x: expected float32, bfloat16 or float16, got float64"),
     "integers": (lambda: norm(X.long()), RuntimeError, "x: expected float32, bfloat16 or float16, got int64"),

@@ -18,7 +18,7 @@ WEIGHTS = torch.tensor([1.0, 0.5, 2.0, 0.0, -1.0, 1e-3, 30.0])
 def exact(out: torch.Tensor, seeds: torch.Tensor, t: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """loss_n = weight_n mean((out - eps)^2) in float64, which torch differentiates."""
     eps = ops.noise(seeds, out.shape[1:], step=t, stream=2).double()
-    loss = (out.double() - eps).square().flatten(1).mean(1)
+    loss = (out.double() - eps).square().unsqueeze(-1).flatten(1).mean(1)
     return loss if weights is None else loss * weights.double()
 
 

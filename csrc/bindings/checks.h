@@ -101,8 +101,9 @@ inline void check_vector(const char* name, const Tensor& tensor, ScalarType dtyp
   check_contiguous(name, tensor);
 }
 
-inline void check_samples(const char* name, const Tensor& tensor) {
-  check(tensor.dim() >= 2, name, ": expected [N, ...] with at least 2 dimensions, got shape ", show(sizes_of(tensor)));
+inline void check_samples(const char* name, const Tensor& tensor, bool with_channels = false) {
+  check(tensor.dim() > with_channels, name, ": expected ", with_channels ? "[N, C, ...]" : "[N, ...]", ", got shape ",
+        show(sizes_of(tensor)));
 }
 
 // Dense in memory as [N, H, W, C].

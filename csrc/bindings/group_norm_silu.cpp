@@ -39,7 +39,7 @@ const float* check_coefficients(const char* name, const std::optional<Tensor>& t
 GroupNormSiluParams group_norm_silu_params(const Tensor& x, MemoryFormat layout, const Tensor& weight,
                                            const Tensor& bias, int64_t groups, const std::optional<Tensor>& scale_shift,
                                            const std::optional<Tensor>& add, bool silu, int64_t skip_channels = 0) {
-  check_samples("x", x);
+  check_samples("x", x, true);
   const int64_t samples = x.size(0), channels = x.size(1) + skip_channels;
   check(channels > 0, "x: expected at least one channel, got shape ", show(sizes_of(x)));
   check(groups > 0 && channels % groups == 0, "groups: expected a divisor of the ", channels, " channels, got ",

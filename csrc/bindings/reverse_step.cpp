@@ -9,7 +9,7 @@ namespace {
 void run_reverse_step(const Tensor& x, const Tensor& out, const Tensor& table, const Tensor& step, const Tensor& seeds,
                       const std::optional<Tensor>& out_uncond, double guidance, bool clip, bool learned_variance,
                       const std::vector<Tensor>& history, const Tensor& x_next, const Tensor* x0_hat) {
-  check_samples("x", x);
+  check_samples("x", x, learned_variance);
   dtype_of("x", x.scalar_type());
   Sizes out_shape = sizes_of(x);
   if (learned_variance) out_shape[1] *= 2;
