@@ -22,6 +22,9 @@ except ModuleNotFoundError:  # enough for metadata and an sdist
     from setuptools import Extension as CppExtension
     from setuptools.command.build_ext import build_ext as BuildExtension
 
+if sys.platform == "win32":
+    raise SystemExit("diffkern: expected Linux, got Windows, where it neither builds nor runs: use WSL")
+
 ROOT = Path(__file__).parent.resolve()
 EMULATED = os.environ.get("DIFFKERN_CUDART", "static") == "shared"
 KERNELS = (

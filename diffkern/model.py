@@ -266,6 +266,8 @@ def write_atomically(path: str | os.PathLike, write_to: Callable[[Path], Any]) -
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    if os.name != "posix":  # others open no directories
+        return
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # the new name, too

@@ -192,6 +192,18 @@ def test_the_oldest_torch_is_the_same_everywhere(environment):
     assert tuple(map(int, torch.__version__.split(".")[:2])) >= backend.OLDEST
 
 
+def test_windows_ends_the_build_in_one_line():
+    program = f"""
+import runpy, sys
+import setuptools, torch
+sys.platform, sys.path[:0] = "win32", [{str(ROOT)!r}]
+runpy.run_path({str(ROOT / "setup.py")!r})
+"""
+    done = python(program)
+    assert done.returncode == 1
+    assert done.stderr == "diffkern: expected Linux, got Windows, where it neither builds nor runs: use WSL\n"
+
+
 # --- import ---
 
 

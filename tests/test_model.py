@@ -168,6 +168,14 @@ def test_a_write_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert events == ["fsync", "rename", "fsync"]
 
 
+def test_a_system_that_opens_no_directories_is_not_asked_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "open", lambda path, flags: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr(models.os, "name", "other")
+    write_atomically(tmp_path / "file.bin", lambda temporary: temporary.write_bytes(b"new"))
+    monkeypatch.undo()
+    assert (tmp_path / "file.bin").read_bytes() == b"new"
+
+
 def test_a_written_file_has_the_mode_that_the_umask_asks_for(tmp_path):
     umask = os.umask(0o027)
     try:
