@@ -240,7 +240,11 @@ def reverse_step_(
     history: Sequence[Tensor] = (),
     x0_hat: Tensor | None = None,
 ) -> None:
-    """:func:`reverse_step` in place: x becomes x_next, and ``x0_hat``, a tensor like x, receives the prediction."""
+    """:func:`reverse_step` in place: x becomes x_next, and ``x0_hat``, a tensor like x, receives the prediction.
+
+    Each of the two may lie where an input does: x0_hat in the history's place, x in that of ``out``, or of its first
+    half with ``learned_variance``. RuntimeError where they overlap otherwise.
+    """
     _check_step(x, out, table, out_uncond, guidance, clip, learned_variance, history)
     _check("a tensor or None", (Tensor, NoneType), x0_hat=x0_hat)
     _without_gradient("reverse_step_", x=x, out=out, out_uncond=out_uncond, history=history, x0_hat=x0_hat)

@@ -287,6 +287,39 @@ def test_x_may_be_the_first_half_of_a_learned_variance_output():
     assert torch.equal(out[:, :3], expected) and torch.equal(out[:, 3:], variance)
 
 
+def test_x_and_x0_hat_may_be_the_halves_of_one_tensor():
+    """As a network takes them that is conditioned on its own prediction."""
+    (x, out, table, step, seeds), options = case(history=1)
+    both = torch.cat((x, options["history"][0]), 1)
+    expected = ops.reverse_step(x, out, table, step, seeds, **options, return_x0=True)
+    ops.reverse_step_(both[:, :3], out, table, step, seeds, history=[both[:, 3:]], x0_hat=both[:, 3:])
+    assert torch.equal(both, torch.cat(expected, 1))
+
+
+OVERLAPS = {
+    "the next channel": (lambda m: dict(x=m[:, 1:4], out=m[:, :3]), "out: expected the memory of x or other memory"),
+    "the channel before": (lambda m: dict(x=m[:, :3], out=m[:, 1:4]), "out: expected the memory of x or other memory"),
+    "the next row": (lambda m: dict(x=m[:1, :3, 1:], out=m[:1, :3, :-1]), "out: expected the memory of x"),
+    "the next sample": (lambda m: dict(x=m[1:, :3], out=m[:-1, :3]), "out: expected the memory of x or other memory"),
+    "other strides": (lambda m: dict(x=m[:, :3], out=m[:, :3].mT), "out: expected the memory of x or other memory"),
+    "out_uncond": (lambda m: dict(x=m[:, 1:4], out_uncond=m[:, :3]), "out_uncond: expected the memory of x or"),
+    "history": (lambda m: dict(x=m[:, 1:4], history=[m[:, :3]]), "history: expected the memory of x or other memory"),
+    "x0_hat on out": (lambda m: dict(x0_hat=m[:, 1:4], out=m[:, :3]), "out: expected the memory of x0_hat or other"),
+    "x0_hat on x": (lambda m: dict(x0_hat=m[:, :3], x=m[:, :3]), "x0_hat: expected other memory than x's"),
+}
+
+
+@pytest.mark.parametrize(("views", "message"), OVERLAPS.values(), ids=OVERLAPS)
+def test_a_target_that_overlaps_an_input_is_refused_and_left_as_it_was(views, message):
+    memory = values((3, 6, 9, 9))
+    given, before = views(memory), memory.clone()
+    like = next(iter(given.values()))
+    arguments = dict(x=like.clone(), out=like.clone(), table=levels.rows(len(given.get("history", []))), step=1) | given
+    with pytest.raises(RuntimeError, match=f"^{message}.*, got some of it$"):
+        ops.reverse_step_(**arguments, seeds=range(len(like)))
+    assert torch.equal(memory, before)
+
+
 def test_x0_hat_may_take_the_place_of_the_output_or_of_the_history():
     (x, out, table, step, seeds), options = case(history=1)
     x_next, x0_hat = ops.reverse_step(x, out, table, step, seeds, **options, return_x0=True)

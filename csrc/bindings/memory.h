@@ -122,6 +122,29 @@ inline View view_of(const char* name, const Tensor& tensor) {
   return view;
 }
 
+// Whether a view that is written shares memory with one that is read: told by the range of each sample, where both have
+// theirs equally far apart (as the halves of a tensor's channels have), else by the range of all.
+inline bool overlap(const View& written, const View& read, int64_t samples) {
+  const int64_t size = written.dtype == DType::f32 ? 4 : 2;
+  const auto bytes = [size](const View& view) {
+    int64_t last = 0;
+    for (int32_t d = 0; d < view.dims; ++d) last += (view.sizes[d] - 1) * view.strides[d];
+    return (last + 1) * size;
+  };
+  const int64_t of_written = bytes(written), of_read = bytes(read), rest = (samples - 1) * size;
+  const int64_t ahead = static_cast<const char*>(read.data) - static_cast<const char*>(written.data);
+  if (ahead >= of_written + rest * written.batch_stride || -ahead >= of_read + rest * read.batch_stride) return false;
+  if (samples == 1 || written.batch_stride != read.batch_stride) return true;
+  const int64_t period = written.batch_stride * size, phase = (ahead % period + period) % period;
+  return phase < of_written || period - phase < of_read;
+}
+
+inline bool same_place(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  return a.const_data_ptr() == b.const_data_ptr();
+}
+
 inline int64_t elements_of(const Tensor& tensor) {  // of one sample
   int64_t elements = 1;
   for (int64_t d = 1; d < tensor.dim(); ++d) elements *= tensor.size(d);

@@ -6,6 +6,19 @@
 namespace diffkern {
 namespace {
 
+// What is read may lie where the target lies, element by element, or apart from it.
+void check_target(const char* target, const Tensor& written, const View& view, const Tensor& out,
+                  const std::optional<Tensor>& out_uncond, const std::vector<Tensor>& history,
+                  const ReverseStepParams& params) {
+  const auto check_read = [&](const char* name, const Tensor& tensor, const View& read) {
+    check(!overlap(view, read, params.samples) || same_place(written, tensor), name, ": expected the memory of ", target,
+          " or other memory, got some of it");
+  };
+  check_read("out", out, params.out);
+  if (out_uncond) check_read("out_uncond", *out_uncond, params.out_uncond);
+  for (int j = 0; j < params.history_count; ++j) check_read("history", history[j], params.history[j]);
+}
+
 void run_reverse_step(const Tensor& x, const Tensor& out, const Tensor& table, const Tensor& step, const Tensor& seeds,
                       const std::optional<Tensor>& out_uncond, double guidance, bool clip, bool learned_variance,
                       const std::vector<Tensor>& history, const Tensor& x_next, const Tensor* x0_hat) {
@@ -36,6 +49,13 @@ void run_reverse_step(const Tensor& x, const Tensor& out, const Tensor& table, c
   for (const Tensor& h : history) params.history[params.history_count++] = view_of("history", h);
   params.samples = x.size(0);
   params.elements = elements_of(x);
+  if (&x_next == &x && params.samples * params.elements > 0) {
+    check_target("x", x, params.x, out, out_uncond, history, params);
+    if (x0_hat) {
+      check_target("x0_hat", *x0_hat, params.x0_hat, out, out_uncond, history, params);
+      check(!overlap(params.x0_hat, params.x, params.samples), "x0_hat: expected other memory than x's, got some of it");
+    }
+  }
   params.seeds = memory<const int64_t>(seeds);
   params.table = memory<const float>(table);
   params.rows = table.size(0);
