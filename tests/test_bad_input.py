@@ -100,6 +100,11 @@ BAD = {
         (dict(stream=1.5), TypeError, "stream: expected an int, got 1.5"),
         (dict(stream=None), TypeError, "stream: expected an int, got None"),
         (dict(stream="0"), TypeError, "stream: expected an int, got '0'"),
+        (
+            dict(shape=(10**14,)),
+            RuntimeError,
+            "memory: expected enough on cpu for a float32 tensor of shape (2, 100000000000000), got less",
+        ),
         (dict(dtype=torch.float64), RuntimeError, "dtype: expected float32, bfloat16 or float16, got float64"),
         (dict(dtype=torch.int64), RuntimeError, "dtype: expected float32, bfloat16 or float16, got int64"),
         (dict(dtype="float32"), TypeError, "dtype: expected a torch.dtype, got 'float32'"),
@@ -109,6 +114,11 @@ BAD = {
     ],
     ops.q_sample: [
         (dict(x_0=torch.zeros(3)), RuntimeError, "seeds: expected shape (3,), got (2,)"),
+        (
+            dict(x_0=torch.zeros(2, 1, 1, dtype=torch.bfloat16).expand(2, 10**7, 10**7)),
+            RuntimeError,
+            "memory: expected enough on cpu for a bfloat16 tensor of shape (2, 10000000, 10000000), got less",
+        ),
         (dict(x_0=X.double()), RuntimeError, "x_0: expected float32, bfloat16 or float16, got float64"),
         (dict(x_0=X.int()), RuntimeError, "x_0: expected float32, bfloat16 or float16, got int32"),
         (dict(x_0=X.numpy()), TypeError, "x_0: expected a tensor, got array([[[[0.,...dtype=float32)"),

@@ -10,9 +10,11 @@ using torch::headeronly::MemoryFormat;
 Tensor as_channels_last(const Tensor& image) { return torch::stable::contiguous(image, MemoryFormat::ChannelsLast); }
 
 // In channels_last memory.
-Tensor empty_image(const Sizes& sizes, const Tensor& like) {
+Tensor empty_image(const Sizes& sizes, const Tensor& like) try {
   return made(torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                                    MemoryFormat::ChannelsLast));
+} catch (const std::runtime_error&) {
+  throw_no_memory(sizes, like.scalar_type(), like);
 }
 
 void check_kernels(const Tensor& weight) {

@@ -158,11 +158,23 @@ inline Tensor made(const Tensor& tensor) {
   return tensor;
 }
 
-inline Tensor empty_of(const Sizes& sizes, ScalarType dtype, const Tensor& like) {
-  return made(torch::stable::empty(sizes, dtype, std::nullopt, like.device()));
+// In place of torch's error, which through the stable ABI names one of its functions and nothing else.
+[[noreturn]] inline void throw_no_memory(const Sizes& sizes, ScalarType dtype, const Tensor& like) {
+  throw std::runtime_error(text("memory: expected enough on ", show_device(like), " for a ", show(dtype),
+                                " tensor of shape ", show(sizes), ", got less"));
 }
 
-inline Tensor empty_as(const Tensor& like) { return made(torch::stable::empty_like(like)); }
+inline Tensor empty_of(const Sizes& sizes, ScalarType dtype, const Tensor& like) try {
+  return made(torch::stable::empty(sizes, dtype, std::nullopt, like.device()));
+} catch (const std::runtime_error&) {
+  throw_no_memory(sizes, dtype, like);
+}
+
+inline Tensor empty_as(const Tensor& like) try {
+  return made(torch::stable::empty_like(like));
+} catch (const std::runtime_error&) {
+  throw_no_memory(sizes_of(like), like.scalar_type(), like);
+}
 
 inline Tensor absent(const Tensor& like) { return empty_of({0}, like.scalar_type(), like); }
 
