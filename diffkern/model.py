@@ -103,23 +103,15 @@ class Model:
         return next(self.network.parameters()).device
 
     def label(self, text: str) -> int:
-        """The class of that name, upper or lower case, or of that number; -1, the null class, of "none".
-
-        ValueError if there is no such class, or if it is one class's name and another's number.
-        """
+        """The class of that name, upper or lower case, or else of that number; -1, the null class, of "none"."""
         classes = self.classes or ()
-        by_name = {name.lower(): label for label, name in enumerate(classes)} | {"none": -1}
         by_number = {str(label): label for label in range(-1, len(classes))}
-        meant = {known[text.lower()] for known in (by_name, by_number) if text.lower() in known}
-        if len(meant) > 1:
-            raise ValueError(
-                f"labels: expected what means one class, got {text!r}: the name of class {by_name[text.lower()]}, "
-                f"and the number of {classes[by_number[text]]!r}"
-            )
-        if not meant:
+        by_name = {name.lower(): label for label, name in enumerate(classes)} | {"none": -1}
+        known = by_number | by_name  # a name that is a number is meant as a name
+        if text.lower() not in known:
             numbered = ", ".join(f"{label} {name}" for label, name in enumerate(classes))
             raise ValueError(f"labels: expected none or one of {numbered}, got {text!r}")
-        return meant.pop()
+        return known[text.lower()]
 
     def description(self) -> dict[str, Any]:
         """All but the weights, as JSON holds it."""

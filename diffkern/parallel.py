@@ -1,5 +1,6 @@
 """Several processes that train as one, as ``torchrun`` starts them. Alone, a process is the first of one."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ def joined(device: torch.device | str | None) -> Iterator[torch.device | str | N
     try:
         yield device
     finally:
+        gc.collect()  # what averages gradients holds itself and the group, whose threads must end before the process
         dist.destroy_process_group()
 
 
