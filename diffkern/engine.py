@@ -40,6 +40,7 @@ _ops = torch.ops.diffkern
 
 FEW_TILES = 64  # of a batch: up to so many it is faster to make Winograd's matrices than to read them
 FEW_CHANNELS = 4  # up to so many neither they nor terms are worth their while
+DEEP = 256  # channels by taps, from which on three terms are faster than a float in one image too
 KEPT_PLANS = 4
 KEPT_CONDITIONS = 4096
 KNOWN = {  # what modules may be; where others are, as those of LoRA, the network itself runs
@@ -250,6 +251,11 @@ class _Trace:
         """Are 3x3 convolutions of stride 1 made so? Terms that are as exact are not as fast at them."""
         return self.terms in (None, 3)
 
+    def by_terms(self, channels: int, out_channels: int, kernel: int) -> bool:
+        """Are other convolutions made so?"""
+        few, deep = min(channels, out_channels) <= FEW_CHANNELS, channels * kernel**2 >= DEEP
+        return self.terms == 1 or (self.terms == 2 and not few) or (self.terms == 3 and not few and deep)
+
     def step(
         self,
         run: Callable[..., None],
@@ -288,15 +294,15 @@ class _Trace:
         channels = c + (skip.shape[1] if skip else 0)
         out_channels = len(bias)
         padding = kernel // 2 if padding is None else padding
-        few = self.dtype == torch.float32 and min(channels, out_channels) <= FEW_CHANNELS
+        few = min(channels, out_channels) <= FEW_CHANNELS
         if self.winograd and kernel == 3 and stride == padding == 1 and not few:  # the same bits by either
             pack = ops.pack_taps if n * -(-h // 4) * -(-w // 4) <= FEW_TILES else _pack_matrices
             packed = self.compiled.packed(key, weight, pack)
-        elif few or self.terms is None:
-            packed = self.compiled.packed(key, weight, ops.pack_conv)
-        else:
+        elif self.by_terms(channels, out_channels, kernel):
             pack = ops.pack_upsampling if upsample and kernel == 3 else ops.pack_conv
             packed = self.compiled.packed(key, weight, pack, terms=self.terms)
+        else:
+            packed = self.compiled.packed(key, weight, ops.pack_conv)
 
         def run(y: Tensor, x: Tensor, skip: Tensor | None, residual: Tensor | None) -> None:
             _ops.conv2d_out(y, x, skip, packed, bias, add, residual, stride, padding, upsample)
@@ -358,7 +364,8 @@ class _Trace:
 
         terms = self.terms if d % 32 == 0 and d <= 256 else None
         dtype = self.dtype if terms else torch.float32
-        normed = self.norm(block.group_norm, x, silu=False, blocked=self.terms in (2, 3))
+        blocked = self.terms != 1 and self.by_terms(c, 3 * c, 1)  # bfloat16 is read as it lies
+        normed = self.norm(block.group_norm, x, silu=False, blocked=blocked)
         qkv = self.conv(normed, (block.to_q, block.to_k, block.to_v), dtype=dtype)
         out = self.step(run, x.shape, qkv, dtype=dtype)
         return self.conv(out, block.to_out[0], residual=x)
