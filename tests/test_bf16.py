@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 from networks import CONFIGS, config_of, inputs, with_random_weights
-from test_conv2d import OPTIONS, SHAPES, arguments, exact
-from tolerances import ATTENTION, ATTENTION_TERMS, CONV, ROUNDING
+from test_conv2d import OPTIONS, SHAPES, additions, arguments, exact
+from tolerances import ATTENTION, ATTENTION_TERMS, ROUNDING, split, summed
 from torch import Tensor
 
 import diffkern
@@ -31,7 +31,7 @@ def assert_exact(x: Tensor, weight: Tensor, x_dtype: torch.dtype, *, pack=ops.pa
     y = ops.conv2d(x.to(x_dtype), pack(weight, terms=1), out_channels=len(weight), **given)
     assert y.dtype == x_dtype and y.is_contiguous(memory_format=torch.channels_last) and y.shape == expected.shape
     rounding = ROUNDING[x_dtype] * expected.abs() if x_dtype == torch.bfloat16 else 0
-    assert ((y.double() - expected).abs() <= CONV["direct"] * size.max() + rounding).all()
+    assert ((y.double() - expected).abs() <= summed(additions(weight)) * size.max() + rounding).all()
 
 
 def size_of(x: Tensor, weight: Tensor, **options) -> Tensor:
@@ -43,7 +43,7 @@ def assert_exact_by_terms(x: Tensor, weight: Tensor, terms: int, *, pack=ops.pac
     """Three terms are a float, two are within 2^-16 of it, and one is the nearest bfloat16; twice, for two factors."""
     y = ops.conv2d(x, pack(weight, terms=terms), out_channels=len(weight), **options)
     assert y.dtype == torch.float32 and y.is_contiguous(memory_format=torch.channels_last)
-    error = CONV["direct"] + (0 if terms == 3 else 2.1 * 2.0 ** (-8 * terms))
+    error = split(terms, additions(weight))
     assert ((y.double() - exact(x, weight, **options)).abs() <= error * size_of(x, weight, **options).max()).all()
 
 
@@ -310,9 +310,9 @@ def assert_attention_is_exact(q: Tensor, k: Tensor, v: Tensor, scale: float | No
 def assert_attention_is_exact_by_terms(q: Tensor, k: Tensor, v: Tensor, terms: int, scale: float | None = None) -> None:
     """A score is off by no more than its terms leave out, and a probability by a factor of e to twice that."""
     out, (q, k, v) = attend(q, k, v, scale, terms), (tensor.double() for tensor in (q, k, v))
-    left_out = CONV["direct"] + (0 if terms == 3 else 2.1 * 2.0 ** (-8 * terms))
+    of_score, of_sum = split(terms, q.shape[-1]), split(terms, k.shape[-2])
     score = (q.abs() @ k.abs().mT).amax(-1, keepdim=True) * (q.shape[-1] ** -0.5 if scale is None else abs(scale))
-    bound = (torch.expm1(2 * left_out * score) + left_out) * reference.attention(q, k, v.abs(), scale=scale)
+    bound = (torch.expm1(2 * of_score * score) + of_sum) * reference.attention(q, k, v.abs(), scale=scale)
     error = (out.double() - reference.attention(q, k, v, scale=scale)).abs()
     assert out.dtype == torch.float32 and (error <= bound).all()
 
@@ -478,8 +478,8 @@ def test_a_sample_has_the_same_bits_in_any_batch(name):
     x = torch.randn(7, network.config["in_channels"], 16, 16, generator=torch.Generator().manual_seed(3))
     t = torch.tensor([0, 999, 5, 5, 5, 17, 400])
     whole = engine(x, t)
-    for split in ([1] * 7, [2, 5], [4, 3]):
-        parts = [engine(*part) for part in zip(x.split(split), t.split(split), strict=True)]
+    for sizes in ([1] * 7, [2, 5], [4, 3]):
+        parts = [engine(*part) for part in zip(x.split(sizes), t.split(sizes), strict=True)]
         assert torch.equal(torch.cat(parts), whole)
 
 
