@@ -1,24 +1,30 @@
-# make sample | test | bench | lint | clean
+# make sample | test | test-all | bench | lint | clean
 #
 # Each makes the environment $(VENV), installs diffkern and what it needs into it, and runs. VENV=path uses one that
 # exists, and keeps its torch. Python, a C++ compiler and make must be there; an nvcc is used if it is (setup.py names
-# the variables that choose what is built). PYTEST='-k noise' goes to pytest.
+# the variables that choose what is built). PYTEST='-k noise' goes to pytest, which runs WORKERS tests at a time.
 
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 
+WORKERS  ?= $(shell nproc)
+PARALLEL := -n $(WORKERS) --dist loadgroup
+
 TORCH   := torch==$(shell sed -n 's/^PINNED = "\(.*\)"/\1/p' build_backend.py)
 RUFF    := $(shell sed -n 's/^lint = \["\(.*\)"\]/\1/p' pyproject.toml)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py build_backend.py pyproject.toml
 
-.PHONY: sample test bench lint clean
+.PHONY: sample test test-all bench lint clean
 
 sample: $(VENV)/.diffkern
 	$(BIN)/diffkern sample --model fashion-mnist --n 64 --steps 50 --out samples.png
 
 test: $(VENV)/.diffkern-test
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
+
+test-all: $(VENV)/.diffkern-test
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow" $(PYTEST)
 
 bench: $(VENV)/.diffkern-bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST)

@@ -11,6 +11,10 @@ from torch.nn import functional as F
 from diffkern import ops
 from diffkern.engine import FEW_CHANNELS, FEW_TILES, terms_of
 
+MOST = [  # N, C, K, pixels a side of x, kernel, stride
+    *[(16, 384, 256, 32, 1, 1), (1, 128, 128, 32, 3, 2), (16, 3, 128, 32, 3, 1), (1, 256, 256, 8, 3, 1)],
+    *[(1, 128, 128, 32), (16, 256, 256, 16), (1, 256, 256, 8)],  # by Winograd
+]
 DIRECT = [  # N, C, K, pixels a side of x, kernel, stride
     *((n, 384, 256, side, 1, 1) for n in (1, 16) for side in (8, 32)),
     *((n, 256, 768, 16, 1, 1) for n in (1, 16)),
@@ -26,6 +30,10 @@ WINOGRAD = [  # N, C, K, pixels a side of x
 ]
 
 
+def marked(shapes: list[tuple[int, ...]]) -> list:
+    return [shape if shape in MOST else pytest.param(*shape, marks=pytest.mark.large) for shape in shapes]
+
+
 def tensors(n: int, c: int, k: int, side: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, c, side, side, generator=generator)
@@ -34,7 +42,7 @@ def tensors(n: int, c: int, k: int, side: int, kernel: int) -> tuple[Tensor, Ten
     return x, weight, torch.randn(k, generator=generator)
 
 
-@pytest.mark.parametrize(("n", "c", "k", "side", "kernel", "stride"), DIRECT)
+@pytest.mark.parametrize(("n", "c", "k", "side", "kernel", "stride"), marked(DIRECT))
 def test_conv2d_direct(compare, n, c, k, side, kernel, stride):
     x, weight, bias = tensors(n, c, k, side, kernel)
     floats, options = ops.pack_conv(weight), dict(stride=stride, padding=kernel // 2)
@@ -57,7 +65,7 @@ def test_conv2d_direct(compare, n, c, k, side, kernel, stride):
         )
 
 
-@pytest.mark.parametrize(("n", "c", "k", "side"), WINOGRAD)
+@pytest.mark.parametrize(("n", "c", "k", "side"), marked(WINOGRAD))
 def test_conv2d_winograd(compare, n, c, k, side):
     """The rate is that of the definition's operations: what is beyond a matrix product's was never computed."""
     x, weight, bias = tensors(n, c, k, side, 3)

@@ -44,7 +44,7 @@ def stepper(network: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> peers
     return step
 
 
-@pytest.mark.parametrize(("name", "n"), [("small", 64), ("ddpm-cifar10", 8)])
+@pytest.mark.parametrize(("name", "n"), [("small", 64), pytest.param("ddpm-cifar10", 8, marks=pytest.mark.large)])
 def test_training_step(compare, name, n):
     unet = with_random_weights(UNet(**NETWORKS[name]))
     shape = (unet.config["in_channels"], 32, 32)

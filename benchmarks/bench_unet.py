@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import engines
 import peers
 import pytest
 import torch
@@ -37,9 +36,16 @@ def case(name: str, n: int) -> tuple[UNet, nn.Module, Tensor, Tensor, Tensor, in
     return unet, twin, x, t, expected, counter.get_total_flops()
 
 
-@pytest.mark.parametrize("n", [1, 16])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_unet(compare, tmp_path, name, n):
+CASES = [
+    ("small", 1),
+    ("small", 16),
+    ("ddpm-cifar10", 1),
+    pytest.param("ddpm-cifar10", 16, marks=pytest.mark.large),
+]
+
+
+@pytest.mark.parametrize(("name", "n"), CASES)
+def test_unet(compare, other_engines, name, n):
     unet, twin, x, t, expected, flops = case(name, n)
     scale = expected.abs().max()
     engine = optimize(unet)
@@ -47,7 +53,7 @@ def test_unet(compare, tmp_path, name, n):
     def close(ours: list[Tensor], others: list[Tensor]) -> None:
         assert (others[0] - ours[0]).abs().max() < 1e-4 * scale
 
-    others = {name: make(twin, x, t, tmp_path) for name, make in engines.installed(n).items()}
+    others = other_engines(twin, x, t)
     low = {name: others.pop(name) for name in list(others) if "bf16" in name}  # not held to float32's error
     compare(
         f"unet {name}, {n} x 32x32",
@@ -59,9 +65,8 @@ def test_unet(compare, tmp_path, name, n):
     )
 
 
-@pytest.mark.parametrize("n", [1, 16])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_unet_at_high_precision(compare, tmp_path, name, n):
+@pytest.mark.parametrize(("name", "n"), CASES)
+def test_unet_at_high_precision(compare, other_engines, name, n):
     """By factors of 16 bits, beside our own 24 and those who have 8."""
     unet, twin, x, t, expected, flops = case(name, n)
     engine = optimize(unet)
@@ -77,12 +82,12 @@ def test_unet_at_high_precision(compare, tmp_path, name, n):
         for result, bound in ((ours[0], 5e-5), (others[0], 0.1)):
             assert (result - expected).norm() < bound * expected.norm()
 
-    calls = {name: make(twin, x, t, tmp_path) for name, make in engines.installed(n).items() if "bf16" in name}
+    others = {name: call for name, call in other_engines(twin, x, t).items() if name == "torch" or "bf16" in name}
     try:
         compare(
             f"unet {name}, high precision, {n} x 32x32",
             at("high"),
-            {"highest": at("highest"), "torch": engines.eager(twin, x, t, tmp_path), **calls},
+            {"highest": at("highest"), **others},
             same=close,
             flops=flops,
         )
@@ -90,9 +95,8 @@ def test_unet_at_high_precision(compare, tmp_path, name, n):
         torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize("n", [1, 16])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_unet_in_bfloat16(compare, tmp_path, name, n):
+@pytest.mark.parametrize(("name", "n"), CASES)
+def test_unet_in_bfloat16(compare, other_engines, name, n):
     """Beside those who compute in bfloat16 too, and our own float32."""
     unet, twin, x, t, expected, flops = case(name, n)
     engine, exact = optimize(unet, dtype=torch.bfloat16), optimize(unet)
@@ -101,11 +105,11 @@ def test_unet_in_bfloat16(compare, tmp_path, name, n):
         for result, bound in ((ours[0], 0.02), (others[0], 0.1)):
             assert (result - expected).norm() < bound * expected.norm()
 
-    calls = {name: make(twin, x, t, tmp_path) for name, make in engines.installed(n).items() if "bf16" in name}
+    low = {name: call for name, call in other_engines(twin, x, t).items() if "bf16" in name}
     compare(
         f"unet {name}, bfloat16, {n} x 32x32",
         torch.inference_mode()(lambda: engine(x, t)),
-        {"float32": torch.inference_mode()(lambda: exact(x, t)), **calls},
+        {"float32": torch.inference_mode()(lambda: exact(x, t)), **low},
         same=close,
         flops=flops,
         dtype=torch.bfloat16,

@@ -14,13 +14,19 @@ A benchmark asks for ``compare`` and calls it once::
 
 and a line of the report at the end of the run reads: the median time, the time an element, the rate and its share of
 what this machine was measured to reach, and by how much ours is faster than each peer (the median, over the turns, of
-the quotient of two neighbouring times). ``pytest benchmarks --benchmark-only``.
+the quotient of two neighbouring times).
+
+``pytest benchmarks --benchmark-only`` takes a quarter of an hour at most: each op beside its reference. ``--peers``
+adds inductor and the other inference engines that are installed; ``--large`` adds the larger networks and more shapes.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import engines
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +38,22 @@ SETTLE = 5e-3  # before it, and one call untimed: the threads of the call before
 
 Call = Callable[[], object]
 _report: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--peers", action="store_true", help="inductor and other engines (pip install -e .[bench-peers])")
+    parser.addoption("--large", action="store_true", help="large networks, and every shape of the tables")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "large: takes long; with --large")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--large"):
+        large = [item for item in items if item.get_closest_marker("large")]
+        config.hook.pytest_deselected(items=large)
+        items[:] = [item for item in items if item not in large]
 
 
 def _seconds(call: Call, repeats: int) -> float:
@@ -80,6 +102,12 @@ def peak_flops() -> Callable[[torch.dtype], float]:
         return measured[dtype]
 
     return peak
+
+
+@pytest.fixture
+def other_engines(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., dict[str, Call]]:
+    """``other_engines(network, x, t)``: the network in torch, and with ``--peers`` in every engine that is there."""
+    return functools.partial(engines.calls, folder=tmp_path, peers=request.config.getoption("--peers"))
 
 
 def _as_tensors(result: object) -> list[Tensor]:

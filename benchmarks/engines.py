@@ -166,9 +166,12 @@ ENGINES = {
 }
 
 
-def installed(samples: int) -> dict[str, Callable[..., Call]]:
-    return {
+def calls(network: nn.Module, x: Tensor, t: Tensor, *, folder: Path, peers: bool) -> dict[str, Call]:
+    """The network in torch, and if ``peers`` in each engine that is installed."""
+    there = {
         name: make
         for name, (make, package) in ENGINES.items()
-        if importlib.util.find_spec(package) and (samples == 1 or name != "ncnn")
+        if importlib.util.find_spec(package) and (len(x) == 1 or name != "ncnn")
     }
+    wanted = there if peers else {name: make for name, make in there.items() if name in ("torch", "torch bf16")}
+    return {name: make(network, x, t, folder) for name, make in wanted.items()}

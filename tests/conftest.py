@@ -2,40 +2,26 @@
 
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads leave a busy machine's cores alone
+import levels  # noqa: E402
 import torch  # noqa: E402
 from interpreted import ROOT as ROOT  # noqa: E402
 from interpreted import Interpreter, load_interpreter, missing  # noqa: E402
 
 # Small tensors gain nothing by more threads; a test of threads sets its own number and this one again.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // workers)))
 # A shell that starts the tests in the background has them ignore Ctrl-C, and the tests of Ctrl-C with them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples in every run.
 hypothesis.settings.register_profile("diffkern", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("diffkern")
-
-
-@pytest.fixture
-def run_at_level() -> Callable[[str, str], subprocess.CompletedProcess]:
-    """``run(level, program)``: Python code in a process whose kernels are those of that CPU level."""
-
-    def run(level: str, program: str) -> subprocess.CompletedProcess:
-        environment = os.environ | {"DIFFKERN_CPU_LEVEL": level, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-        if "this processor does not have it" in done.stdout + done.stderr:
-            pytest.skip(f"this processor has no {level}")
-        return done
-
-    return run
 
 
 # --- CUDA: on a card, or interpreted ---
@@ -98,8 +84,11 @@ def interpreter(cuda: SimpleNamespace) -> Interpreter:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     backend, reason = cuda_backend(config)
     for item in items:
-        if backend is None and item.get_closest_marker("cuda"):
+        is_cuda = item.get_closest_marker("cuda") is not None
+        if backend is None and is_cuda:
             item.add_marker(pytest.mark.skip(reason=reason))
+        if config.pluginmanager.hasplugin("xdist"):  # a process a file; one for all files that load the interpreter
+            item.add_marker(pytest.mark.xdist_group("cuda" if is_cuda else item.path.stem))
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
@@ -108,3 +97,5 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     backend, reason = cuda_backend(config)
     where = {None: f"not run: {reason}", "gpu": f"{ran} run on a card", "ptxemu": f"{ran} run, interpreted"}[backend]
     terminalreporter.write_line(f"tests of the CUDA kernels: {where}")
+    if absent := [level for level in levels.ALL_LEVELS if level not in levels.LEVELS]:
+        terminalreporter.write_line(f"CPU levels not run, which this processor does not have: {', '.join(absent)}")

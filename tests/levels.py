@@ -1,21 +1,31 @@
-"""The same ops on every CPU level: each level runs in a process of its own and answers with a digest of every result.
+"""The same ops on every CPU level: each level has a process of its own, which answers with a digest of every result.
 
-Run as a program it prints one level's answers as JSON: `DIFFKERN_CPU_LEVEL=avx2 python levels.py`.
+Run as a program it is such a process: `DIFFKERN_CPU_LEVEL=avx2 python levels.py`.
 """
 
+import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from types import ModuleType
+import traceback
+from collections.abc import Iterator, Sequence
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
-LEVELS = ("baseline", "avx2", "avx512")
+from diffkern import _C
+
+ALL_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx")
+LEVELS = tuple(reversed(_C.cpu_levels()))
+"""The levels that this processor has: tests run at each of them, and say at their end which ones they could not run."""
+WIDTHS = ALL_LEVELS[:3]
+"""The levels that differ in their registers' width. Later ones have kernels of their own for split products only."""
+
 SEEDS = torch.tensor([0, 1, -1, 31337, -(2**63), 2**63 - 1, 0x0123456789ABCDEF])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # registers and chunks half full, exactly full and overfull; then more than one thread's work
@@ -77,7 +87,7 @@ def results(ops: ModuleType) -> Iterator[tuple[str, Tensor]]:
 
 def answers() -> dict[str, object]:
     """Of the level that this process runs."""
-    from diffkern import _C, ops
+    from diffkern import ops
 
     level = _C.cpu_level()
     out = values((7, 3, 5, 23), seed=4).requires_grad_()
@@ -88,33 +98,68 @@ def answers() -> dict[str, object]:
         "digests": {name: digest(result) for name, result in results(ops)},
         "noise_loss": loss.tolist(),
         "noise_loss gradient": digest(gradient),
-        "radius": _C.word_hash("radius"),
-        "angle": _C.word_hash("angle"),
     }
+
+
+class LevelProcess:
+    """A Python process whose kernels are those of one level. It runs programs one after the other."""
+
+    def __init__(self, level: str):
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=os.environ | {"DIFFKERN_CPU_LEVEL": level, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, program: str) -> None:
+        self._process.stdin.write(json.dumps(program) + "\n")
+        self._process.stdin.flush()
+
+    def finish(self) -> SimpleNamespace:
+        """Return what the program printed, and its traceback, "" if it ended well."""
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process of a level ended with status {self._process.wait()}")
+        return SimpleNamespace(**json.loads(answer))
 
 
 @functools.cache
-def every_level() -> dict[str, dict]:
-    """The answers of each level that this processor has; all at once, about 20 s on two cores."""
-    processes = {
-        level: subprocess.Popen(
-            [sys.executable, __file__],
-            env=os.environ | {"DIFFKERN_CPU_LEVEL": level, "PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for level in LEVELS
-    }
-    collected = {}
-    for level, process in processes.items():
-        stdout, stderr = process.communicate()
-        if process.returncode == 0:
-            collected[level] = json.loads(stdout)
-        elif "this processor does not have it" not in stderr:
-            raise RuntimeError(f"level {level}: {stderr}")
-    return collected
+def process_of(level: str) -> LevelProcess:
+    return LevelProcess(level)
+
+
+def serve() -> None:
+    """Answer each line of stdin, a program, by a line of stdout: JSON of ``printed`` and ``error``."""
+    assert _C.cpu_level() == os.environ["DIFFKERN_CPU_LEVEL"]
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        printed, error = io.StringIO(), ""
+        try:
+            with contextlib.redirect_stdout(printed):
+                exec(compile(json.loads(line), "<program>", "exec"), {"__name__": "program"})
+        except BaseException:
+            error = traceback.format_exc()
+        print(json.dumps({"printed": printed.getvalue(), "error": error}), file=answers, flush=True)
+
+
+def at_every_level(program: str, among: Sequence[str] = ALL_LEVELS) -> dict[str, str]:
+    """Run the program at each of these levels that this processor has, side by side. Return what each printed."""
+    here = [level for level in LEVELS if level in among]
+    for level in here:
+        process_of(level).start(program)
+    answers = {level: process_of(level).finish() for level in here}
+    for level, answer in answers.items():
+        assert not answer.error, f"level {level}: {answer.error}"
+    return {level: answer.printed for level, answer in answers.items()}
+
+
+@functools.cache
+def answers_at_every_level() -> dict[str, dict]:
+    program = "import json, levels; print(json.dumps(levels.answers()))"
+    return {level: json.loads(printed) for level, printed in at_every_level(program, WIDTHS).items()}
 
 
 if __name__ == "__main__":
-    json.dump(answers(), sys.stdout)
+    serve()

@@ -110,7 +110,7 @@ def test_loss_and_gradient_are_independent_of_batch_and_threads():
 
 
 def test_every_cpu_level_has_the_same_gradient_bits_and_loss():
-    answers = list(levels.every_level().values())
+    answers = list(levels.answers_at_every_level().values())
     for answer in answers:
         assert answer["noise_loss gradient"] == answers[0]["noise_loss gradient"]
         assert answer["noise_loss"] == pytest.approx(answers[0]["noise_loss"], rel=LOSS)

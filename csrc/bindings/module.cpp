@@ -100,6 +100,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("COMPILED_CUDA_ARCHITECTURES") = DIFFKERN_CUDA_ARCHITECTURES;
   module.attr("COMPILER") = __VERSION__;
   module.def("cpu_level", &cpu_level);
+  module.def("cpu_levels", &cpu::supported_levels);
   module.def("fingerprint", &fingerprint, arg("addresses"), arg("sizes"), arg("exact"),
              pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("philox", &philox_words, arg("counter"), arg("key"));

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <vector>
+
 #include "../ops.h"
 
 // A new kernel is one line here and one file beside this one.
@@ -44,6 +46,7 @@ struct Level {
   Kernels kernels;
 };
 const Level& level();
+std::vector<const char*> supported_levels();  // by this processor, the best first
 
 #ifdef DIFFKERN_CPU_LEVEL
 namespace DIFFKERN_CPU_LEVEL {

@@ -10,6 +10,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "kernels.h"
 
@@ -77,51 +78,59 @@ bool may_use_amx() {
 
 #endif
 
-Level choose() {
-#if defined(__x86_64__) && !defined(DIFFKERN_PORTABLE)
-  __builtin_cpu_init();
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-#if defined(DIFFKERN_BFLOAT16_LEVELS)
-  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
-  struct {
-    const char* name;
-    bool supported;
-    Kernels kernels;
-  } const levels[] = {
-#if defined(DIFFKERN_BFLOAT16_LEVELS)
-                      {"avx512_amx", has_bf16 && may_use_amx(), with_avx512_amx()},
-                      {"avx512_bf16", has_bf16, with_avx512_bf16()},
-#endif
-                      {"avx512", has_avx512, avx512::kernels},
-                      {"avx2", has_avx2, avx2::kernels},
-                      {"baseline", true, baseline::kernels}};
-#else
-  struct {
-    const char* name;
-    bool supported;
-    Kernels kernels;
-  } const levels[] = {{"baseline", true, baseline::kernels}};
-#endif
+struct Candidate {
+  const char* name;
+  bool supported;
+  Kernels kernels;
+};
 
+// Every level that was compiled, the best first.
+const std::vector<Candidate>& candidates() {
+  static const std::vector<Candidate> all = [] {
+    std::vector<Candidate> levels;
+#if defined(__x86_64__) && !defined(DIFFKERN_PORTABLE)
+    __builtin_cpu_init();
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#if defined(DIFFKERN_BFLOAT16_LEVELS)
+    const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+    levels.push_back({"avx512_amx", has_bf16 && may_use_amx(), with_avx512_amx()});
+    levels.push_back({"avx512_bf16", has_bf16, with_avx512_bf16()});
+#endif
+    levels.push_back({"avx512", has_avx512, avx512::kernels});
+    levels.push_back({"avx2", has_avx2, avx2::kernels});
+#endif
+    levels.push_back({"baseline", true, baseline::kernels});
+    return levels;
+  }();
+  return all;
+}
+
+Level choose() {
   const char* wanted = std::getenv("DIFFKERN_CPU_LEVEL");
   const bool forced = wanted != nullptr && *wanted != '\0';
   const char* error = forced ? "expected baseline, avx2, avx512, avx512_bf16 or avx512_amx" : nullptr;
   if (forced)
-    for (const auto& level : levels)
+    for (const Candidate& level : candidates())
       if (std::strcmp(level.name, wanted) == 0) {
         if (level.supported) return {level.name, nullptr, level.kernels};
         error = "this processor does not have it";
       }
-  for (const auto& level : levels)
+  for (const Candidate& level : candidates())
     if (level.supported) return {level.name, error, level.kernels};
   __builtin_unreachable();
 }
 
 }  // namespace
+
+std::vector<const char*> supported_levels() {
+  std::vector<const char*> names;
+  for (const Candidate& level : candidates())
+    if (level.supported) names.push_back(level.name);
+  return names;
+}
 
 const Level& level() {
   static const Level chosen = choose();
