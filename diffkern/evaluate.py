@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 from . import ops
 from .data import Dataset, epoch_order, words
+from .files import blueprint, opened, weights, write
 from .images import to_uint8
-from .model import Model, read, restore, write
+from .model import Model
 from .sampling import sample
+from .schedule import checked_float
 
 CLASSIFIER = Path(__file__).parent / "classifiers" / "fashion-mnist.safetensors"
 """The classifier that ships, so that distances measured anywhere are in the same feature space."""
@@ -89,21 +91,23 @@ def train_classifier(
 
 def save_classifier(net: Classifier, path: str | os.PathLike, accuracy: float) -> None:
     """Write ``net`` and its test accuracy, for :func:`load_classifier`; the weights as float16."""
-    write(path, {"classifier": 1, "accuracy": accuracy}, {k: v.half() for k, v in _weights(net).items()})
+    write(path, {"classifier": 1, "accuracy": accuracy}, {k: v.half() for k, v in weights(net).items()})
 
 
 def load_classifier(path: str | os.PathLike = CLASSIFIER) -> tuple[Classifier, float]:
-    """A classifier and its test accuracy."""
-    description, weights = read(path)
-    if description.get("classifier") != 1:
-        raise ValueError(f"{path}: expected a classifier, got {', '.join(description)}")
-    net = Classifier().eval().requires_grad_(False)
-    restore(_weights(net), weights, path)
-    return net, description["accuracy"]
-
-
-def _weights(net: nn.Module) -> dict[str, Tensor]:
-    return {k: v for k, v in net.state_dict().items() if v.is_floating_point()}  # not BatchNorm's count of batches
+    """A classifier and its test accuracy. Raises ValueError for a file that is none."""
+    with opened(path) as stored:
+        described = stored.description
+        if type(described.get("classifier")) is not int or described["classifier"] != 1:
+            raise ValueError(f"{path}: expected a classifier, got {', '.join(described)}")
+        try:
+            share = checked_float("accuracy", described.get("accuracy"), "a share", lambda value: 0 <= value <= 1)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        with blueprint():
+            net = Classifier().float()
+        stored.fill(net)
+    return net.eval().requires_grad_(False), share
 
 
 @torch.inference_mode()

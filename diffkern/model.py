@@ -7,15 +7,17 @@ checkpoint (:mod:`diffkern.training`) is such a file with more tensors in it; it
 import dataclasses
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .description import FORMAT, check_model
+from .files import CHECKPOINT, blueprint, compare, opened, shapes, write
+from .files import read as read
+from .files import restore as restore
+from .files import write_atomically as write_atomically
 from .samplers import PREDICTIONS
 from .schedule import Schedule
 from .unet import UNet, from_diffusers
@@ -23,10 +25,8 @@ from .unet import UNet, from_diffusers
 MODELS = Path(__file__).parent / "models"
 """Where the shipped models are, each with its card."""
 
-FORMAT = 1
 
-
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Model:
     """What the network predicts, on which schedule, for images of which shape.
 
@@ -53,7 +53,8 @@ class Model:
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
         self.shape = tuple(self.shape)
-        if len(self.shape) != 3 or not all(isinstance(size, int) and size > 0 for size in self.shape):
+        sizes = [size for size in self.shape if isinstance(size, int) and not isinstance(size, bool) and size > 0]
+        if len(self.shape) != 3 or len(sizes) != 3:
             raise ValueError(f"shape: expected three positive sizes (C, H, W), got {self.shape}")
         if self.classes is not None:
             self.classes = tuple(self.classes)
@@ -98,9 +99,19 @@ class Model:
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.network(x_t, t, labels)
 
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        classes = "None" if self.classes is None else f"<{len(self.classes)} names>"
+        return (
+            f"Model(<{type(self.network).__name__} of {parameters} parameters>, {self.schedule!r}, "
+            f"{self.prediction!r}, shape={self.shape}, classes={classes}, name={self.name!r})"
+        )
+
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        """Where the network's parameters are; the CPU where it has none."""
+        parameter = next(self.network.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
 
     def label(self, text: str) -> int:
         """The class of that name, upper or lower case, or else of that number; -1, the null class, of "none"."""
@@ -143,19 +154,44 @@ def shipped() -> list[str]:
 
 
 def load(name: str | os.PathLike, device: torch.device | str | None = None) -> Model:
-    """A shipped model by its name, or one from a file of :func:`save` or a training checkpoint (its averaged weights).
+    """A shipped model by its name; or one from a file of :func:`save`, or from a training checkpoint or its folder (its
+    averaged weights).
 
     Weights are float32, whatever the file holds, and the network is in eval mode.
-    Raises FileNotFoundError for a name or path that is not there, ValueError for a file that is no model.
+    Raises FileNotFoundError for a name or path that is not there, ValueError for a file that is no model, and for a
+    name that is both a shipped model and a path.
     """
-    path = _find(name)
-    description, tensors = read(path)
-    model = build(description, path)
-    prefix = description.get("prefix", "")
-    weights = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    restore(model.network.state_dict(), weights, path)
-    model.network.eval().requires_grad_(False).to(checked_device(device))
+    path, device = find(name), checked_device(device)
+    with opened(path) as stored:
+        model = build(stored.description, path, len(stored.header))
+        stored.fill(model.network, stored.description.get("prefix", ""), device)
+    model.network.eval().requires_grad_(False)
     return model
+
+
+def find(name: str | os.PathLike) -> Path:
+    """The file that :func:`load` reads. A name with a separator or a suffix, and a ``Path``, is a path."""
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"model: expected a name or a path, got {type(name).__name__}")
+    path = Path(name)
+    if isinstance(name, str) and name in shipped():
+        theirs = MODELS / f"{name}.safetensors"
+        if path.exists():
+            raise ValueError(
+                f"model: expected one model, got {name!r}, which is a shipped one and a path: "
+                f"say ./{name} for the path, {theirs} for the shipped one"
+            )
+        return theirs
+    if not path.exists():
+        names = ", ".join(shipped()) or "none in this package"
+        raise FileNotFoundError(
+            f"model: expected a shipped model ({names}) or an existing file, got {os.fspath(name)!r}"
+        )
+    if not path.is_dir():
+        return path
+    if not (path / CHECKPOINT).exists():
+        raise ValueError(f"{path}: expected a file, got a directory without {CHECKPOINT}")
+    return path / CHECKPOINT
 
 
 def checked_device(device: torch.device | str | None) -> torch.device:
@@ -177,104 +213,34 @@ def save(model: Model, path: str | os.PathLike, *, dtype: torch.dtype = torch.fl
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
     weights = {key: tensor.to(dtype) for key, tensor in unwrapped(model.network).state_dict().items()}
+    description = model.description()
+    fresh = build(json.loads(json.dumps(description)), "model", len(weights))
+    whose = "a UNet of its config (merge or take off layers that were put around its own)"
+    compare(shapes(fresh.network.state_dict()), shapes(weights), "model", whose)
     for key, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f"model: expected weights that are finite in {dtype}, got others in {key}")
-    write(path, model.description(), weights)
+    write(path, description, weights)
 
 
-def build(description: dict[str, Any], path: str | os.PathLike) -> Model:
-    """The model that ``description`` describes, its weights still random; ``path`` names it in errors."""
-    if description.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected a model of format {FORMAT}, got format {description.get('format')!r}")
+def build(description: dict[str, Any], path: str | os.PathLike, tensors: int) -> Model:
+    """The model that ``description`` describes, its network on the meta device: it takes no memory, draws nothing.
+
+    ``path`` names the file in errors, and ``tensors`` is how many it has: a network of more is refused unmade.
+    ``Stored.fill`` gives the network its weights. Raises ValueError.
+    """
     try:
+        check_model(description, tensors)
+        with blueprint():
+            network = UNet(**description["network"]).float()
         return Model(
-            network=UNet(**description["network"]),
+            network=network,
             schedule=Schedule.from_config(description["schedule"]),
             prediction=description["prediction"],
             shape=description["shape"],
             classes=description["classes"],
             name=description["name"],
         )
-    except KeyError as error:
-        raise ValueError(f"{path}: expected {error} in the model's description, got {', '.join(description)}") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def restore(live: dict[str, Tensor], stored: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """Copy ``stored`` into ``live``, which keeps its dtypes, devices and memory formats; the keys must be the same."""
-    missing, unexpected = sorted(live.keys() - stored.keys()), sorted(stored.keys() - live.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{path}: expected the tensors of its network, got {len(missing)} missing {missing[:3]} "
-            f"and {len(unexpected)} unexpected {unexpected[:3]}"
-        )
-    with torch.no_grad():
-        for key, tensor in live.items():
-            if stored[key].shape != tensor.shape:
-                raise ValueError(f"{path}: {key}: expected shape {tuple(tensor.shape)}, got {tuple(stored[key].shape)}")
-            tensor.copy_(stored[key])
-
-
-def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of a file of :func:`write`."""
-    if Path(path).is_dir():
-        raise ValueError(f"{path}: expected a file, got a directory")
-    try:
-        with safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get("diffkern", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: expected a file, got none") from None
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected a safetensors file, got {error}") from None
-    if not isinstance(description, dict):
-        raise ValueError(f"{path}: expected a file written by diffkern, got one without its description")
-    return description, tensors
-
-
-def write(path: str | os.PathLike, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """One safetensors file, written atomically: ``description`` in its metadata, and ``tensors``."""
-    tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-    metadata = {"diffkern": json.dumps(description)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-
-def write_atomically(path: str | os.PathLike, write_to: Callable[[Path], Any]) -> None:
-    """Let ``write_to`` fill a file beside ``path``, force it to disk, and give it the name ``path``.
-
-    Whatever interrupts this, ``path`` holds the old file or the new one, whole.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        write_to(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors writes 0600
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name != "posix":  # others open no directories
-        return
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the new name, too
-    finally:
-        os.close(directory)
-
-
-def _find(name: str | os.PathLike) -> Path:
-    if not isinstance(name, str | os.PathLike):
-        raise TypeError(f"model: expected a name or a path, got {type(name).__name__}")
-    if name in shipped():
-        return MODELS / f"{name}.safetensors"
-    if not Path(name).exists():
-        names = ", ".join(shipped()) or "none in this package"
-        raise FileNotFoundError(
-            f"model: expected a shipped model ({names}) or an existing file, got {os.fspath(name)!r}"
-        )
-    return Path(name)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        message, *_ = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"{path}: {message}") from None

@@ -38,6 +38,8 @@ def as_seeds(seeds: Seeds, device: torch.device | str | None = None) -> Tensor:
         return seeds if device is None or seeds.device == device else seeds.to(device)
     if isinstance(seeds, (str, bytes, float)):
         raise TypeError(f"seeds: expected an int, ints or an int64 tensor, got {seeds!r}")
+    if isinstance(seeds, range):
+        return _range_of_seeds(seeds).to(device)
     seeds = seeds.tolist() if isinstance(seeds, np.ndarray) else seeds
     values = list(seeds) if isinstance(seeds, Sequence) else [seeds]
     wrapped = []
@@ -49,6 +51,16 @@ def as_seeds(seeds: Seeds, device: torch.device | str | None = None) -> Tensor:
             raise ValueError(f"seeds: expected ints in [-2^63, 2^64), got {value}")
         wrapped.append((value + 2**63) % 2**64 - 2**63)
     return torch.tensor(wrapped, dtype=torch.int64, device=device)
+
+
+def _range_of_seeds(seeds: range) -> Tensor:
+    """:func:`as_seeds` of a range, without an object for each of its numbers."""
+    for value in (seeds[0], seeds[-1]) if seeds else ():
+        if not -(2**63) <= value < 2**64:
+            raise ValueError(f"seeds: expected ints in [-2^63, 2^64), got {value}")
+    length = -(-(seeds.stop - seeds.start) // seeds.step) if seeds else 0  # len() ends at 2^63 - 1
+    index = np.arange(length, dtype=np.uint64)  # whose arithmetic is modulo 2^64
+    return torch.from_numpy((index * np.uint64(seeds.step % 2**64) + np.uint64(seeds.start % 2**64)).view(np.int64))
 
 
 def _as_index(name: str, index: int | Tensor, device: torch.device) -> Tensor:

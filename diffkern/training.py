@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from . import images, ops, parallel
 from .data import EXAMPLE_STREAM, Dataset, epoch_order, words
-from .model import Model, build, checked_device, read, restore, write
+from .description import checked_training
+from .files import CHECKPOINT, opened, restore, write
+from .model import Model, build, checked_device
 from .sampling import sample
 from .schedule import Schedule, checked_float, checked_int
 from .unet import UNet
 
-CHECKPOINT = "checkpoint.safetensors"
 LR_SCHEDULES = ("constant", "cosine")
 
 
@@ -197,19 +198,27 @@ class Trainer:
 
         Weights, moments, average, counters and data order continue to the bit, on the same kind of machine.
         """
-        description, tensors = read(path)
-        if "training" not in description:
-            raise ValueError(f"{path}: expected a training checkpoint, got a model without the state of its training")
-        state = description["training"]
-        stored = state["config"]
-        for name in changes.keys() & {"network", "schedule", "seed"}:
-            wanted = {**stored[name], **changes[name]} if isinstance(stored[name], dict) else changes[name]
-            if json.dumps(wanted) != json.dumps(stored[name]):
-                raise ValueError(f"{name}: expected that of {path}, {stored[name]}, got {changes[name]}")
-        changes = {**changes, "network": stored["network"], "schedule": stored["schedule"]}
-        self = cls(build(description, path), dataset, Config(**{**stored, **changes}), device=device)
+        with opened(path) as stored:
+            state = stored.description.get("training")
+            if "training" not in stored.description:
+                raise ValueError(
+                    f"{path}: expected a training checkpoint, got a model without the state of its training"
+                )
+            try:
+                config = checked_training(state, Config)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: {error}") from None
+            for name in changes.keys() & {"network", "schedule", "seed"}:
+                was = getattr(config, name)
+                wanted = {**was, **changes[name]} if isinstance(was, dict) else changes[name]
+                if json.dumps(wanted) != json.dumps(was):
+                    raise ValueError(f"{name}: expected that of {path}, {was}, got {changes[name]}")
+            changes = {**changes, "network": config.network, "schedule": config.schedule}
+            model = build(stored.description, path, len(stored.header))
+            stored.fill(model.network, "network.", checked_device(device))
+            self = cls(model, dataset, replace(config, **changes), device=device)
+            restore(self.tensors(), stored.tensors(), path)
         self.steps, self.examples = state["steps"], state["examples"]
-        restore(self.tensors(), tensors, path)
         for moments in self.optimizer.state.values():
             moments["step"].fill_(self.steps)
         return self

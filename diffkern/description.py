@@ -1,0 +1,151 @@
+"""What a file says of its model and its training, checked before anything of that size is made.
+
+Files come from anywhere. Each function raises TypeError or ValueError, in one line, for what no diffkern has written.
+"""
+
+import inspect
+import math
+import reprlib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from .schedule import Schedule
+from .unet import UNet
+
+FORMAT = 1
+
+LARGEST_INT = 2**31  # of a network's options
+LARGEST_COUNT = 2**62  # of steps and examples: their sums stay within int64
+MOST_LEVELS = 32  # each halves the image
+MOST_STEPS = 2**20  # T of a schedule: a table of 8 MiB
+MOST_VALUES = 2**28  # C * H * W of an image: 1 GiB
+DEEPEST = 8  # schedules respaced from respaced ones
+
+REQUIRED = ("name", "network", "schedule", "prediction", "shape", "classes")
+KNOWN = {"format", *REQUIRED, "prefix", "training", "learned_variance"}  # the last: once beside the network's own
+
+Config = TypeVar("Config")
+
+
+def check_model(description: Mapping[str, Any], tensors: int) -> None:
+    """Check all of a model's description but what ``Model`` checks; ``tensors`` is how many the file has."""
+    version = description.get("format")
+    if type(version) is not int or version != FORMAT:
+        newer = " (written by a newer diffkern?)" if type(version) is int and version > FORMAT else ""
+        raise ValueError(f"expected a model of format {FORMAT}, got format {_shown(version)}{newer}")
+    for key in REQUIRED:
+        if key not in description:
+            raise ValueError(f"expected {key!r} in the model's description, got {', '.join(description)}")
+    _check_known("description", description, KNOWN)
+    for key in ("name", "prediction", "prefix"):
+        if not isinstance(description.get(key, ""), str):
+            raise TypeError(f"{key}: expected text, got {_shown(description[key])}")
+    classes, shape = description["classes"], description["shape"]
+    if classes is not None and not isinstance(classes, list):
+        raise TypeError(f"classes: expected a list of names or null, got {_shown(classes)}")
+    sizes = shape if isinstance(shape, list) and len(shape) == 3 else [None]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"shape: expected three positive sizes (C, H, W), got {_shown(shape)}")
+    if math.prod(shape) > MOST_VALUES:
+        raise ValueError(f"shape: expected at most {MOST_VALUES} values an image, got {_shown(shape)}")
+    _check_network(description["network"], tensors)
+    _check_schedule(description["schedule"])
+
+
+def _check_network(network: Any, tensors: int) -> None:
+    options = {name: option.default for name, option in inspect.signature(UNet).parameters.items()}
+    _check_known("network", network, options)
+    for name, value in network.items():
+        default = options[name]
+        if isinstance(default, bool) or isinstance(default, str):
+            good, expected = type(value) is type(default), f"a {type(default).__name__}"
+        elif isinstance(default, tuple):
+            good = isinstance(value, list) and len(value) <= MOST_LEVELS and all(map(_is_number, value))
+            expected = f"a list of at most {MOST_LEVELS} ints"
+        else:
+            good, expected = value is None or _is_number(value), f"a number below {LARGEST_INT}"
+        if not good:
+            raise TypeError(f"{name}: expected {expected}, got {_shown(value)}")
+    made = options | network
+    blocks = len(made["channel_mult"]) * (2 * made["blocks"] + 1 if isinstance(made["blocks"], int) else 0)
+    if 8 * blocks > tensors:  # a residual block has at least 8
+        raise ValueError(f"blocks: expected a network of the file's {tensors} tensors, got {blocks} residual blocks")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_INT
+
+
+def _check_schedule(config: Any) -> None:
+    for _ in range(DEEPEST):
+        kind = config.get("kind") if isinstance(config, dict) else None
+        makers = {
+            "linear": Schedule.linear,
+            "scaled_linear": Schedule.scaled_linear,
+            "sigmoid": Schedule.sigmoid,
+            "cosine": Schedule.cosine,
+        }
+        options = {"custom": ["betas"], "respaced": ["schedule", "timesteps"]}
+        options |= {name: inspect.signature(maker).parameters for name, maker in makers.items()}
+        if not isinstance(kind, str) or kind not in options:
+            raise ValueError(f"schedule: expected a kind among {sorted(options)}, got {_shown(config)}")
+        _check_known("schedule", config, {"kind", *options[kind]})
+        T = config.get("T")
+        if isinstance(T, int) and T > MOST_STEPS:
+            raise ValueError(f"T: expected at most {MOST_STEPS}, got {T}")
+        if kind != "respaced":
+            return
+        config = config.get("schedule")
+    raise ValueError(f"schedule: expected at most {DEEPEST} schedules, one respaced from another, got more")
+
+
+def checked_training(state: Any, config: type[Config]) -> Config:
+    """The ``config`` (the class of a run's settings) in a checkpoint's "training" part, all of whose counts hold.
+
+    The part is {"config": a dict of fields, "steps": n, "examples": n}. Other keys are the caller's matter. Settings
+    that a newer version added have their defaults.
+    """
+    if not isinstance(state, dict):
+        raise TypeError(f"training: expected an object, got {_shown(state)}")
+    for key in ("config", "steps", "examples"):
+        if key not in state:
+            raise ValueError(f"training: expected {key!r}, got {', '.join(state)}")
+    for key in ("steps", "examples"):
+        if type(state[key]) is not int or not 0 <= state[key] < LARGEST_COUNT:
+            raise ValueError(f"{key}: expected an int in 0..2^62 - 1, got {_shown(state[key])}")
+    types, stored = {f.name: f.type for f in fields(config)}, state["config"]
+    _check_known("config", stored, types)
+    for key in ("network", "schedule", "seed", "steps", "batch_size"):
+        if key not in stored:
+            raise ValueError(f"config: expected {key!r}, got {', '.join(stored)}")
+    for name, value in stored.items():
+        if not _is_of(types[name], value):
+            raise TypeError(f"{name}: expected {getattr(types[name], '__name__', types[name])}, got {_shown(value)}")
+        if type(value) is int and name != "seed" and abs(value) >= LARGEST_COUNT:
+            raise ValueError(f"{name}: expected an int below 2^62, got {_shown(value)}")
+    return config(**stored)
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether JSON's ``value`` is one of a field's type; a list is what became of a tuple."""
+    if kind is float:
+        return type(value) in (int, float)
+    if typing.get_origin(kind) is tuple:
+        return type(value) is list
+    return type(value) is kind if isinstance(kind, type) else not isinstance(value, dict)
+
+
+def _check_known(name: str, got: Any, known: Iterable[str]) -> None:
+    if not isinstance(got, dict):
+        raise TypeError(f"{name}: expected an object, got {_shown(got)}")
+    others = sorted(got.keys() - set(known))
+    if others:
+        listed = ", ".join(map(_shown, others[:3]))
+        raise ValueError(f"{name}: expected what this version knows, got also {listed} (written by a newer diffkern?)")
+
+
+def _shown(value: Any) -> str:
+    """``repr``, short, however large the value is."""
+    return reprlib.repr(value)

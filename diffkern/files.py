@@ -1,0 +1,297 @@
+"""Files in and out: tensors with a JSON description as one safetensors file, and any file written atomically.
+
+A reader looks at the header first: names, types and shapes are compared before memory is taken for a tensor.
+Every failure of a writer is an ``OSError`` that names the file asked for, never the temporary one beside it.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+CHECKPOINT = "checkpoint.safetensors"
+"""The file that a training run keeps in its folder."""
+
+FLOATING = ("BF16", "F16", "F32", "F64")  # safetensors' names of the types that weights may have
+LONG_NAME = 150  # bytes: a temporary file of a longer name has the name's digest instead (a file system's limit is 255)
+BEGUN = time.time()
+
+FilePath = str | os.PathLike
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+# --- reading ---
+
+
+def check_regular(path: FilePath) -> None:
+    """Raise unless ``path`` is a regular file, which can be opened without waiting: no pipe, device or folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: expected a file, got none") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: expected a file, got a {_kind(mode)}")
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An open file of :func:`write`: its description and its header; tensors are read when they are asked for."""
+
+    path: FilePath
+    description: dict[str, Any]
+    header: dict[str, tuple[str, tuple[int, ...]]]  # type and shape of each tensor
+    file: Any  # safetensors'
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors whose names begin with ``prefix``, by the rest of their names."""
+        try:
+            return {k.removeprefix(prefix): self.file.get_tensor(k) for k in self.header if k.startswith(prefix)}
+        except SafetensorError as error:
+            raise ValueError(f"{self.path}: expected a safetensors file, got {error}") from None
+
+    def fill(self, network: nn.Module, prefix: str = "", device: torch.device | str = "cpu") -> None:
+        """Move ``network`` from the meta device to ``device``, with the weights whose names begin with ``prefix``.
+
+        Memory is taken once the header agrees with the network. Buffers that are not floating point become 0.
+        """
+        header = {k.removeprefix(prefix): self.header[k] for k in self.header if k.startswith(prefix)}
+        compare(shapes(weights(network)), {key: shape for key, (_, shape) in header.items()}, self.path)
+        for key, (dtype, _) in header.items():
+            if dtype not in FLOATING:
+                raise ValueError(f"{self.path}: {key}: expected one of {', '.join(FLOATING)}, got {dtype}")
+        network.to_empty(device=device)
+        for buffer in network.buffers():
+            buffer.zero_()
+        restore(weights(network), self.tensors(prefix), self.path)
+
+
+@contextmanager
+def opened(path: FilePath) -> Iterator[Stored]:
+    """A file of :func:`write`, open. Raises FileNotFoundError, OSError, or ValueError for a file of another kind."""
+    check_regular(path)
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file, got {error}") from None
+    except OSError as error:
+        raise _os_error(error.errno, f"{path}: expected a file that can be read, got {_reason(error)}") from None
+    with file:
+        parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        header = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in parts.items()}
+        try:
+            description = json.loads((file.metadata() or {}).get("diffkern", "null"))
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{path}: expected a description in JSON, got {error}") from None
+        if not isinstance(description, dict):
+            raise ValueError(f"{path}: expected a file written by diffkern, got one without its description")
+        yield Stored(path, description, header, file)
+
+
+def read(path: FilePath) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a file of :func:`write`."""
+    with opened(path) as stored:
+        return stored.description, stored.tensors()
+
+
+def restore(live: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: FilePath) -> None:
+    """Copy ``stored`` into ``live``, which keeps its dtypes, devices and memory formats; the keys must be the same."""
+    compare(shapes(live), shapes(stored), path)
+    for key, tensor in live.items():
+        if stored[key].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{path}: {key}: expected a tensor like {tensor.dtype}, got {stored[key].dtype}")
+    with torch.no_grad():
+        for key, tensor in live.items():
+            tensor.copy_(stored[key])
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    """The floating-point tensors of a network's state dict: all but such as BatchNorm's count of batches."""
+    return {key: tensor for key, tensor in network.state_dict().items() if tensor.is_floating_point()}
+
+
+@contextmanager
+def blueprint() -> Iterator[None]:
+    """Within, networks are made on the meta device: no memory, no initial values, nothing drawn from a generator."""
+    with torch.device("meta"), _Uninitialized():
+        yield
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Skips ``normal_`` and ``uniform_``, for which torch's meta device would load its compiler (seconds)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", None) in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]  # torch.nn.init's name for it
+        return func(*args, **(kwargs or {}))
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    """The shape of each tensor, by its name."""
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def compare(expected: Shapes, got: Shapes, source: FilePath, whose: str = "its network") -> None:
+    """ValueError, in the name of ``source``, unless the names and the shapes are the same."""
+    missing, unexpected = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{source}: expected the tensors of {whose}, got {len(missing)} missing {missing[:3]} "
+            f"and {len(unexpected)} unexpected {unexpected[:3]}"
+        )
+    for key, shape in expected.items():
+        if got[key] != shape:
+            raise ValueError(f"{source}: {key}: expected shape {shape}, got {got[key]}")
+
+
+# --- writing ---
+
+
+def write(path: FilePath, description: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file, atomically: ``description`` in its metadata, and ``tensors``."""
+    tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    metadata = {"diffkern": json.dumps(description)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def write_atomically(path: FilePath, write_to: Callable[[Path], Any]) -> None:
+    """Let ``write_to`` fill a file beside ``path``, force it to disk, and give it the name ``path``.
+
+    Whatever interrupts this, ``path`` holds the old file or the new one, whole. If ``path`` is a link, the file that
+    it leads to is replaced. The file has the mode that the umask asks for, and its owner can read and write it.
+    Raises OSError that names ``path``.
+    """
+    with _temporary(path) as (temporary, target, mode):
+        write_to(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(mode)  # safetensors writes 0600
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+
+
+def check_writable(path: FilePath) -> None:
+    """Raise the OSError of :func:`write_atomically` for a ``path`` that cannot be written: before the work, not after.
+
+    A temporary file is made and removed, so that rights, length of the name and read-only disks are found out.
+    """
+    with _temporary(path):
+        pass
+
+
+@contextmanager
+def _temporary(path: FilePath) -> Iterator[tuple[Path, Path, int]]:
+    """A new empty file beside the one that ``path`` leads to, gone afterwards; with that target, and its mode."""
+    try:
+        target = _target(path)
+        before, after = _around(target)
+        _remove_stale(target.parent, before, after)
+        temporary = target.with_name(f"{before}{os.getpid()}.{os.urandom(4).hex()}{after}")
+        try:
+            with open(temporary, "xb") as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode) | 0o600
+            temporary.chmod(mode)
+            yield temporary, target, mode
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise _os_error(_number(error), f"{path}: expected to be writable, got {_reason(error)}") from None
+
+
+def _target(path: FilePath) -> Path:
+    """The regular file that ``path`` is or leads to, or will be."""
+    target = Path(os.path.realpath(path))
+    try:
+        mode = os.stat(target).st_mode
+    except FileNotFoundError:
+        if target.parent.is_dir():
+            return target
+        raise FileNotFoundError(errno.ENOENT, "no folder to write it in") from None
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, f"a {_kind(mode)}")
+    return target
+
+
+def _around(target: Path) -> tuple[str, str]:
+    """What is before and after the process's number in the name of a temporary file for ``target``."""
+    name, suffix = target.name, target.suffix
+    if len(os.fsencode(name + suffix)) > LONG_NAME:
+        name, suffix = hashlib.sha256(os.fsencode(name)).hexdigest()[:32], ""
+    return f".{name}.", suffix
+
+
+def _remove_stale(folder: Path, before: str, after: str) -> None:
+    """Remove what processes that were killed in a write left of the same target: they ran on this machine."""
+    pattern = re.compile(re.escape(before) + r"(\d{1,9})(?:\.[0-9a-f]{8})?" + re.escape(after))
+    with suppress(OSError):  # a folder that cannot be listed, a file that another process has just removed
+        for entry in os.scandir(folder):
+            match = pattern.fullmatch(entry.name)
+            if match and _is_left(int(match[1]), entry):
+                os.unlink(entry)
+
+
+def _is_left(process: int, entry: os.DirEntry) -> bool:
+    """Whether ``process`` is gone; in a container a new one may have its number, and this is older."""
+    if process == os.getpid():
+        return entry.stat().st_mtime < BEGUN
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a new name to disk, where the system opens folders and this one may be read."""
+    if os.name != "posix":
+        return
+    try:
+        directory = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _number(error: Exception) -> int | None:
+    """The errno; safetensors has it in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    number = _number(error)
+    return str(error) if number is None else os.strerror(number)
+
+
+def _os_error(number: int | None, message: str) -> OSError:
+    """OSError, or its class for that errno, whose text is ``message`` alone."""
+    error = type(OSError(number, ""))(message) if number is not None else OSError(message)
+    error.errno = number
+    return error
