@@ -1,22 +1,26 @@
 """The command line: diffkern sample, train, evaluate, export, doctor."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
+import math
 import os
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from . import evaluate, images, parallel, training
+from . import evaluate, images, ops, parallel, training
 from .data import FASHION_MNIST, fashion_mnist, load_dataset
-from .model import Model, load, save
+from .files import check_writable, is_checkpoint
+from .model import Model, find, load, save
 from .samplers import SAMPLERS, VARIANCES, default_sampler
 from .sampling import Step, sample
 from .schedule import Schedule
@@ -28,35 +32,70 @@ GIF_FRAMES = 50
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for an error (one line on stderr), 130 for Ctrl-C, 141 for a reader
     that left."""
-    try:
-        arguments = _parser().parse_args(argv)
-        if arguments.threads is not None:
-            torch.set_num_threads(arguments.threads)
-        status = arguments.run(arguments)
-        sys.stdout.flush()
-        return status
-    except KeyboardInterrupt:
-        print("diffkern: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader has seen enough: nothing more is to be written, at the exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        message, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"diffkern: error: {message}", file=sys.stderr)
-        return 2
+    with _streams():
+        try:
+            arguments = _parser().parse_args(argv)
+            if arguments.threads is not None:
+                torch.set_num_threads(arguments.threads)
+            status = arguments.run(arguments)
+            sys.stdout.flush()
+            return status
+        except KeyboardInterrupt:
+            _tell("diffkern: interrupted")
+            return 130
+        except BrokenPipeError:
+            return 141
+        except (ImportError, MemoryError, OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            message, *_ = str(error).strip().splitlines() or [type(error).__name__]
+            _tell(f"diffkern: error: {message}")
+            return 2
+
+
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """Within, there are stdout and stderr: closed ones lead nowhere, and text that they cannot encode is escaped.
+
+    Nothing that they hold at the end is an error at the exit: their reader may be gone, or their disk full.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is None:
+                setattr(sys, name, stack.enter_context(open(os.devnull, "w")))
+                stack.callback(setattr, sys, name, None)
+            elif isinstance(stream, io.TextIOWrapper):
+                stack.callback(stream.reconfigure, errors=stream.errors)
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    stream.flush()
+                except OSError:
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _tell(message: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(message, file=sys.stderr, flush=True)
 
 
 # --- sample ------------------------------------------------------------------------------------------------------
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    for name in ("out", "gif", "npz"):
-        _check_file(name, getattr(arguments, name))
+    for name, suffix in (("out", ".png"), ("gif", ".gif"), ("npz", ".npz")):
+        if getattr(arguments, name) is not None:
+            _check_file(name, getattr(arguments, name), suffix)
     model = load(arguments.model, arguments.device)
-    seeds = _seeds(arguments.seeds) if arguments.seeds else list(range(arguments.n or 16))
-    if arguments.n is not None and arguments.seeds and len(seeds) != arguments.n:
-        raise ValueError(f"n: expected {len(seeds)}, one for each of --seeds, got {arguments.n}")
+    ranges = _ranges(arguments.seeds) if arguments.seeds else [range(arguments.n or 16)]
+    n = sum(max(0, seeds.stop - seeds.start) for seeds in ranges)
+    if arguments.n is not None and n != arguments.n:
+        raise ValueError(f"n: expected {n}, one for each of --seeds, got {arguments.n}")
+    columns = arguments.columns or (len(model.classes) if model.classes and not arguments.labels else None)
+    _check_size(n, model, arguments, columns)
+    seeds = torch.cat([ops.as_seeds(numbers, "cpu") for numbers in ranges])
     labels = _labels(arguments.labels, model, len(seeds))
     settings = {
         "guidance": arguments.guidance,
@@ -68,8 +107,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         "clip": arguments.clip,
         "batch_size": arguments.batch_size,
     }
-    names = None if labels is None else ["" if label < 0 else model.classes[label] for label in labels]
-    columns = arguments.columns or (len(model.classes) if names and not arguments.labels else None)
+    names = None if labels is None else images.captions(model.classes, labels)
     film = Film(len(seeds), names, columns, arguments.scale) if arguments.gif else None
     x = sample(
         model,
@@ -82,7 +120,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     )
     settings = {
         "model": str(arguments.model),
-        "seeds": seeds,
+        "seeds": [seed for numbers in ranges for seed in numbers],
         "labels": labels,
         "classes": model.classes,
         **settings,
@@ -96,7 +134,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         images.save_gif(film.frames(x), arguments.gif)
         written.append(arguments.gif)
     if arguments.npz:
-        arrays = {"images": images.to_uint8(x), "seeds": torch.tensor([_signed(seed) for seed in seeds]).numpy()}
+        arrays = {"images": images.to_uint8(x), "seeds": seeds.numpy()}
         if labels is not None:
             arrays["labels"] = torch.tensor(labels).numpy()
         images.save_npz(arguments.npz, **arrays, settings=json.dumps(settings))
@@ -126,22 +164,45 @@ class Film:
         return [self.grid(frame) for frame in (*shown, x)]
 
 
-def _seeds(tokens: list[str]) -> list[int]:
+def _ranges(tokens: list[str]) -> list[range]:
     """Integers, and half-open ranges a:b."""
-    seeds: list[int] = []
+    ranges = []
     for token in tokens:
         try:
             first, colon, last = token.partition(":")
-            seeds += range(int(first), int(last)) if colon else [int(first)]
+            ranges.append(range(int(first), int(last) if colon else int(first) + 1))
         except ValueError:
             raise ValueError(f"seeds: expected integers or ranges a:b, got {token!r}") from None
-    if not seeds:
+    if not any(ranges):
         raise ValueError(f"seeds: expected at least one, got none in {' '.join(tokens)}")
-    return seeds
+    return ranges
 
 
-def _signed(seed: int) -> int:
-    return (seed + 2**63) % 2**64 - 2**63
+def _check_size(n: int, model: Model, arguments: argparse.Namespace, columns: int | None) -> None:
+    """ValueError if the images are more than the memory holds, or their grid is more than a file can be."""
+    channels, height, width = model.shape
+    most = _memory() // (12 * channels * height * width)  # bytes: floats, and two copies on the way to pixels
+    if n > most:
+        raise ValueError(f"{'seeds' if arguments.seeds else 'n'}: expected at most {most}, which fill memory, got {n}")
+    labelled = model.classes is not None
+    layout = images.layout(n, height, width, labelled=labelled, columns=columns, scale=arguments.scale)
+    pixel = 1 if channels == 1 else 4  # bytes, in Pillow
+    if math.prod(layout.size) * pixel > _memory():
+        raise ValueError(f"n: expected a grid that memory holds, got {n} images in one of {layout.size} pixels")
+    if arguments.gif:
+        images.check_gif(layout.size)
+
+
+def _memory() -> int:
+    """Bytes that this process can use: of the machine, or of its container or its limit where they are less."""
+    import resource  # absent on Windows
+
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # of the other kind of control group; or "max"
+            limits.append(int(Path(path).read_text()))
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return min(limits if limit == resource.RLIM_INFINITY else [*limits, limit])
 
 
 def _labels(tokens: list[str] | None, model: Model, n: int) -> list[int] | None:
@@ -159,19 +220,13 @@ def _labels(tokens: list[str] | None, model: Model, n: int) -> list[int] | None:
     return labels * n if len(labels) == 1 else labels
 
 
-def _check_file(name: str, path: str | None) -> None:
-    """Before minutes of work, not after."""
-    if path is None:
-        return
-    suffix = {"out": ".png", "gif": ".gif", "npz": ".npz"}[name]
+def _check_file(name: str, path: str, suffix: str = "") -> None:
+    """Whether a file can be written there is found out before minutes of work, not after."""
     if not path.lower().endswith(suffix):
         raise ValueError(f"{name}: expected a file name that ends in {suffix}, got {path!r}")
-    _check_folder(name, path)
-
-
-def _check_folder(name: str, path: str) -> None:
     if not Path(path).absolute().parent.is_dir():
         raise FileNotFoundError(f"{name}: expected a file in an existing folder, got {path!r}")
+    check_writable(path)
 
 
 def _version(package: str) -> str:
@@ -229,12 +284,16 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    path = Path(arguments.checkpoint)
-    path = path / training.CHECKPOINT if path.is_dir() else path
+    source = find(arguments.checkpoint)
     if not arguments.out.endswith(".safetensors"):
         raise ValueError(f"out: expected a file name that ends in .safetensors, got {arguments.out!r}")
-    _check_folder("out", arguments.out)
-    model = dataclasses.replace(load(path), name=arguments.name or Path(arguments.out).stem)
+    _check_file("out", arguments.out)
+    if os.path.exists(arguments.out):
+        if os.path.samefile(source, arguments.out):
+            raise ValueError(f"out: expected another file than the one to export, got {arguments.out!r}")
+        if is_checkpoint(arguments.out):
+            raise ValueError(f"out: expected no training checkpoint to be overwritten, got {arguments.out!r}")
+    model = dataclasses.replace(load(source), name=arguments.name or Path(arguments.out).stem)
     save(model, arguments.out, dtype=DTYPES[arguments.dtype])
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
     print(f"{arguments.out}: {parameters} parameters, {os.path.getsize(arguments.out) / 1e6:.1f} MB")
@@ -247,12 +306,16 @@ def _export(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     runs = [_run(token) for token in arguments.steps]
     model = load(arguments.model, arguments.device)
+    classified = os.path.lexists(arguments.classifier)
+    if classified:
+        net, accuracy = evaluate.load_classifier(arguments.classifier)
+    else:
+        _check_file("classifier", arguments.classifier)
     train, test = (fashion_mnist(arguments.data, split=split) for split in ("train", "test"))
-    if not Path(arguments.classifier).exists():
-        _check_folder("classifier", arguments.classifier)
+    if not classified:
         net = evaluate.train_classifier(train, progress=arguments.progress)
         evaluate.save_classifier(net, arguments.classifier, evaluate.accuracy(net, test.images, test.labels))
-    net, accuracy = evaluate.load_classifier(arguments.classifier)
+        net, accuracy = evaluate.load_classifier(arguments.classifier)
 
     losses = evaluate.eps_loss(model, test, n=arguments.loss_n)
     T, width = model.schedule.T, len(losses)
@@ -335,7 +398,7 @@ def _parser() -> Parser:
         return sub
 
     p = command("sample", _sample, "Draw images from a model into a labelled grid.", runs)
-    p.add_argument("--model", required=True, help="a shipped model's name, a model file, or a training checkpoint")
+    p.add_argument("--model", required=True, help="a shipped model's name, a model file, a run's checkpoint or folder")
     p.add_argument("--n", type=_count, help="how many images, of the seeds 0..n-1 (default: 16)")
     p.add_argument("--seeds", nargs="+", metavar="SEED", help="the seed of each image; a:b is a range without b")
     p.add_argument(
@@ -370,13 +433,13 @@ def _parser() -> Parser:
         _add_config_option(p, f)
 
     p = command("export", _export, "Write a checkpoint's averaged weights as a model file to ship.")
-    p.add_argument("checkpoint", help="checkpoint.safetensors, its folder, or a model file")
+    p.add_argument("checkpoint", help="a run's folder, its checkpoint.safetensors, or another model")
     p.add_argument("--out", required=True, metavar="FILE", help="the .safetensors to write")
     p.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: float16)")
     p.add_argument("--name", help="the model's name (default: the file's)")
 
     p = command("evaluate", _evaluate, "Frechet distances and held-out loss of a model of Fashion-MNIST.", runs)
-    p.add_argument("--model", required=True, help="a shipped model's name, a model file, or a training checkpoint")
+    p.add_argument("--model", required=True, help="a shipped model's name, a model file, a run's checkpoint or folder")
     p.add_argument("--data", default=FASHION_MNIST, metavar="DIR", help=f"of the IDX files (default: {FASHION_MNIST})")
     p.add_argument("--n", type=_count, default=10_000, help="images a sampler (default: 10000)")
     p.add_argument(

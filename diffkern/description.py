@@ -59,7 +59,7 @@ def _check_network(network: Any, tensors: int) -> None:
     _check_known("network", network, options)
     for name, value in network.items():
         default = options[name]
-        if isinstance(default, bool) or isinstance(default, str):
+        if isinstance(default, bool | str):
             good, expected = type(value) is type(default), f"a {type(default).__name__}"
         elif isinstance(default, tuple):
             good = isinstance(value, list) and len(value) <= MOST_LEVELS and all(map(_is_number, value))

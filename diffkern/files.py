@@ -112,6 +112,15 @@ def read(path: FilePath) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return stored.description, stored.tensors()
 
 
+def is_checkpoint(path: FilePath) -> bool:
+    """Whether ``path`` holds the state of a training run."""
+    try:
+        with opened(path) as stored:
+            return "training" in stored.description
+    except ValueError:
+        return False
+
+
 def restore(live: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: FilePath) -> None:
     """Copy ``stored`` into ``live``, which keeps its dtypes, devices and memory formats; the keys must be the same."""
     compare(shapes(live), shapes(stored), path)

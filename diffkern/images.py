@@ -1,18 +1,25 @@
 """Images out: a labelled grid, PNG with its settings inside, the denoising as a GIF, arrays as npz."""
 
+import bisect
+import functools
 import json
 import math
 import os
+import unicodedata
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from .model import write_atomically
+from .files import check_regular, write_atomically
 
 KEY = "diffkern"
 """The PNG's tEXt keyword under which the settings are, as JSON."""
+
+GAP, TEXT = 4, 14  # pixels between images, and for the text below each
+LONGEST_SIDE = 2**29 - 1  # of an image in Pillow
+LONGEST_SIDE_OF_GIF = 2**16 - 1
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
@@ -29,12 +36,46 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return pixels.round().byte().permute(0, 2, 3, 1).numpy()
 
 
+class Layout(NamedTuple):
+    """How a grid is laid out, in pixels; ``size`` and ``cell`` are (width, height)."""
+
+    columns: int
+    scale: int
+    cell: tuple[int, int]
+    size: tuple[int, int]
+
+
+def layout(
+    n: int, height: int, width: int, *, labelled: bool, columns: int | None = None, scale: int | None = None
+) -> Layout:
+    """The layout of :func:`grid` for ``n`` images of that size. Raises ValueError for one that Pillow could not hold,
+    and for a ``scale`` by which it is larger than the images that Pillow opens."""
+    from PIL import Image
+
+    for name, value in (("columns", columns), ("scale", scale)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    rows = math.ceil(n / columns)
+    pixels = scale or math.ceil(64 / width)
+    cell = (width * pixels + GAP, height * pixels + GAP + (TEXT if labelled else 0))
+    size = (columns * cell[0] + GAP, rows * cell[1] + GAP)
+    if max(size) > LONGEST_SIDE:
+        name, value = ("columns", columns) if scale is None else ("scale", scale)
+        raise ValueError(f"{name}: expected a grid of at most {LONGEST_SIDE} pixels a side, got {size} by {value}")
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+    if scale not in (None, 1) and math.prod(size) > limit:
+        raise ValueError(f"scale: expected a grid of at most {limit} pixels, got {size} by {scale}")
+    return Layout(columns, pixels, cell, size)
+
+
 def grid(x: Tensor, labels: Sequence[str] | None = None, *, columns: int | None = None, scale: int | None = None):
     """x [N, C, H, W] in [-1, 1] as one ``PIL.Image``, row by row, each image with its label below.
 
     ``columns`` makes the grid about square unless given; ``scale``, whole pixels a pixel, makes images 64 wide or more.
+    A label is one line; a character that the font does not have is its base letter, or else Python's escape of it.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     pixels = to_uint8(x)
     n, height, width, channels = pixels.shape
@@ -42,35 +83,72 @@ def grid(x: Tensor, labels: Sequence[str] | None = None, *, columns: int | None 
         raise ValueError("x: expected at least one image, got none")
     if labels is not None and len(labels) != n:
         raise ValueError(f"labels: expected {n}, one an image, got {len(labels)}")
-    for name, value in (("columns", columns), ("scale", scale)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    columns = min(n, columns or math.ceil(math.sqrt(n)))
-    rows = math.ceil(n / columns)
-    scale = scale or math.ceil(64 / width)
-    gap, text = 4, 14 if labels is not None else 0
-    cell_w, cell_h = width * scale + gap, height * scale + gap + text
+    columns, scale, (cell_w, cell_h), size = layout(
+        n, height, width, labelled=labels is not None, columns=columns, scale=scale
+    )
 
     mode, white = ("L", 255) if channels == 1 else ("RGB", (255, 255, 255))
-    canvas = Image.new(mode, (columns * cell_w + gap, rows * cell_h + gap), white)
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    canvas = Image.new(mode, size, white)
+    draw = ImageDraw.Draw(canvas)
     for i, image in enumerate(pixels):
-        left, top = gap + i % columns * cell_w, gap + i // columns * cell_h
+        left, top = GAP + i % columns * cell_w, GAP + i // columns * cell_h
         tile = Image.fromarray(image.squeeze(-1) if channels == 1 else image)
         canvas.paste(tile.resize((width * scale, height * scale), Image.Resampling.NEAREST), (left, top))
         if labels is not None:
-            middle = (left + width * scale / 2, top + height * scale + text / 2)
-            draw.text(middle, _fitted(labels[i], font, width * scale), 0, font=font, anchor="mm")
+            middle = (left + width * scale / 2, top + height * scale + TEXT / 2)
+            draw.text(middle, _fitted(labels[i], width * scale), 0, font=_font(), anchor="mm")
     return canvas
 
 
-def _fitted(label: str, font, width: float) -> str:
-    """The label, or as much of its beginning as fits."""
-    if font.getlength(label) <= width:
-        return label
-    while label and font.getlength(label + "…") > width:
-        label = label[:-1]
-    return label + "…"
+def captions(classes: Sequence[str], labels: Sequence[int]) -> list[str]:
+    """The text below each image: its class's name, or its number if the font cannot spell it; "" for the null class."""
+    spelled = [all(_spelled(character) is not None for character in name) and _line(name) for name in classes]
+    names = [line or str(label) for label, line in enumerate(spelled)]
+    return ["" if label < 0 else names[label] for label in labels]
+
+
+def _fitted(label: str, width: int) -> str:
+    """The label as one line that the font can draw, or as much of its beginning as fits."""
+    line, whole = _line(label[:width]), len(label) <= width  # no character is less than a pixel wide
+    if whole and _font().getlength(line) <= width:
+        return line
+    fits = bisect.bisect_right(range(len(line)), width, key=lambda length: _font().getlength(line[:length] + "…"))
+    return line[: max(fits - 1, 0)] + "…"
+
+
+def _line(text: str) -> str:
+    spelled = (_spelled(character) for character in text)
+    escaped = (ascii(character)[1:-1] if line is None else line for character, line in zip(text, spelled, strict=True))
+    return " ".join("".join(escaped).split())
+
+
+@functools.lru_cache(4096)
+def _spelled(character: str) -> str | None:
+    """The character by what the font has: a space for a line break, the base letter of an accented one. None: nothing.
+
+    Marks and formats that are invisible alone are left out.
+    """
+    kind = unicodedata.category(character)
+    if kind in ("Cc", "Zl", "Zp", "Zs"):
+        return " "
+    if kind in ("Cf", "Me", "Mn"):
+        return ""
+    if _drawn(character) != _drawn("\uffff"):  # no character: the font draws a box for it, and for what it lacks
+        return character
+    base = unicodedata.normalize("NFKD", character)
+    return None if base == character else "".join(_spelled(part) or "" for part in base) or None
+
+
+def _drawn(character: str) -> tuple[tuple[int, int], bytes]:
+    mask = _font().getmask(character)
+    return mask.size, bytes(mask)
+
+
+@functools.cache
+def _font():
+    from PIL import ImageFont
+
+    return ImageFont.load_default(11)
 
 
 def save_png(image, path: str | os.PathLike, settings: dict[str, Any] | None = None) -> None:
@@ -86,6 +164,7 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """What :func:`save_png` put into the file."""
     from PIL import Image
 
+    check_regular(path)
     with Image.open(path) as image:
         text = getattr(image, "text", {})  # PNG alone has it
     if KEY not in text:
@@ -97,6 +176,7 @@ def save_gif(frames: Sequence, path: str | os.PathLike, *, milliseconds: int = 6
     """``PIL.Image`` frames as an endless GIF, a frame each ``milliseconds``, the last one for ``hold``."""
     if not frames:
         raise ValueError("frames: expected at least one, got none")
+    check_gif(frames[0].size)
     first, *rest = [frame.quantize(256) if frame.mode == "RGB" else frame for frame in frames]
     durations = [milliseconds] * len(rest) + [hold]
     write_atomically(
@@ -105,6 +185,12 @@ def save_gif(frames: Sequence, path: str | os.PathLike, *, milliseconds: int = 6
             temporary, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, optimize=False
         ),
     )
+
+
+def check_gif(size: tuple[int, int]) -> None:
+    """ValueError if a GIF cannot be as large as ``size``, in pixels."""
+    if max(size) > LONGEST_SIDE_OF_GIF:
+        raise ValueError(f"frames: expected at most {LONGEST_SIDE_OF_GIF} pixels a side, got {size}")
 
 
 def save_npz(path: str | os.PathLike, **arrays: np.ndarray) -> None:

@@ -59,6 +59,8 @@ def _range_of_seeds(seeds: range) -> Tensor:
         if not -(2**63) <= value < 2**64:
             raise ValueError(f"seeds: expected ints in [-2^63, 2^64), got {value}")
     length = -(-(seeds.stop - seeds.start) // seeds.step) if seeds else 0  # len() ends at 2^63 - 1
+    if length >= 2**60:
+        raise ValueError(f"seeds: expected fewer than 2^60, got {length}")
     index = np.arange(length, dtype=np.uint64)  # whose arithmetic is modulo 2^64
     return torch.from_numpy((index * np.uint64(seeds.step % 2**64) + np.uint64(seeds.start % 2**64)).view(np.int64))
 
