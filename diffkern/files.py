@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ CHECKPOINT = "checkpoint.safetensors"
 """The file that a training run keeps in its folder."""
 
 FLOATING = ("BF16", "F16", "F32", "F64")  # safetensors' names of the types that weights may have
-LONG_NAME = 150  # bytes: a temporary file of a longer name has the name's digest instead (a file system's limit is 255)
+LONG_NAME = 200  # bytes: the temporary folder of a longer name has a digest for it (a file system's limit is 255)
 BEGUN = time.time()
 
 FilePath = str | os.PathLike
@@ -192,7 +193,7 @@ def write_atomically(path: FilePath, write_to: Callable[[Path], Any]) -> None:
         write_to(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(mode)  # safetensors writes 0600
+        temporary.chmod(mode)  # safetensors makes it anew
         os.replace(temporary, target)
         _sync_folder(target.parent)
 
@@ -208,19 +209,24 @@ def check_writable(path: FilePath) -> None:
 
 @contextmanager
 def _temporary(path: FilePath) -> Iterator[tuple[Path, Path, int]]:
-    """A new empty file beside the one that ``path`` leads to, gone afterwards; with that target, and its mode."""
+    """A new empty file, in a folder of its own beside the file that ``path`` leads to; with that target and its mode.
+
+    The folder goes afterwards, with whatever else was made in it: safetensors writes into a file of its own name.
+    """
     try:
         target = _target(path)
-        before, after = _around(target)
-        _remove_stale(target.parent, before, after)
-        temporary = target.with_name(f"{before}{os.getpid()}.{os.urandom(4).hex()}{after}")
+        _remove_stale(target)
+        folder = target.with_name(f"{_hidden(target)}{os.getpid()}.{os.urandom(4).hex()}")
+        folder.mkdir()
         try:
+            folder.chmod(0o700)
+            temporary = folder / target.name
             with open(temporary, "xb") as file:
-                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode) | 0o600
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode) | 0o600  # of the umask, and usable
             temporary.chmod(mode)
             yield temporary, target, mode
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise _os_error(_number(error), f"{path}: expected to be writable, got {_reason(error)}") from None
 
@@ -239,22 +245,24 @@ def _target(path: FilePath) -> Path:
     return target
 
 
-def _around(target: Path) -> tuple[str, str]:
-    """What is before and after the process's number in the name of a temporary file for ``target``."""
-    name, suffix = target.name, target.suffix
-    if len(os.fsencode(name + suffix)) > LONG_NAME:
-        name, suffix = hashlib.sha256(os.fsencode(name)).hexdigest()[:32], ""
-    return f".{name}.", suffix
+def _hidden(target: Path) -> str:
+    """The beginning of the names of temporary folders for ``target``: its process and a random number follow."""
+    name = target.name
+    return f".{name if len(os.fsencode(name)) <= LONG_NAME else hashlib.sha256(os.fsencode(name)).hexdigest()}."
 
 
-def _remove_stale(folder: Path, before: str, after: str) -> None:
-    """Remove what processes that were killed in a write left of the same target: they ran on this machine."""
-    pattern = re.compile(re.escape(before) + r"(\d{1,9})(?:\.[0-9a-f]{8})?" + re.escape(after))
-    with suppress(OSError):  # a folder that cannot be listed, a file that another process has just removed
-        for entry in os.scandir(folder):
-            match = pattern.fullmatch(entry.name)
+def _remove_stale(target: Path) -> None:
+    """Remove what processes that were killed in a write of this target left, if they ran on this machine."""
+    folders = re.compile(re.escape(_hidden(target)) + r"(\d{1,9})\.[0-9a-f]{8}")
+    files = re.compile(re.escape(_hidden(target)) + r"(\d{1,9})" + re.escape(target.suffix))  # of earlier versions
+    with suppress(OSError):  # a folder that cannot be listed, something that another process has just removed
+        for entry in os.scandir(target.parent):
+            if entry.is_dir(follow_symlinks=False):
+                match, remove = folders.fullmatch(entry.name), shutil.rmtree
+            else:
+                match, remove = target.suffix and files.fullmatch(entry.name), os.unlink
             if match and _is_left(int(match[1]), entry):
-                os.unlink(entry)
+                remove(entry.path)
 
 
 def _is_left(process: int, entry: os.DirEntry) -> bool:

@@ -1,7 +1,9 @@
 """Model files: what is saved is what is loaded, and what is no model says so."""
 
+import dataclasses
 import json
 import os
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -13,7 +15,7 @@ from tiny import one_thread  # noqa: F401
 
 from diffkern import model as models
 from diffkern.engine import optimize
-from diffkern.model import Model, load, read, save, write_atomically
+from diffkern.model import Model, load, read, save
 from diffkern.sampling import sample
 from diffkern.unet import UNet
 
@@ -142,45 +144,85 @@ def test_other_parts_than_a_pixel_pipeline_s_are_refused():
         Model.from_diffusers(tiny.model().network)
 
 
-def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "file.bin"
-    path.write_bytes(b"old")
-
-    def fail_half_way(temporary):
-        temporary.write_bytes(b"ne")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, fail_half_way)
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file.bin"]
+def test_a_run_s_folder_is_the_model_in_it(tmp_path):
+    save(tiny.model(), tmp_path / "checkpoint.safetensors")
+    for folder in (tmp_path, f"{tmp_path}/"):
+        assert torch.equal(load(folder)(X, T, LABELS), tiny.model()(X, T, LABELS))
 
 
-def test_a_write_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    events = []
-    replace, fsync = os.replace, os.fsync
-    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("rename"), replace(*paths)))
-    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("fsync"), fsync(handle)))
-    write_atomically(tmp_path / "file.bin", lambda temporary: temporary.write_bytes(b"new"))
-    assert (tmp_path / "file.bin").read_bytes() == b"new"
-    assert events == ["fsync", "rename", "fsync"]
+def test_a_name_that_is_a_shipped_model_and_a_path_says_how_to_say_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "MODELS", tmp_path / "models")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    save(dataclasses.replace(tiny.model(), name="shipped"), tmp_path / "models" / "tiny.safetensors")
+    save(dataclasses.replace(tiny.model(), name="mine"), tmp_path / "tiny" / "checkpoint.safetensors")
+    with pytest.raises(ValueError, match="^model: expected one model, got 'tiny', .*: say ./tiny for .*") as error:
+        load("tiny")
+    assert str(tmp_path / "models" / "tiny.safetensors") in str(error.value)
+    assert [load(name).name for name in ("./tiny", Path("tiny"), "models/tiny.safetensors")] == [
+        "mine",
+        "mine",
+        "shipped",
+    ]
 
 
-def test_a_system_that_opens_no_directories_is_not_asked_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "open", lambda path, flags: pytest.fail(f"{path} was opened"))
-    monkeypatch.setattr(models.os, "name", "other")
-    write_atomically(tmp_path / "file.bin", lambda temporary: temporary.write_bytes(b"new"))
-    monkeypatch.undo()
-    assert (tmp_path / "file.bin").read_bytes() == b"new"
+def test_loading_and_saving_leave_torch_s_generator_alone(tmp_path):
+    model = tiny.model()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    save(model, tmp_path / "m.safetensors")
+    load(tmp_path / "m.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_written_file_has_the_mode_that_the_umask_asks_for(tmp_path):
-    umask = os.umask(0o027)
+def test_loaded_weights_are_float32_whatever_torch_s_default_is(tmp_path):
+    save(tiny.model(), tmp_path / "m.safetensors")
+    torch.set_default_dtype(torch.float64)
     try:
-        save(tiny.model(), tmp_path / "m.safetensors")
+        assert {tensor.dtype for tensor in load(tmp_path / "m.safetensors").network.state_dict().values()} == {
+            torch.float32
+        }
     finally:
-        os.umask(umask)
-    assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == 0o640
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_shows_itself_in_one_line():
+    model = tiny.model()
+    parameters = sum(parameter.numel() for parameter in model.network.parameters())
+    assert repr(model) == (
+        f"Model(<UNet of {parameters} parameters>, Schedule.linear(T=20, beta_start=0.001, beta_end=0.3), 'eps', "
+        "shape=(1, 8, 8), classes=<3 names>, name='tiny')"
+    )
+
+
+def test_a_network_without_parameters_is_on_the_cpu():
+    assert Model(torch.nn.Identity(), tiny.SCHEDULE).device == torch.device("cpu")
+
+
+class Wrapped(torch.nn.Module):
+    """As adapters wrap a layer: its parameters get other names."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.adapter = base_layer, torch.nn.Linear(base_layer.in_features, 2)
+
+
+def test_a_network_with_wrapped_layers_is_not_saved_as_it_could_not_be_loaded(tmp_path):
+    model = tiny.model()
+    attention = model.network.mid_block.attentions[0]
+    attention.to_q = Wrapped(attention.to_q)
+    expected = (
+        r"^model: expected the tensors of a UNet of its config \(merge .*\), got 2 missing .*to_q.* and 4 unexpected "
+    )
+    with pytest.raises(ValueError, match=expected):
+        save(model, tmp_path / "m.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_no_file_can_describe_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="^model: name: expected text, got 3$"):
+        save(dataclasses.replace(tiny.model(), name=3), tmp_path / "m.safetensors")
 
 
 def saved(tmp_path, *, tensors=None, **changes):
@@ -199,16 +241,26 @@ def without(key):
     return lambda stored: {name: tensor for name, tensor in stored.items() if name != key}
 
 
+def respaced(times):
+    config = {"kind": "linear", "T": 4}
+    for _ in range(times):
+        config = {"kind": "respaced", "schedule": config, "timesteps": [3, 0]}
+    return config
+
+
 BAD_FILES = {
     "format": (dict(format=2), "expected a model of format 1, got format 2"),
     "no format": (dict(format=...), "expected a model of format 1, got format None"),
     "no network": (dict(network=...), "expected 'network' in the model's description"),
     "no schedule": (dict(schedule=...), "expected 'schedule' in the model's description"),
-    "unknown option": (dict(network={"width": 3}), "unexpected keyword argument 'width'"),
+    "unknown option": (
+        dict(network={"width": 3}),
+        r"network: expected what .* knows, got also 'width' \(written by a ne",
+    ),
     "bad groups": (dict(network={**tiny.NETWORK, "groups": 3}), "groups: expected a divisor of every width"),
-    "bad schedule": (dict(schedule={"kind": "square"}), "config: expected a kind among"),
+    "bad schedule": (dict(schedule={"kind": "square"}), "schedule: expected a kind among"),
     "bad prediction": (dict(prediction="noise"), "prediction: expected one of eps, x0, v, score, got 'noise'"),
-    "bad shape": (dict(shape=[8, 8]), r"shape: expected three positive sizes \(C, H, W\), got \(8, 8\)"),
+    "bad shape": (dict(shape=[8, 8]), r"shape: expected three positive sizes \(C, H, W\), got \[8, 8\]"),
     "no classes": (dict(network=tiny.NETWORK, classes=None), "got 0 missing .* and 1 unexpected .*class_embedding"),
     "other classes": (dict(classes=["a", "b"]), "classes: expected names for the network's num_classes, 3, got 2"),
     "other channels": (dict(shape=[3, 8, 8]), r"shape: expected the network's 1 channels, got \(3, 8, 8\)"),
@@ -217,6 +269,51 @@ BAD_FILES = {
         dict(tensors=lambda stored: stored | {"conv_in.bias": torch.zeros(9)}),
         r"conv_in.bias: expected shape \(8,\), got \(9,\)",
     ),
+    "format true": (dict(format=True), "expected a model of format 1, got format True"),
+    "newer format": (dict(format=2), r"got format 2 \(written by a newer diffkern\?\)"),
+    "newer key": (dict(codec="vae"), r"got also 'codec' \(written by a newer diffkern\?\)"),
+    "name null": (dict(name=None), "name: expected text, got None"),
+    "prefix 5": (dict(prefix=5), "prefix: expected text, got 5"),
+    "prefix null": (dict(prefix=None), "prefix: expected text, got None"),
+    "prediction list": (dict(prediction=["eps"]), "prediction: expected text, got"),
+    "classes 5": (dict(classes=5), "classes: expected a list of names or null, got 5"),
+    "classes numbers": (dict(classes=[1, 2, 3]), "classes: expected names, got"),
+    "shape true": (dict(shape=[True, 8, 8]), "shape: expected three positive sizes"),
+    "shape text": (dict(shape="188"), "shape: expected three positive sizes"),
+    "shape huge": (dict(shape=[1, 10**6, 10**6]), "shape: expected at most 268435456 values an image"),
+    "shape long": (dict(shape=[10**6] * 10**5), "shape: expected three positive sizes"),
+    "network null": (dict(network=None), "network: expected an object, got None"),
+    "network list": (dict(network=[1]), r"network: expected an object, got \[1\]"),
+    "option text": (
+        dict(network={**tiny.NETWORK, "channels": "8"}),
+        "channels: expected a number below 2147483648, got",
+    ),
+    "option float": (dict(network={**tiny.NETWORK, "blocks": 1.5}), "blocks: expected an int >= 1, got 1.5"),
+    "option flag": (dict(network={**tiny.NETWORK, "scale_shift": 1}), "scale_shift: expected a bool, got 1"),
+    "option huge": (dict(network={**tiny.NETWORK, "channels": 2**63}), "channels: expected a number below"),
+    "option infinite": (dict(network={**tiny.NETWORK, "norm_eps": float("inf")}), "norm_eps: expected a number below"),
+    "levels": (
+        dict(network={**tiny.NETWORK, "channel_mult": [1] * 99}),
+        "channel_mult: expected a list of at most 32 i",
+    ),
+    "blocks": (
+        dict(network={**tiny.NETWORK, "blocks": 10**6}),
+        "blocks: expected a network of the file's .* tensors, got",
+    ),
+    "product": (dict(network={**tiny.NETWORK, "channels": 2**30, "channel_mult": [2**30]}), "overflow"),
+    "schedule null": (dict(schedule=None), "schedule: expected a kind among .*, got None"),
+    "schedule list": (dict(schedule={"kind": []}), "schedule: expected a kind among"),
+    "schedule option": (dict(schedule={"kind": "linear", "power": 2}), "schedule: expected what .*, got also 'power'"),
+    "schedule T": (dict(schedule={"kind": "linear", "T": 10**12}), "T: expected at most 1048576, got 1000000000000"),
+    "schedule text": (dict(schedule={"kind": "linear", "T": "9"}), "T: expected an int >= 1, got '9'"),
+    "schedule betas": (dict(schedule={"kind": "custom", "betas": [10**400]}), ""),
+    "schedule none": (dict(schedule={"kind": "custom"}), "betas"),
+    "schedule deep": (
+        dict(schedule=respaced(100)),
+        "schedule: expected at most 8 schedules, one respaced from another",
+    ),
+    "bool weights": (dict(tensors=lambda s: {k: t.bool() for k, t in s.items()}), "expected one of BF16, .*, got BOOL"),
+    "int weights": (dict(tensors=lambda s: {k: t.int() for k, t in s.items()}), "expected one of BF16, .*, got I32"),
 }
 
 
@@ -226,6 +323,17 @@ def test_a_file_that_is_no_model_says_why(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         load(path)
     assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(("option", "value"), [("channels", 4096), ("blocks", 10**6), ("num_classes", 10**8)])
+def test_a_size_that_a_file_claims_takes_no_memory_before_its_tensors_have_it(tmp_path, monkeypatch, option, value):
+    path = saved(tmp_path, network={**tiny.NETWORK, "num_classes": 3, option: value}, classes=None)
+    monkeypatch.setattr(torch.nn.Module, "to_empty", lambda *args, **options: pytest.fail("memory was taken"))
+    if option == "blocks":
+        monkeypatch.setattr(models, "UNet", lambda **options: pytest.fail("a network was made"))
+    with pytest.raises(ValueError, match="m.safetensors: .*expected"):
+        load(path)
 
 
 def test_a_corrupt_file_is_refused_wherever_it_was_cut(tmp_path):
@@ -253,7 +361,11 @@ def overflowing():
 BAD_CALLS = {
     "load a number": (lambda tmp: load(3), TypeError, "model: expected a name or a path, got int"),
     "load nothing": (lambda tmp: load(tmp / "none"), FileNotFoundError, "or an existing file, got '.*none'"),
-    "load a folder": (lambda tmp: load(tmp), ValueError, "expected a file, got a directory"),
+    "load a folder": (
+        lambda tmp: load(tmp),
+        ValueError,
+        "expected a file, got a directory without checkpoint.safetensors",
+    ),
     "save a network": (
         lambda tmp: save(tiny.model().network, tmp / "m"),
         TypeError,
