@@ -1,10 +1,11 @@
 """What a file says of its model and its training, checked before anything of that size is made.
 
-Files come from anywhere. Each function raises TypeError or ValueError, in one line, for what no diffkern has written.
+Files come from anywhere. What no diffkern has written is a TypeError or a ValueError of one line.
 """
 
 import inspect
 import math
+import os
 import reprlib
 import typing
 from collections.abc import Iterable, Mapping
@@ -101,12 +102,21 @@ def _check_schedule(config: Any) -> None:
     raise ValueError(f"schedule: expected at most {DEEPEST} schedules, one respaced from another, got more")
 
 
-def checked_training(state: Any, config: type[Config]) -> Config:
-    """The ``config`` (the class of a run's settings) in a checkpoint's "training" part, all of whose counts hold.
+def checked_training(description: Mapping[str, Any], path: str | os.PathLike, config: type[Config]) -> Config:
+    """The settings (of class ``config``) in the "training" part of a checkpoint's description, with its counts checked.
 
-    The part is {"config": a dict of fields, "steps": n, "examples": n}. Other keys are the caller's matter. Settings
-    that a newer version added have their defaults.
+    The part is {"config": a dict of fields, "steps": n, "examples": n}; other keys are the caller's matter. Settings
+    that a newer version added have their defaults. Raises ValueError that begins with ``path``.
     """
+    if "training" not in description:
+        raise ValueError(f"{path}: expected a training checkpoint, got a model without the state of its training")
+    try:
+        return _checked_training(description["training"], config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _checked_training(state: Any, config: type[Config]) -> Config:
     if not isinstance(state, dict):
         raise TypeError(f"training: expected an object, got {_shown(state)}")
     for key in ("config", "steps", "examples"):

@@ -243,4 +243,4 @@ def build(description: dict[str, Any], path: str | os.PathLike, tensors: int) ->
         )
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         message, *_ = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"{path}: {message}") from None
+        raise ValueError(f"{path}: {message[:500]}") from None

@@ -199,15 +199,7 @@ class Trainer:
         Weights, moments, average, counters and data order continue to the bit, on the same kind of machine.
         """
         with opened(path) as stored:
-            state = stored.description.get("training")
-            if "training" not in stored.description:
-                raise ValueError(
-                    f"{path}: expected a training checkpoint, got a model without the state of its training"
-                )
-            try:
-                config = checked_training(state, Config)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}: {error}") from None
+            config = checked_training(stored.description, path, Config)
             for name in changes.keys() & {"network", "schedule", "seed"}:
                 was = getattr(config, name)
                 wanted = {**was, **changes[name]} if isinstance(was, dict) else changes[name]
@@ -218,6 +210,7 @@ class Trainer:
             stored.fill(model.network, "network.", checked_device(device))
             self = cls(model, dataset, replace(config, **changes), device=device)
             restore(self.tensors(), stored.tensors(), path)
+        state = stored.description["training"]
         self.steps, self.examples = state["steps"], state["examples"]
         for moments in self.optimizer.state.values():
             moments["step"].fill_(self.steps)

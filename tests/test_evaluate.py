@@ -20,6 +20,7 @@ from diffkern.evaluate import (
     save_classifier,
     train_classifier,
 )
+from diffkern.files import weights, write
 from diffkern.model import Model, save
 from diffkern.unet import UNet
 
@@ -164,6 +165,36 @@ def test_a_saved_classifier_has_the_same_features(tmp_path):
     assert stated == 0.875
     images = squares(4).images
     torch.testing.assert_close(features(loaded, images), features(net, images), rtol=0, atol=1e-2)  # float16 weights
+
+
+def test_loading_a_classifier_leaves_torch_s_generator_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    net, _ = load_classifier()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(tensor == 0 for key, tensor in net.state_dict().items() if key.endswith("num_batches_tracked"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(classifier=True), "expected a classifier, got"),
+        (dict(classifier="1"), "expected a classifier, got"),
+        (dict(accuracy=None), "accuracy: expected a share, got None"),
+        (dict(accuracy="x"), "accuracy: expected a share, got 'x'"),
+        (dict(accuracy=10**400), "int too large"),
+        (dict(accuracy=float("nan")), "accuracy: expected a share, got nan"),
+        (dict(dtype=torch.int8), "expected one of BF16, F16, F32, F64, got I8"),
+        (dict(widths=2), r"expected shape \(32, 1, 5, 5\), got \(2, 1, 5, 5\)"),
+    ],
+)
+def test_a_classifier_s_file_that_is_none_says_why(tmp_path, changes, message):
+    path = tmp_path / "c.safetensors"
+    net = Classifier(width=changes.pop("widths", 32))
+    dtype = changes.pop("dtype", torch.float16)
+    write(path, {"classifier": 1, "accuracy": 0.5, **changes}, {k: v.to(dtype) for k, v in weights(net).items()})
+    with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
+        load_classifier(path)
 
 
 def test_the_shipped_classifier_states_at_least_92_percent():

@@ -88,7 +88,7 @@ def test_a_file_that_grows_beyond_the_limit_is_an_error_that_names_it(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, hard))
     try:
-        with pytest.raises(OSError, match="") as error:
+        with pytest.raises(OSError, match="expected to be writable") as error:
             write(path, {}, {"w": torch.zeros(2**16)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -191,7 +191,7 @@ UNWRITABLE = {
 def test_what_cannot_be_written_is_known_before_the_work(tmp_path, path, reason):
     path = path(tmp_path)
     for attempt in (check_writable, write_new):
-        with pytest.raises(OSError, match="") as error:
+        with pytest.raises(OSError, match="expected to be writable") as error:
             attempt(path)
         assert str(error.value) == f"{path}: expected to be writable, got {reason}"
 

@@ -1,11 +1,13 @@
 """Images out: every pixel where it belongs, and settings that come back as they went in."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from diffkern.images import grid, read_settings, save_gif, save_npz, save_png, to_uint8
+from diffkern.images import captions, grid, layout, read_settings, save_gif, save_npz, save_png, to_uint8
 
 SETTINGS = {"seeds": [0, 2**64 - 1, -1], "sampler": "ddim", "eta": 0.5, "labels": None, "versions": {"torch": "2"}}
 
@@ -51,6 +53,45 @@ def test_the_grid_shows_each_image_in_its_place(channels, labels):
 def test_the_grid_keeps_the_text_within_its_image():
     image = np.asarray(grid(solid(0, 0, size=8), ["", "an extraordinarily long name of a class"], columns=1, scale=8))
     assert (image[:, :4] == 255).all() and (image[:, -4:] == 255).all()
+
+
+def text_below(label: str) -> np.ndarray:
+    """The pixels of the label of one image, 200 wide."""
+    return np.asarray(grid(solid(0, size=1), [label], scale=200))[204:]
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [
+        ("caf\u00e9", "cafe"),  # the font has no accents: the base letter
+        ("cafe\u0301", "cafe"),
+        ("\u732b", r"\u732b"),  # nor Chinese: the escape, not a box
+        ("a\U0001f431", r"a\U0001f431"),
+        ("\ud800", r"\ud800"),
+        ("two\nlines\r\nor\tthree", "two lines or three"),
+        ("\u200bcat\ufe0f", "cat"),
+    ],
+)
+def test_a_label_is_one_line_of_what_the_font_has(label, shown):
+    assert np.array_equal(text_below(label), text_below(shown))
+    assert not np.array_equal(text_below(label), text_below("\uffff" * len(shown)))
+
+
+def test_a_class_that_the_font_cannot_spell_is_shown_by_its_number():
+    classes = ("caf\u00e9", "\u732b", "a\nb", "", "\U0001f431 cat")
+    assert captions(classes, [4, 3, 2, 1, 0, -1]) == ["4", "3", "a b", "1", "cafe", ""]
+
+
+def test_a_label_of_any_length_is_cut_to_its_image():
+    assert np.array_equal(text_below("m" * 10**6), text_below("m" * 300))
+
+
+def test_a_scale_by_which_pillow_would_not_open_the_grid_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    assert layout(1, 8, 8, labelled=False, scale=11).size == (96, 96)  # 9216 of twice 5000 pixels
+    with pytest.raises(ValueError, match=r"^scale: expected a grid of at most 10000 pixels, got \(104, 104\) by 12$"):
+        grid(solid(0, size=8), scale=12)
+    assert grid(solid(*[0] * 4, size=8)).size == (2 * 68 + 4, 2 * 68 + 4)  # nobody asked for more than the default
 
 
 def test_a_grid_is_about_square_and_its_images_64_pixels_wide():
@@ -100,6 +141,10 @@ BAD = {
     "labels": (lambda f: grid(solid(0, 1), ["a"]), ValueError, "labels: expected 2, one an image, got 1"),
     "columns": (lambda f: grid(solid(0), columns=0), ValueError, "columns: expected at least 1, got 0"),
     "scale": (lambda f: grid(solid(0), scale=-1), ValueError, "scale: expected at least 1, got -1"),
+    "wide columns": (lambda f: layout(10**9, 8, 8, labelled=True, columns=10**8), ValueError, "columns: expected"),
+    "wide scale": (lambda f: grid(solid(0), scale=10**9), ValueError, "scale: expected .* 536870911"),
+    "wide gif": (lambda f: save_gif([Image.new("L", (65536, 1))], f / "a.gif"), ValueError, "frames: expected at most"),
+    "a pipe": (lambda f: (os.mkfifo(f / "p"), read_settings(f / "p")), ValueError, "expected a file, got a"),
     "no frames": (lambda f: save_gif([], f / "a.gif"), ValueError, "frames: expected at least one, got none"),
     "objects": (lambda f: save_npz(f / "a.npz", x=np.array([{}])), TypeError, "x: expected numbers or text, got"),
     "no settings": (plain_png, ValueError, "plain.png: expected a PNG written by diffkern"),

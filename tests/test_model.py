@@ -300,13 +300,16 @@ BAD_FILES = {
         dict(network={**tiny.NETWORK, "blocks": 10**6}),
         "blocks: expected a network of the file's .* tensors, got",
     ),
-    "product": (dict(network={**tiny.NETWORK, "channels": 2**30, "channel_mult": [2**30]}), "overflow"),
+    "product": (
+        dict(network={**tiny.NETWORK, "channels": 2**30, "channel_mult": [2**30], "attention_levels": []}),
+        "Storage size calculation overflowed",
+    ),
     "schedule null": (dict(schedule=None), "schedule: expected a kind among .*, got None"),
     "schedule list": (dict(schedule={"kind": []}), "schedule: expected a kind among"),
     "schedule option": (dict(schedule={"kind": "linear", "power": 2}), "schedule: expected what .*, got also 'power'"),
     "schedule T": (dict(schedule={"kind": "linear", "T": 10**12}), "T: expected at most 1048576, got 1000000000000"),
     "schedule text": (dict(schedule={"kind": "linear", "T": "9"}), "T: expected an int >= 1, got '9'"),
-    "schedule betas": (dict(schedule={"kind": "custom", "betas": [10**400]}), ""),
+    "schedule betas": (dict(schedule={"kind": "custom", "betas": [10**400]}), "int too large|betas"),
     "schedule none": (dict(schedule={"kind": "custom"}), "betas"),
     "schedule deep": (
         dict(schedule=respaced(100)),

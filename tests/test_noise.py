@@ -243,6 +243,25 @@ def test_seeds_are_taken_modulo_two_to_the_64():
     assert torch.equal(ops.noise([2**64 - 1], (5,), step=0), ops.noise(torch.tensor([-1]), (5,), step=0))
 
 
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        range(5), range(7, -8, -3), range(3, 3), range(2**63 - 2, 2**63 + 2), range(2**64 - 1, 2**64),
+        range(-(2**63), 2**64, 2**61), range(2**64 - 1, -(2**63) - 1, -(2**62)),
+    ],
+)  # fmt: skip
+def test_a_range_of_seeds_is_the_same_as_its_numbers(seeds):
+    assert_same_bits(ops.as_seeds(seeds), ops.as_seeds(list(seeds)))
+
+
+def test_a_range_of_seeds_is_checked_without_being_counted_out():
+    for seeds, wrong in ((range(2**64, 2**64 + 1), 2**64), (range(-(2**63) - 1, 2**64), -(2**63) - 1)):
+        with pytest.raises(ValueError, match=rf"^seeds: expected ints in \[-2\^63, 2\^64\), got {wrong}$"):
+            ops.as_seeds(seeds)
+    with pytest.raises(ValueError, match=rf"^seeds: expected fewer than 2\^60, got {2**64}$"):
+        ops.as_seeds(range(2**64))
+
+
 def test_a_step_for_each_sample_is_the_same_as_one_call_each():
     steps = torch.tensor([0, 2**32 - 1, 17])
     each = [ops.noise([seed], (6,), step=step) for seed, step in zip((1, 2, 3), steps.tolist(), strict=True)]
