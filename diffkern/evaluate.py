@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .data import Dataset, epoch_order, words
-from .files import blueprint, opened, weights, write
+from .files import Blueprint, floating, opened, write
 from .images import to_uint8
 from .model import Model
 from .sampling import sample
@@ -91,7 +91,7 @@ def train_classifier(
 
 def save_classifier(net: Classifier, path: str | os.PathLike, accuracy: float) -> None:
     """Write ``net`` and its test accuracy, for :func:`load_classifier`; the weights as float16."""
-    write(path, {"classifier": 1, "accuracy": accuracy}, {k: v.half() for k, v in weights(net).items()})
+    write(path, {"classifier": 1, "accuracy": accuracy}, {k: v.half() for k, v in floating(net.state_dict()).items()})
 
 
 def load_classifier(path: str | os.PathLike = CLASSIFIER) -> tuple[Classifier, float]:
@@ -104,7 +104,7 @@ def load_classifier(path: str | os.PathLike = CLASSIFIER) -> tuple[Classifier, f
             share = checked_float("accuracy", described.get("accuracy"), "a share", lambda value: 0 <= value <= 1)
         except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
-        with blueprint():
+        with Blueprint():
             net = Classifier().float()
         stored.fill(net)
     return net.eval().requires_grad_(False), share

@@ -72,17 +72,22 @@ class Stored:
     def fill(self, network: nn.Module, prefix: str = "", device: torch.device | str = "cpu") -> None:
         """Move ``network`` from the meta device to ``device``, with the weights whose names begin with ``prefix``.
 
-        Memory is taken once the header agrees with the network. Buffers that are not floating point become 0.
+        Memory is taken once the header agrees with the network. Tensors that are not floating point become 0.
         """
         header = {k.removeprefix(prefix): self.header[k] for k in self.header if k.startswith(prefix)}
-        compare(shapes(weights(network)), {key: shape for key, (_, shape) in header.items()}, self.path)
+        compare(shapes(floating(network.state_dict())), {key: shape for key, (_, shape) in header.items()}, self.path)
         for key, (dtype, _) in header.items():
             if dtype not in FLOATING:
                 raise ValueError(f"{self.path}: {key}: expected one of {', '.join(FLOATING)}, got {dtype}")
-        network.to_empty(device=device)
-        for buffer in network.buffers():
-            buffer.zero_()
-        restore(weights(network), self.tensors(prefix), self.path)
+        live = {
+            key: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            for key, tensor in network.state_dict().items()
+        }
+        for tensor in live.values():
+            if not tensor.is_floating_point():
+                tensor.zero_()
+        restore(floating(live), self.tensors(prefix), self.path)
+        network.load_state_dict(live, assign=True)
 
 
 @contextmanager
@@ -133,25 +138,27 @@ def restore(live: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: File
             tensor.copy_(stored[key])
 
 
-def weights(network: nn.Module) -> dict[str, Tensor]:
-    """The floating-point tensors of a network's state dict: all but such as BatchNorm's count of batches."""
-    return {key: tensor for key, tensor in network.state_dict().items() if tensor.is_floating_point()}
+def floating(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The floating-point ones of a state dict: all but such as BatchNorm's count of batches."""
+    return {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
 
 
-@contextmanager
-def blueprint() -> Iterator[None]:
-    """Within, networks are made on the meta device: no memory, no initial values, nothing drawn from a generator."""
-    with torch.device("meta"), _Uninitialized():
-        yield
+class Blueprint(TorchFunctionMode):
+    """Within, networks are made on the meta device: no memory, no initial values, nothing drawn from a generator.
 
+    One mode for both. ``torch.device("meta")`` alone initializes too, for which torch loads its compiler (seconds).
+    """
 
-class _Uninitialized(TorchFunctionMode):
-    """Skips ``normal_`` and ``uniform_``, for which torch's meta device would load its compiler (seconds)."""
+    MADE = frozenset((torch.empty, torch.ones, torch.tensor, torch.zeros))
+    SKIPPED = frozenset(("fill_", "kaiming_uniform_", "normal_", "uniform_", "zero_"))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", None) in ("normal_", "uniform_"):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", None) in self.SKIPPED:
             return args[0] if args else kwargs["tensor"]  # torch.nn.init's name for it
-        return func(*args, **(kwargs or {}))
+        if func in self.MADE:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> Shapes:

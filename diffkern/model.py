@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .description import FORMAT, check_model
-from .files import CHECKPOINT, blueprint, compare, opened, shapes, write
+from .files import CHECKPOINT, Blueprint, compare, opened, shapes, write
 from .files import read as read
 from .files import restore as restore
 from .files import write_atomically as write_atomically
@@ -231,7 +231,7 @@ def build(description: dict[str, Any], path: str | os.PathLike, tensors: int) ->
     """
     try:
         check_model(description, tensors)
-        with blueprint():
+        with Blueprint():
             network = UNet(**description["network"]).float()
         return Model(
             network=network,

@@ -20,7 +20,7 @@ from diffkern.evaluate import (
     save_classifier,
     train_classifier,
 )
-from diffkern.files import weights, write
+from diffkern.files import floating, write
 from diffkern.model import Model, save
 from diffkern.unet import UNet
 
@@ -192,7 +192,11 @@ def test_a_classifier_s_file_that_is_none_says_why(tmp_path, changes, message):
     path = tmp_path / "c.safetensors"
     net = Classifier(width=changes.pop("widths", 32))
     dtype = changes.pop("dtype", torch.float16)
-    write(path, {"classifier": 1, "accuracy": 0.5, **changes}, {k: v.to(dtype) for k, v in weights(net).items()})
+    write(
+        path,
+        {"classifier": 1, "accuracy": 0.5, **changes},
+        {k: v.to(dtype) for k, v in floating(net.state_dict()).items()},
+    )
     with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
         load_classifier(path)
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tiny import one_thread  # noqa: F401
 
 from diffkern import files
-from diffkern.files import blueprint, check_writable, opened, read, write, write_atomically
+from diffkern.files import Blueprint, check_writable, opened, read, write, write_atomically
 from diffkern.unet import UNet
 
 
@@ -241,7 +241,7 @@ def test_a_description_that_cannot_be_read_says_so(tmp_path, text):
 
 
 def network(**changes):
-    with blueprint():
+    with Blueprint():
         return UNet(**{**tiny.NETWORK, **changes})
 
 
