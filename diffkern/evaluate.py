@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .data import Dataset, epoch_order, words
-from .files import Blueprint, floating, opened, write
+from .files import Blueprint, fill, floating, read, write
 from .images import to_uint8
 from .model import Model
 from .sampling import sample
@@ -96,17 +96,16 @@ def save_classifier(net: Classifier, path: str | os.PathLike, accuracy: float) -
 
 def load_classifier(path: str | os.PathLike = CLASSIFIER) -> tuple[Classifier, float]:
     """A classifier and its test accuracy. Raises ValueError for a file that is none."""
-    with opened(path) as stored:
-        described = stored.description
-        if type(described.get("classifier")) is not int or described["classifier"] != 1:
-            raise ValueError(f"{path}: expected a classifier, got {', '.join(described)}")
-        try:
-            share = checked_float("accuracy", described.get("accuracy"), "a share", lambda value: 0 <= value <= 1)
-        except (OverflowError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
-        with Blueprint():
-            net = Classifier().float()
-        stored.fill(net)
+    description, tensors = read(path)
+    if type(description.get("classifier")) is not int or description["classifier"] != 1:
+        raise ValueError(f"{path}: expected a classifier, got {', '.join(description)}")
+    try:
+        share = checked_float("accuracy", description.get("accuracy"), "a share", lambda value: 0 <= value <= 1)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    with Blueprint():
+        net = Classifier().float()
+    fill(net, tensors, path)
     return net.eval().requires_grad_(False), share
 
 

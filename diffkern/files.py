@@ -14,7 +14,6 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,10 @@ from torch.overrides import TorchFunctionMode
 CHECKPOINT = "checkpoint.safetensors"
 """The file that a training run keeps in its folder."""
 
-FLOATING = ("BF16", "F16", "F32", "F64")  # safetensors' names of the types that weights may have
 LONG_NAME = 200  # bytes: the temporary folder of a longer name has a digest for it (a file system's limit is 255)
 BEGUN = time.time()
 
 FilePath = str | os.PathLike
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 # --- reading ---
@@ -53,89 +50,79 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "device")
 
 
-@dataclass(frozen=True)
-class Stored:
-    """An open file of :func:`write`: its description and its header; tensors are read when they are asked for."""
+def read(path: FilePath) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a file of :func:`write`.
 
-    path: FilePath
-    description: dict[str, Any]
-    header: dict[str, tuple[str, tuple[int, ...]]]  # type and shape of each tensor
-    file: Any  # safetensors'
-
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors whose names begin with ``prefix``, by the rest of their names."""
-        try:
-            return {k.removeprefix(prefix): self.file.get_tensor(k) for k in self.header if k.startswith(prefix)}
-        except SafetensorError as error:
-            raise ValueError(f"{self.path}: expected a safetensors file, got {error}") from None
-
-    def fill(self, network: nn.Module, prefix: str = "", device: torch.device | str = "cpu") -> None:
-        """Move ``network`` from the meta device to ``device``, with the weights whose names begin with ``prefix``.
-
-        Memory is taken once the header agrees with the network. Tensors that are not floating point become 0.
-        """
-        header = {k.removeprefix(prefix): self.header[k] for k in self.header if k.startswith(prefix)}
-        compare(shapes(floating(network.state_dict())), {key: shape for key, (_, shape) in header.items()}, self.path)
-        for key, (dtype, _) in header.items():
-            if dtype not in FLOATING:
-                raise ValueError(f"{self.path}: {key}: expected one of {', '.join(FLOATING)}, got {dtype}")
-        live = {
-            key: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-            for key, tensor in network.state_dict().items()
-        }
-        for tensor in live.values():
-            if not tensor.is_floating_point():
-                tensor.zero_()
-        restore(floating(live), self.tensors(prefix), self.path)
-        network.load_state_dict(live, assign=True)
-
-
-@contextmanager
-def opened(path: FilePath) -> Iterator[Stored]:
-    """A file of :func:`write`, open. Raises FileNotFoundError, OSError, or ValueError for a file of another kind."""
+    Tensors are mapped: their types and shapes are known, and bytes are read where they are used.
+    Raises FileNotFoundError, OSError, or ValueError for a file of another kind.
+    """
     check_regular(path)
     try:
-        file = safe_open(path, framework="pt")
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("diffkern", "null")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file, got {error}") from None
     except OSError as error:
         raise _os_error(error.errno, f"{path}: expected a file that can be read, got {_reason(error)}") from None
-    with file:
-        parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        header = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in parts.items()}
-        try:
-            description = json.loads((file.metadata() or {}).get("diffkern", "null"))
-        except (RecursionError, ValueError) as error:
-            raise ValueError(f"{path}: expected a description in JSON, got {error}") from None
-        if not isinstance(description, dict):
-            raise ValueError(f"{path}: expected a file written by diffkern, got one without its description")
-        yield Stored(path, description, header, file)
-
-
-def read(path: FilePath) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of a file of :func:`write`."""
-    with opened(path) as stored:
-        return stored.description, stored.tensors()
+    try:
+        description = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: expected a description in JSON, got {error}") from None
+    if not isinstance(description, dict):
+        raise ValueError(f"{path}: expected a file written by diffkern, got one without its description")
+    return description, tensors
 
 
 def is_checkpoint(path: FilePath) -> bool:
     """Whether ``path`` holds the state of a training run."""
     try:
-        with opened(path) as stored:
-            return "training" in stored.description
+        return "training" in read(path)[0]
     except ValueError:
         return False
 
 
+def compare(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], source: FilePath, whose: str) -> None:
+    """ValueError, in the name of ``source``, unless names and shapes are the same, and floating point or not."""
+    missing, unexpected = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{source}: expected the tensors of {whose}, got {len(missing)} missing {missing[:3]} "
+            f"and {len(unexpected)} unexpected {unexpected[:3]}"
+        )
+    for key, tensor in expected.items():
+        if got[key].shape != tensor.shape:
+            raise ValueError(f"{source}: {key}: expected shape {tuple(tensor.shape)}, got {tuple(got[key].shape)}")
+        if got[key].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{source}: {key}: expected a type like {tensor.dtype}, got {got[key].dtype}")
+
+
 def restore(live: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: FilePath) -> None:
     """Copy ``stored`` into ``live``, which keeps its dtypes, devices and memory formats; the keys must be the same."""
-    compare(shapes(live), shapes(stored), path)
-    for key, tensor in live.items():
-        if stored[key].is_floating_point() != tensor.is_floating_point():
-            raise ValueError(f"{path}: {key}: expected a tensor like {tensor.dtype}, got {stored[key].dtype}")
+    compare(live, stored, path, "its network")
     with torch.no_grad():
         for key, tensor in live.items():
             tensor.copy_(stored[key])
+
+
+def fill(
+    network: nn.Module, stored: Mapping[str, Tensor], path: FilePath, device: torch.device | str | None = None
+) -> None:
+    """Move ``network`` from the meta device to ``device`` (None: the CPU), with the weights ``stored``.
+
+    Memory is taken once their names and shapes agree. Tensors that are not floating point become 0.
+    """
+    planned = network.state_dict()
+    compare(floating(planned), stored, path, "its network")
+    live = {
+        key: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or "cpu")
+        for key, tensor in planned.items()
+    }
+    restore(floating(live), stored, path)
+    for tensor in live.values():
+        if not tensor.is_floating_point():
+            tensor.zero_()
+    network.load_state_dict(live, assign=True)
 
 
 def floating(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -159,24 +146,6 @@ class Blueprint(TorchFunctionMode):
         if func in self.MADE:
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
-
-
-def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
-    """The shape of each tensor, by its name."""
-    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-
-
-def compare(expected: Shapes, got: Shapes, source: FilePath, whose: str = "its network") -> None:
-    """ValueError, in the name of ``source``, unless the names and the shapes are the same."""
-    missing, unexpected = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{source}: expected the tensors of {whose}, got {len(missing)} missing {missing[:3]} "
-            f"and {len(unexpected)} unexpected {unexpected[:3]}"
-        )
-    for key, shape in expected.items():
-        if got[key] != shape:
-            raise ValueError(f"{source}: {key}: expected shape {shape}, got {got[key]}")
 
 
 # --- writing ---

@@ -7,6 +7,7 @@ checkpoint (:mod:`diffkern.training`) is such a file with more tensors in it; it
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .description import FORMAT, check_model
-from .files import CHECKPOINT, Blueprint, compare, opened, shapes, write
-from .files import read as read
+from .files import CHECKPOINT, Blueprint, compare, fill, read, write
 from .files import restore as restore
 from .files import write_atomically as write_atomically
 from .samplers import PREDICTIONS
@@ -162,9 +162,8 @@ def load(name: str | os.PathLike, device: torch.device | str | None = None) -> M
     name that is both a shipped model and a path.
     """
     path, device = find(name), checked_device(device)
-    with opened(path) as stored:
-        model = build(stored.description, path, len(stored.header))
-        stored.fill(model.network, stored.description.get("prefix", ""), device)
+    description, tensors = read(path)
+    model = build(description, tensors, path, device=device)
     model.network.eval().requires_grad_(False)
     return model
 
@@ -214,20 +213,38 @@ def save(model: Model, path: str | os.PathLike, *, dtype: torch.dtype = torch.fl
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
     weights = {key: tensor.to(dtype) for key, tensor in unwrapped(model.network).state_dict().items()}
     description = model.description()
-    fresh = build(json.loads(json.dumps(description)), "model", len(weights))
+    planned = _planned(json.loads(json.dumps(description)), len(weights), "model")
     whose = "a UNet of its config (merge or take off layers that were put around its own)"
-    compare(shapes(fresh.network.state_dict()), shapes(weights), "model", whose)
+    compare(planned.network.state_dict(), weights, "model", whose)
     for key, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f"model: expected weights that are finite in {dtype}, got others in {key}")
     write(path, description, weights)
 
 
-def build(description: dict[str, Any], path: str | os.PathLike, tensors: int) -> Model:
+def build(
+    description: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike,
+    *,
+    prefix: str | None = None,
+    device: torch.device | str | None = None,
+) -> Model:
+    """The model that ``description`` describes, on ``device`` (None: the CPU), in training mode.
+
+    Its weights are those of ``tensors`` whose names begin with ``prefix`` (None: the description's own). No memory is
+    taken before they fit. Raises ValueError that begins with ``path``, for whatever no diffkern has written.
+    """
+    model = _planned(description, len(tensors), path)
+    prefix = description.get("prefix", "") if prefix is None else prefix
+    fill(model.network, {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}, path, device)
+    return model
+
+
+def _planned(description: dict[str, Any], tensors: int, path: str | os.PathLike) -> Model:
     """The model that ``description`` describes, its network on the meta device: it takes no memory, draws nothing.
 
-    ``path`` names the file in errors, and ``tensors`` is how many it has: a network of more is refused unmade.
-    ``Stored.fill`` gives the network its weights. Raises ValueError.
+    A network of more than that many ``tensors`` is refused unmade.
     """
     try:
         check_model(description, tensors)

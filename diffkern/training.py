@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import images, ops, parallel
 from .data import EXAMPLE_STREAM, Dataset, epoch_order, words
 from .description import checked_training
-from .files import CHECKPOINT, opened, restore, write
+from .files import CHECKPOINT, read, restore, write
 from .model import Model, build, checked_device
 from .sampling import sample
 from .schedule import Schedule, checked_float, checked_int
@@ -198,19 +198,18 @@ class Trainer:
 
         Weights, moments, average, counters and data order continue to the bit, on the same kind of machine.
         """
-        with opened(path) as stored:
-            config = checked_training(stored.description, path, Config)
-            for name in changes.keys() & {"network", "schedule", "seed"}:
-                was = getattr(config, name)
-                wanted = {**was, **changes[name]} if isinstance(was, dict) else changes[name]
-                if json.dumps(wanted) != json.dumps(was):
-                    raise ValueError(f"{name}: expected that of {path}, {was}, got {changes[name]}")
-            changes = {**changes, "network": config.network, "schedule": config.schedule}
-            model = build(stored.description, path, len(stored.header))
-            stored.fill(model.network, "network.", checked_device(device))
-            self = cls(model, dataset, replace(config, **changes), device=device)
-            restore(self.tensors(), stored.tensors(), path)
-        state = stored.description["training"]
+        description, tensors = read(path)
+        config = checked_training(description, path, Config)
+        for name in changes.keys() & {"network", "schedule", "seed"}:
+            stored = getattr(config, name)
+            wanted = {**stored, **changes[name]} if isinstance(stored, dict) else changes[name]
+            if json.dumps(wanted) != json.dumps(stored):
+                raise ValueError(f"{name}: expected that of {path}, {stored}, got {changes[name]}")
+        config = replace(config, **{**changes, "network": config.network, "schedule": config.schedule})
+        model = build(description, tensors, path, prefix="network.", device=checked_device(device))
+        self = cls(model, dataset, config, device=device)
+        restore(self.tensors(), tensors, path)
+        state = description["training"]
         self.steps, self.examples = state["steps"], state["examples"]
         for moments in self.optimizer.state.values():
             moments["step"].fill_(self.steps)

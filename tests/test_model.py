@@ -315,8 +315,14 @@ BAD_FILES = {
         dict(schedule=respaced(100)),
         "schedule: expected at most 8 schedules, one respaced from another",
     ),
-    "bool weights": (dict(tensors=lambda s: {k: t.bool() for k, t in s.items()}), "expected one of BF16, .*, got BOOL"),
-    "int weights": (dict(tensors=lambda s: {k: t.int() for k, t in s.items()}), "expected one of BF16, .*, got I32"),
+    "bool weights": (
+        dict(tensors=lambda s: {k: t.bool() for k, t in s.items()}),
+        "expected a type like torch.float32, got torch.bool",
+    ),
+    "int weights": (
+        dict(tensors=lambda s: {k: t.int() for k, t in s.items()}),
+        "expected a type like torch.float32, got torch.int32",
+    ),
 }
 
 
