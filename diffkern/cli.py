@@ -179,8 +179,10 @@ def _ranges(tokens: list[str]) -> list[range]:
 
 
 def _check_size(n: int, model: Model, arguments: argparse.Namespace, columns: int | None) -> None:
-    """ValueError if the images are more than the memory holds, or their grid is more than a file can be."""
+    """ValueError if the images are more than the memory holds, or their grid is not what a file can be."""
     channels, height, width = model.shape
+    if channels not in (1, 3):
+        raise ValueError(f"model: expected one of images of 1 or 3 channels, got {model.shape}")
     most = _memory() // (12 * channels * height * width)  # bytes: floats, and two copies on the way to pixels
     if n > most:
         raise ValueError(f"{'seeds' if arguments.seeds else 'n'}: expected at most {most}, which fill memory, got {n}")

@@ -1,6 +1,6 @@
 """Files in and out: tensors with a JSON description as one safetensors file, and any file written atomically.
 
-A reader looks at the header first: names, types and shapes are compared before memory is taken for a tensor.
+A reader maps a file's tensors and compares their names, types and shapes before it takes memory for a network.
 Every failure of a writer is an ``OSError`` that names the file asked for, never the temporary one beside it.
 """
 

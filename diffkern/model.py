@@ -154,8 +154,7 @@ def shipped() -> list[str]:
 
 
 def load(name: str | os.PathLike, device: torch.device | str | None = None) -> Model:
-    """A shipped model by its name; or one from a file of :func:`save`, or from a training checkpoint or its folder (its
-    averaged weights).
+    """Load a shipped model by its name, a file of :func:`save`, or the averaged model of a run's checkpoint or folder.
 
     Weights are float32, whatever the file holds, and the network is in eval mode.
     Raises FileNotFoundError for a name or path that is not there, ValueError for a file that is no model, and for a
@@ -169,7 +168,7 @@ def load(name: str | os.PathLike, device: torch.device | str | None = None) -> M
 
 
 def find(name: str | os.PathLike) -> Path:
-    """The file that :func:`load` reads. A name with a separator or a suffix, and a ``Path``, is a path."""
+    """Find the file that :func:`load` reads: a ``Path``, or text that is no shipped model's name, is a path."""
     if not isinstance(name, str | os.PathLike):
         raise TypeError(f"model: expected a name or a path, got {type(name).__name__}")
     path = Path(name)

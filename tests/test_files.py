@@ -177,7 +177,7 @@ def loop(folder):
 
 
 UNWRITABLE = {
-    "system": (lambda folder: "/proc/x.png", "No such file or directory"),
+    "system": (lambda folder: "/proc/x.png", "No such file or directory|Permission denied|Read-only file system"),
     "long name": (lambda folder: folder / ("n" * 252 + ".png"), "File name too long"),
     "no folder": (lambda folder: folder / "no" / "x.png", "no folder to write it in"),
     "folder": (lambda folder: folder, "a directory"),
@@ -191,9 +191,8 @@ UNWRITABLE = {
 def test_what_cannot_be_written_is_known_before_the_work(tmp_path, path, reason):
     path = path(tmp_path)
     for attempt in (check_writable, write_new):
-        with pytest.raises(OSError, match="expected to be writable") as error:
+        with pytest.raises(OSError, match=f"^{path}: expected to be writable, got ({reason})$"):
             attempt(path)
-        assert str(error.value) == f"{path}: expected to be writable, got {reason}"
 
 
 @pytest.mark.parametrize("name", ["x.png", "n" * 251 + ".png", "é" * 100 + ".png"])
