@@ -121,7 +121,7 @@ def test_threads_may_write_one_path_at_once(tmp_path):
 
     def write_often(content):
         try:
-            for _ in range(20):
+            for _ in range(10):
                 write_atomically(path, lambda temporary: temporary.write_bytes(content))
         except OSError as error:
             errors.append(error)
