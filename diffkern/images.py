@@ -48,8 +48,10 @@ class Layout(NamedTuple):
 def layout(
     n: int, height: int, width: int, *, labelled: bool, columns: int | None = None, scale: int | None = None
 ) -> Layout:
-    """The layout of :func:`grid` for ``n`` images of that size. Raises ValueError for one that Pillow could not hold,
-    and for a ``scale`` by which it is larger than the images that Pillow opens."""
+    """Lay :func:`grid` out for ``n`` images of that size.
+
+    Raises ValueError for a grid that Pillow cannot hold, and for a ``scale`` by which it could not open it again.
+    """
     from PIL import Image
 
     for name, value in (("columns", columns), ("scale", scale)):
