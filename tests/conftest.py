@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import hypothesis
@@ -22,6 +22,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples in every run.
 hypothesis.settings.register_profile("diffkern", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("diffkern")
+
+
+@pytest.fixture
+def at_every_level() -> Callable[..., dict[str, str]]:
+    """:func:`levels.at_every_level`, by processes that all tests with this fixture share."""
+    return levels.at_every_level
 
 
 # --- CUDA: on a card, or interpreted ---
@@ -87,8 +93,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         is_cuda = item.get_closest_marker("cuda") is not None
         if backend is None and is_cuda:
             item.add_marker(pytest.mark.skip(reason=reason))
-        if config.pluginmanager.hasplugin("xdist"):  # a process a file; one for all files that load the interpreter
-            item.add_marker(pytest.mark.xdist_group("cuda" if is_cuda else item.path.stem))
+        if config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(_worker_of(item, is_cuda)))
+
+
+def _worker_of(item: pytest.Item, is_cuda: bool) -> str:
+    """Which tests run in the same process: those of a file, and those that share what is costly to start."""
+    if is_cuda:
+        return "the interpreter"
+    return "the levels" if "at_every_level" in item.fixturenames else item.path.stem
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

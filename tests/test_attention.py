@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out, layouts
-from levels import DTYPES, at_every_level, values
+from levels import DTYPES, values
 from tolerances import ATTENTION, ROUNDING
 from torch import Tensor
 
@@ -253,7 +253,7 @@ for n, heads, queries, keys, d in SHAPES:
 """
 
 
-def test_each_cpu_level_is_exact():
+def test_each_cpu_level_is_exact(at_every_level):
     at_every_level(AT_A_LEVEL)
 
 

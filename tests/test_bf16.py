@@ -5,7 +5,6 @@ import itertools
 
 import pytest
 import torch
-from levels import at_every_level
 from networks import CONFIGS, config_of, inputs, with_random_weights
 from test_conv2d import OPTIONS, SHAPES, additions, arguments, exact
 from tolerances import ATTENTION, ATTENTION_TERMS, ROUNDING, split, summed
@@ -438,7 +437,7 @@ for shape in SHAPES + WIDE + WHOLE:
 """
 
 
-def test_each_cpu_level_is_exact():
+def test_each_cpu_level_is_exact(at_every_level):
     at_every_level(AT_A_LEVEL)
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out, layouts
-from levels import WIDTHS, at_every_level, values
+from levels import WIDTHS, values
 from tolerances import summed, winograd
 from torch import Tensor
 from torch.nn import functional as F
@@ -241,7 +241,7 @@ for shape in SHAPES:
 """
 
 
-def test_each_cpu_level_is_exact():
+def test_each_cpu_level_is_exact(at_every_level):
     at_every_level(AT_A_LEVEL, WIDTHS)
 
 

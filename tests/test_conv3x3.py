@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out, layouts
-from levels import WIDTHS, at_every_level, values
+from levels import WIDTHS, values
 from networks import config_of, diffusers_twin, inputs, with_random_weights
 from test_conv2d import SHAPES
 from tolerances import UNET, winograd
@@ -159,7 +159,7 @@ for shape in ALL_SHAPES:
 """
 
 
-def test_each_cpu_level_is_exact():
+def test_each_cpu_level_is_exact(at_every_level):
     at_every_level(AT_A_LEVEL, WIDTHS)
 
 

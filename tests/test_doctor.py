@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from levels import at_every_level
 
 import diffkern
 from diffkern import doctor, ops, reference
@@ -77,7 +76,7 @@ def test_a_wrong_philox_is_found(monkeypatch, verdict):
     assert status == 1 and "Random123's known answers" in text
 
 
-def test_each_level_is_well():
+def test_each_level_is_well(at_every_level):
     printed = at_every_level("from diffkern.doctor import main; assert main() == 0")
     for level, text in printed.items():
         assert f"level {level}, " in text

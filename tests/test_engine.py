@@ -6,7 +6,6 @@ import weakref
 
 import pytest
 import torch
-from levels import at_every_level
 from networks import CONFIGS, assert_close, call_twin, config_of, diffusers_twin, inputs, with_random_weights
 from tolerances import ENGINE, ENGINE_HIGH, SAMPLE_ENGINE
 from torch import Tensor, nn
@@ -101,7 +100,7 @@ for name in ("ddpm_cifar10", "improved_ddpm"):
 """
 
 
-def test_each_cpu_level_gives_the_network():
+def test_each_cpu_level_gives_the_network(at_every_level):
     at_every_level(AT_A_LEVEL)
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out, layouts
-from levels import DTYPES, at_every_level, values
+from levels import DTYPES, values
 from tolerances import GROUP_NORM, ROUNDING
 from torch import Tensor
 from torch.nn import functional as F
@@ -231,7 +231,7 @@ tests.test_silu_holds_over_all_magnitudes()
 """
 
 
-def test_each_cpu_level_is_exact():
+def test_each_cpu_level_is_exact(at_every_level):
     at_every_level(AT_A_LEVEL)
 
 

@@ -88,13 +88,13 @@ def test_radius_and_angle_of_a_million_codes_have_the_references_bits(run):
     assert _C.word_hash("angle", run, run + 1) == angle
 
 
-def test_radius_and_angle_are_the_same_over_all_codes_on_every_cpu_level():
+def test_radius_and_angle_are_the_same_over_all_codes_on_every_cpu_level(at_every_level):
     program = "from diffkern import _C; print(_C.word_hash('radius'), _C.word_hash('angle'))"
-    for level, hashes in levels.at_every_level(program, levels.WIDTHS).items():
+    for level, hashes in at_every_level(program, levels.WIDTHS).items():
         assert tuple(map(int, hashes.split())) == (RADIUS_HASH, ANGLE_HASH), level
 
 
-def test_every_op_has_the_references_bits_on_every_cpu_level():
+def test_every_op_has_the_references_bits_on_every_cpu_level(at_every_level):
     expected = {name: levels.digest(result) for name, result in levels.results(reference)}
     for level, answer in levels.answers_at_every_level().items():
         assert answer["level"] == level

@@ -109,7 +109,7 @@ def test_loss_and_gradient_are_independent_of_batch_and_threads():
         torch.set_num_threads(threads)
 
 
-def test_every_cpu_level_has_the_same_gradient_bits_and_loss():
+def test_every_cpu_level_has_the_same_gradient_bits_and_loss(at_every_level):
     answers = list(levels.answers_at_every_level().values())
     for answer in answers:
         assert answer["noise_loss gradient"] == answers[0]["noise_loss gradient"]
