@@ -72,7 +72,7 @@ def build_kernels() -> dict[str, str]:
 
 
 setup(
-    install_requires=[build_backend.torch_requirement(), "numpy", "safetensors", "tqdm", "pillow"],
+    install_requires=[build_backend.torch_requirement(), "numpy", "safetensors", "tqdm", "pillow>=10.1"],
     ext_modules=[
         CppExtension(
             "diffkern._C_emulated" if EMULATED else "diffkern._C",

@@ -255,7 +255,8 @@ def _train_on(device: str, arguments: argparse.Namespace) -> int:
     preset = training.PRESETS[arguments.preset] if arguments.preset else training.Config()
     checkpoint = Path(arguments.out) / training.CHECKPOINT
     channels = (preset.network | given.get("network", {})).get("in_channels", 3)
-    dataset = load_dataset(arguments.data, size=arguments.size, channels=channels)
+    progress = arguments.progress and parallel.rank() == 0
+    dataset = load_dataset(arguments.data, size=arguments.size, channels=channels, progress=progress)
     if checkpoint.exists():
         trainer = training.Trainer.resume(checkpoint, dataset, device=device, **given)
         if parallel.rank() == 0:
@@ -265,6 +266,8 @@ def _train_on(device: str, arguments: argparse.Namespace) -> int:
         config = dataclasses.replace(preset, **given)
         model = training.new_model(dataset, config, name=arguments.preset or Path(arguments.out).name)
         trainer = training.Trainer(model, dataset, config, device=device)
+    if parallel.rank() == 0:
+        print(trainer.dataset.summary, file=sys.stderr)
     stopped = trainer.run(arguments.out, progress=arguments.progress)
     if parallel.rank() > 0:
         return 128 + stopped if stopped else 0
@@ -318,6 +321,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         net = evaluate.train_classifier(train, progress=arguments.progress)
         evaluate.save_classifier(net, arguments.classifier, evaluate.accuracy(net, test.images, test.labels))
         net, accuracy = evaluate.load_classifier(arguments.classifier)
+    print(f"training {train.summary}", f"test {test.summary}", sep="\n", file=sys.stderr)
 
     losses = evaluate.eps_loss(model, test, n=arguments.loss_n)
     T, width = model.schedule.T, len(losses)
@@ -424,7 +428,12 @@ def _parser() -> Parser:
     p.add_argument("--scale", type=_count, help="screen pixels a pixel")
 
     p = command("train", _train, "Train a model, or resume the run in --out.", runs)
-    p.add_argument("--data", required=True, help="fashion-mnist, a folder of its IDX files, or a folder of images")
+    p.add_argument(
+        "--data",
+        required=True,
+        help="fashion-mnist, a folder of IDX files, or a folder of images: a class is a sub-folder, "
+        "transparent pixels become white, 16 bits of grey are scaled to 8, hidden files are left out",
+    )
     p.add_argument("--out", required=True, metavar="DIR", help="checkpoint.safetensors, log.csv and samples-*.png")
     p.add_argument("--preset", choices=training.PRESETS, help="a recipe; what follows changes it")
     p.add_argument("--size", type=_count, default=32, help="of an image folder's images, in pixels (default: 32)")

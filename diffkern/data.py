@@ -1,16 +1,18 @@
 """Images in: whole datasets as uint8 tensors, and the order in which training sees them."""
 
-import gzip
-import struct
-import zlib
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from .idx import read_idx
+from .image_folder import find_images, plural, read_images, shortened
 from .reference import philox4x32
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -20,19 +22,29 @@ FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
-SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+FASHION_MNIST_LABELS = {
+    "train": "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7",
+    "test": "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9",
+}
+"""SHA-256 of the labels of each split, a byte each: what tells Fashion-MNIST from sets whose files have its names."""
 
 EXAMPLE_STREAM, ORDER_STREAM = 3, 4
 """Philox streams beside those of the noise (0, 1, 2): what training draws for an example; the order of an epoch."""
 
+HASH_BLOCK = 1 << 24  # bytes that a thread hashes at a time: other blocks make other fingerprints
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """K images in memory: images [K, C, H, W] uint8; labels [K] int64 with a name each in classes, or None both."""
+    """K images in memory: images [K, C, H, W] uint8; labels [K] int64 with a name each in classes, or None both.
+
+    ``notes`` are the parts of :attr:`summary` that the other fields do not tell.
+    """
 
     images: Tensor
     labels: Tensor | None = None
     classes: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or not len(self.images):
@@ -59,66 +71,103 @@ class Dataset:
     def shape(self) -> tuple[int, int, int]:
         return tuple(self.images.shape[1:])
 
+    @property
+    def summary(self) -> str:
+        """Tell in one line what was read and what was left out."""
+        text = f"data: {len(self):,} {plural('image', len(self))} of {'x'.join(map(str, self.shape))}, "
+        if self.classes is None:
+            return "; ".join((text + "no classes", *self.notes))
+        counts = self.labels.bincount(minlength=len(self.classes)).tolist()
+        names = [name if name.isprintable() else ascii(name) for name in self.classes]
+        listed = shortened([f"{name} {count:,}" for name, count in zip(names, counts, strict=True)])
+        return "; ".join((f"{text}{len(names):,} {plural('class', len(names))} ({listed})", *self.notes))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash images, labels and classes to 16 hexadecimal digits, by which runs can tell whether their data agree."""
+        pixels = self.images.contiguous().cpu().numpy().reshape(-1)
+        blocks = [pixels[first : first + HASH_BLOCK] for first in range(0, len(pixels), HASH_BLOCK)]
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(lambda block: hashlib.sha256(block).digest(), blocks))
+        labels = b"" if self.labels is None else self.labels.contiguous().cpu().numpy().tobytes()
+        parts = (repr((self.shape, len(self), self.classes)).encode(), labels, *digests)
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+    def in_order_of(self, classes: Sequence[str] | None) -> "Dataset":
+        """Give the classes the labels that they have in ``classes``, the same names in another order.
+
+        Images are grouped by label then: the data are those that a folder gave when its classes had this order. With
+        other names, or the same order, the data stay as they are.
+        """
+        if None in (classes, self.classes) or tuple(classes) == self.classes or sorted(classes) != sorted(self.classes):
+            return self
+        places = {name: label for label, name in enumerate(classes)}
+        labels = torch.tensor([places[name] for name in self.classes])[self.labels]
+        order = labels.argsort(stable=True)
+        return replace(self, images=self.images[order], labels=labels[order], classes=tuple(classes))
+
     def x_0(self, index: Tensor | slice) -> Tensor:
         """The images of ``index`` as the network sees them: [N, C, H, W] float32 in [-1, 1]."""
         return self.images[index].float() / 127.5 - 1
 
 
-def load_dataset(source: str | Path, *, split: str = "train", size: int = 32, channels: int = 3) -> Dataset:
-    """``"fashion-mnist"``, a directory of its IDX files, or an image folder (which has no splits)."""
-    if str(source) == "fashion-mnist":
-        return fashion_mnist(split=split)
+def load_dataset(
+    source: str | Path, *, split: str = "train", size: int = 32, channels: int = 3, progress: bool = False
+) -> Dataset:
+    """Read ``"fashion-mnist"``, a directory of IDX files, or an image folder (which has no splits).
+
+    The text ``"fashion-mnist"`` is the installed set; a folder of that name is taken where none is installed, and
+    refused beside one, unless it is the output of a run. ``"./fashion-mnist"`` and every ``Path`` are folders.
+    """
     root = Path(source)
+    if source == "fashion-mnist":
+        if root.is_dir() and FASHION_MNIST.is_dir() and not (root / "log.csv").exists():
+            raise ValueError(f"data: expected ./{root} or {FASHION_MNIST}, got {source!r}, which could be either")
+        if FASHION_MNIST.is_dir() or not root.is_dir():
+            return fashion_mnist(FASHION_MNIST, split=split)
     if not root.is_dir():
         raise FileNotFoundError(f"data: expected 'fashion-mnist' or an existing directory, got {str(source)!r}")
-    if any(root.glob("*-idx3-ubyte*")):
+    if any(not path.name.startswith(".") for path in root.glob("*-idx3-ubyte*")):
         return fashion_mnist(root, split=split)
-    return image_folder(root, size=size, channels=channels)
+    return image_folder(root, size=size, channels=channels, progress=progress)
 
 
 def fashion_mnist(root: str | Path = FASHION_MNIST, *, split: str = "train") -> Dataset:
-    """Fashion-MNIST (Xiao et al. 2017) from its four IDX files, plain or gzipped, padded from 28x28 to 32x32 by black.
+    """Read Fashion-MNIST (Xiao et al. 2017), or another set in files of its names and format, plain or gzipped.
 
-    ``split`` is "train" (60,000 images) or "test" (10,000).
+    The images are padded by two black pixels on each side, from 28x28 to 32x32. ``split`` is "train" (60,000 images)
+    or "test" (10,000). The classes are Fashion-MNIST's if the labels are, else "0", "1" ... up to the largest label.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     stem = "train" if split == "train" else "t10k"
-    images = read_idx(_idx_file(Path(root), f"{stem}-images-idx3-ubyte"), ndim=3)
+    images_file = _idx_file(Path(root), f"{stem}-images-idx3-ubyte")
     labels = read_idx(_idx_file(Path(root), f"{stem}-labels-idx1-ubyte"), ndim=1)
-    return Dataset(F.pad(images[:, None], (2, 2, 2, 2)), labels.long(), FASHION_MNIST_CLASSES)
+    images = read_idx(images_file, ndim=3, length=len(labels), pad=2)
+    if hashlib.sha256(labels.numpy()).hexdigest() == FASHION_MNIST_LABELS[split]:
+        classes = FASHION_MNIST_CLASSES
+    else:
+        classes = tuple(map(str, range(int(labels.max()) + 1)))
+    return Dataset(images[:, None], labels.long(), classes)
 
 
 def _idx_file(root: Path, name: str) -> Path:
     for path in (root / name, root / f"{name}.gz"):
-        if path.is_file():
+        if path.exists():
             return path
     raise FileNotFoundError(
         f"{root}: expected {name} or {name}.gz, got neither (Debian and Ubuntu: apt-get install dataset-fashion-mnist)"
     )
 
 
-def read_idx(path: str | Path, *, ndim: int) -> Tensor:
-    """A file of bytes in the IDX format, plain or .gz: 0, 0, type 8, ndim; the sizes, big-endian; the bytes."""
-    path = Path(path)
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: expected a whole gzip file, got {error}") from None
-    header = 4 + 4 * ndim
-    if len(content) < header or content[:4] != bytes((0, 0, 8, ndim)):
-        start = content[:4].hex(" ")
-        raise ValueError(f"{path}: expected IDX bytes of {ndim} dimensions, got a file that begins {start}")
-    shape = struct.unpack(f">{ndim}I", content[4:header])
-    if len(content) - header != int(np.prod(shape, dtype=object)):
-        raise ValueError(f"{path}: expected {shape} bytes after the header, got {len(content) - header}")
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
+def image_folder(root: str | Path, *, size: int = 32, channels: int = 3, progress: bool = False) -> Dataset:
+    """Read the images below ``root``: a class is a sub-folder; images in ``root`` itself have no labels.
 
-
-def image_folder(root: str | Path, *, size: int = 32, channels: int = 3) -> Dataset:
-    """The images below ``root``: a class is a sub-folder; images in ``root`` itself have no labels.
-
-    The shorter side is scaled to ``size`` and the centre cut out; ``channels`` is 3 (RGB) or 1 (grey).
+    The shorter side is scaled to ``size`` and the centre cut out; ``channels`` is 3 (RGB) or 1 (grey). Every format
+    that Pillow decodes is read. Transparent pixels are composited over white. Grey of 16 bits is divided by 257 and
+    rounded; floats and integers of 32 bits are refused, because their range is not known. Hidden files and folders
+    (``.name``) and those of systems are left out; links to folders are followed. Numbers in the names of classes
+    sort as numbers: label 2 of the classes 0 to 11 is "2". ``progress`` shows a bar on a terminal.
     """
     root = Path(root)
     if size < 1:
@@ -127,36 +176,12 @@ def image_folder(root: str | Path, *, size: int = 32, channels: int = 3) -> Data
         raise ValueError(f"channels: expected 1 or 3, got {channels}")
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: expected an existing directory, got none")
-    unlabelled = _image_files(root.glob("*"))
-    folders = {path.name: _image_files(path.rglob("*")) for path in sorted(root.iterdir()) if path.is_dir()}
-    folders = {name: files for name, files in folders.items() if files}
-    if unlabelled and folders:
-        raise ValueError(f"{root}: expected images in sub-folders, a class each, or beside no sub-folder, got both")
-    files = unlabelled or [path for paths in folders.values() for path in paths]
-    if not files:
-        raise ValueError(f"{root}: expected images ({', '.join(sorted(SUFFIXES))}), got none")
-    images = torch.from_numpy(np.stack([_read_image(path, size, channels) for path in files]))
-    if unlabelled:
-        return Dataset(images)
-    labels = torch.tensor([label for label, paths in enumerate(folders.values()) for _ in paths])
-    return Dataset(images, labels, tuple(folders))
-
-
-def _image_files(paths) -> list[Path]:
-    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file())
-
-
-def _read_image(path: Path, size: int, channels: int) -> np.ndarray:
-    """[C, size, size] uint8."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: expected an image, got {error}") from None
-    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+    folder = find_images(root)
+    images = torch.from_numpy(read_images(folder, size, channels, progress))
+    if folder.classes is None:
+        return Dataset(images, notes=folder.notes())
+    counts = torch.tensor([len(paths) for paths in folder.files.values()])
+    return Dataset(images, torch.arange(len(counts)).repeat_interleave(counts), folder.classes, folder.notes())
 
 
 def words(index: np.ndarray, step: int, stream: int, seed: int) -> np.ndarray:

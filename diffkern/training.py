@@ -164,6 +164,7 @@ class Trainer:
     def __init__(self, model: Model, dataset: Dataset, config: Config, *, device: torch.device | str | None = None):
         if dataset.shape != model.shape:
             raise ValueError(f"data: expected images of shape {model.shape}, got {dataset.shape}")
+        dataset = dataset.in_order_of(model.classes)
         if dataset.classes != model.classes:
             raise ValueError(f"data: expected the classes {model.classes}, got {dataset.classes}")
         if model.network.config["learned_variance"]:

@@ -154,6 +154,17 @@ def test_train_resumes_where_it_was_and_export_ships_its_average(folder, picture
         assert torch.equal(tensor, tensors[f"ema.{key}"].half().float())
 
 
+def test_train_tells_what_it_read_and_what_it_left_out(folder, pictures, capsys):
+    for name in (".ipynb_checkpoints/cat.png", "cats/0.txt", "dogs/1.heic"):
+        (folder / pictures / name).parent.mkdir(exist_ok=True)
+        (folder / pictures / name).write_bytes(b"")
+    assert main(["train", "--data", pictures, "--out", "run", "--steps", "1", *TRAIN]) == 0
+    assert capsys.readouterr().err == (
+        "data: 6 images of 3x8x8, 2 classes (cats 3, dogs 3); "
+        "left out: 2 files not images (.heic 1, .txt 1), 1 hidden folder\n"
+    )
+
+
 def test_a_preset_is_the_recipe_and_options_change_it(folder, monkeypatch):
     tiny.write_fashion_mnist(folder / "idx")
     runs = []
@@ -187,7 +198,9 @@ def test_sigterm_saves_and_leaves_with_its_status(folder, pictures):
 
 def test_a_diverging_run_is_an_error_of_one_line(folder, pictures, capsys):
     assert main(["train", "--data", pictures, "--out", "run", "--steps", "200", *TRAIN, "--lr", "1e30"]) == 2
-    assert re.fullmatch(r"diffkern: error: loss: expected a finite value, got .*\n", capsys.readouterr().err)
+    summary = r"data: 6 images of 3x8x8, 2 classes \(cats 3, dogs 3\)\n"
+    error = r"diffkern: error: loss: expected a finite value, got .*\n"
+    assert re.fullmatch(summary + error, capsys.readouterr().err)
 
 
 # --- evaluate, doctor ---
@@ -201,7 +214,10 @@ def test_evaluate_prints_its_tables_and_keeps_its_classifier(folder, capsys):
     save(model, "m.safetensors")
     command = ["evaluate", "--model", "m.safetensors", "--data", "idx", "--n", "4", "--steps", "ddpm:2", "ddim:1"]
     assert main([*command, "--loss-n", "3", "--classifier", "c.safetensors", *QUIET]) == 0
-    first = capsys.readouterr().out
+    first, told = capsys.readouterr()
+    classes = ", ".join(f"{label} 2" for label in range(10))
+    data = f"data: 20 images of 1x32x32, 10 classes ({classes})\n"
+    assert told == f"training {data}test {data}"
     assert "Held-out eps-loss of 3 test images at each part of t; mean " in first
     assert re.search(r"\| ddpm \| 2 \| 4 \| \d+\.\d{3} \| \d+\.\d{3} \| [\d.]+% \| ", first)
     assert re.search(r"\| ddim \| 1 \| 4 \| ", first)

@@ -1,6 +1,8 @@
 """Datasets against files made by hand, and the order of an epoch against the noise standard's words."""
 
-import gzip
+import hashlib
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,16 +10,18 @@ import tiny
 import torch
 from PIL import Image
 
+from diffkern import data as data_module
 from diffkern.data import (
+    FASHION_MNIST,
     FASHION_MNIST_CLASSES,
     Dataset,
     epoch_order,
     fashion_mnist,
     image_folder,
     load_dataset,
-    read_idx,
     words,
 )
+from diffkern.idx import read_idx
 
 # --- IDX files ---
 
@@ -27,15 +31,94 @@ def test_fashion_mnist_is_read_and_padded_with_black(tmp_path, compress):
     arrays = tiny.write_fashion_mnist(tmp_path, compress=compress)
     for split, stem in (("train", "train"), ("test", "t10k")):
         data = fashion_mnist(tmp_path, split=split)
-        assert data.shape == (1, 32, 32) and len(data) == 20 and data.classes == FASHION_MNIST_CLASSES
+        assert data.shape == (1, 32, 32) and len(data) == 20
         assert np.array_equal(data.images[:, 0, 2:30, 2:30], arrays[f"{stem}-images-idx3-ubyte"])
         assert data.images.long().sum() == data.images[:, :, 2:30, 2:30].long().sum()
         assert np.array_equal(data.labels, arrays[f"{stem}-labels-idx1-ubyte"])
 
 
+def test_another_set_in_files_of_the_same_names_has_numbers_for_classes(tmp_path):
+    """MNIST and KMNIST, for two, name their files so, and have no sneakers."""
+    tiny.write_fashion_mnist(tmp_path)
+    assert fashion_mnist(tmp_path).classes == tuple("0123456789")
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(tiny.idx(np.arange(20) % 12))
+    assert fashion_mnist(tmp_path).classes == tuple(map(str, range(12)))
+
+
+def test_the_classes_have_names_if_the_labels_are_fashion_mnists(tmp_path, monkeypatch):
+    arrays = tiny.write_fashion_mnist(tmp_path)
+    digest = hashlib.sha256(arrays["t10k-labels-idx1-ubyte"].tobytes()).hexdigest()
+    monkeypatch.setitem(data_module.FASHION_MNIST_LABELS, "test", digest)
+    assert fashion_mnist(tmp_path, split="test").classes == FASHION_MNIST_CLASSES
+    assert fashion_mnist(tmp_path, split="train").classes == tuple("0123456789")
+
+
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is not installed")
+def test_the_installed_fashion_mnist_is_known_by_its_labels():
+    data = fashion_mnist(split="test")
+    assert data.classes == FASHION_MNIST_CLASSES and data.labels.bincount().tolist() == [1000] * 10
+    labels = read_idx(FASHION_MNIST / "train-labels-idx1-ubyte.gz", ndim=1)
+    assert hashlib.sha256(labels.numpy()).hexdigest() == data_module.FASHION_MNIST_LABELS["train"]
+
+
 def test_a_folder_of_idx_files_is_recognised(tmp_path):
     tiny.write_fashion_mnist(tmp_path)
     assert torch.equal(load_dataset(tmp_path).images, fashion_mnist(tmp_path).images)
+
+
+def test_a_hidden_idx_file_makes_no_folder_of_them(tmp_path):
+    (tmp_path / "._train-images-idx3-ubyte").write_bytes(b"")
+    Image.new("L", (4, 4)).save(tmp_path / "1.png")
+    assert load_dataset(tmp_path).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"])
+def test_a_pipe_among_idx_files_does_not_hang(tmp_path, name):
+    tiny.write_fashion_mnist(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: expected a file, got a pipe"):
+        load_dataset(tmp_path)
+
+
+# --- names ---
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A working directory, and Fashion-MNIST installed elsewhere."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(data_module, "FASHION_MNIST", tmp_path / "installed")
+    tiny.write_fashion_mnist(tmp_path / "installed")
+    return tmp_path / "installed"
+
+
+def test_a_name_that_is_also_a_folder_is_refused(installed, tmp_path):
+    own = tmp_path / "here" / "fashion-mnist"
+    assert load_dataset("fashion-mnist").shape == (1, 32, 32)
+    own.mkdir()
+    Image.new("L", (4, 4)).save(own / "1.png")
+    with pytest.raises(ValueError, match=f"data: expected ./fashion-mnist or {installed}, got 'fashion-mnist', which"):
+        load_dataset("fashion-mnist")
+    for source in ("./fashion-mnist", own, own.relative_to(tmp_path / "here")):
+        assert load_dataset(source).shape == (3, 32, 32)
+    assert load_dataset(installed).shape == (1, 32, 32)
+
+
+def test_the_folder_of_a_run_does_not_hide_the_installed_set(installed, tmp_path):
+    (tmp_path / "here" / "fashion-mnist").mkdir()
+    (tmp_path / "here" / "fashion-mnist" / "log.csv").write_text("")
+    assert load_dataset("fashion-mnist").shape == (1, 32, 32)
+
+
+def test_a_folder_is_taken_by_the_name_of_a_set_that_is_not_installed(installed, tmp_path, monkeypatch):
+    tiny.write_fashion_mnist(tmp_path / "here" / "fashion-mnist", length=10)
+    monkeypatch.setattr(data_module, "FASHION_MNIST", tmp_path / "none")
+    assert len(load_dataset("fashion-mnist")) == 10
+
+
+# --- what a data set tells of itself ---
 
 
 def test_bytes_become_images_in_minus_one_to_one():
@@ -45,80 +128,60 @@ def test_bytes_become_images_in_minus_one_to_one():
     assert torch.equal(((x_0 + 1) * 127.5).round().byte(), pixels)
 
 
-GOOD = tiny.idx(np.arange(12).reshape(3, 2, 2))
-BAD_IDX = {
-    "empty": ("f", b"", "expected IDX bytes of 3 dimensions, got a file that begins"),
-    "cut in the header": ("f", GOOD[:10], "expected IDX bytes of 3 dimensions"),
-    "cut in the data": ("f", GOOD[:-1], r"expected \(3, 2, 2\) bytes after the header, got 11"),
-    "too long": ("f", GOOD + b"\0", r"expected \(3, 2, 2\) bytes after the header, got 13"),
-    "floats": ("f", b"\0\0\x0d\3" + GOOD[4:], "got a file that begins 00 00 0d 03"),
-    "one dimension": ("f", tiny.idx(np.arange(3)), "got a file that begins 00 00 08 01"),
-    "huge sizes": ("f", b"\0\0\x08\3" + b"\xff" * 12, "bytes after the header, got 0"),
-    "no gzip": ("f.gz", GOOD, "expected a whole gzip file"),
-    "cut gzip": ("f.gz", gzip.compress(GOOD)[:-9], "expected a whole gzip file"),
-    "broken gzip": ("f.gz", gzip.compress(GOOD)[:12] + b"\xff" * 20, "expected a whole gzip file"),
-}
-
-
-@pytest.mark.parametrize(("name", "content", "message"), BAD_IDX.values(), ids=BAD_IDX)
-def test_a_corrupt_idx_file_is_refused(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_idx(tmp_path / name, ndim=3)
-
-
-# --- image folders ---
-
-
-def paint(path, colour, size=(20, 12), mode="RGB"):
-    path.parent.mkdir(exist_ok=True)
-    Image.new(mode, size, colour).save(path)
-
-
-def test_sub_folders_are_classes_in_alphabetical_order(tmp_path):
-    paint(tmp_path / "red" / "1.png", (255, 0, 0))
-    paint(tmp_path / "blue" / "b.PNG", (0, 0, 255))
-    paint(tmp_path / "blue" / "a.bmp", (0, 0, 128))
-    (tmp_path / "blue" / "notes.txt").write_text("no image")
-    data = image_folder(tmp_path, size=8)
-    assert data.classes == ("blue", "red") and data.labels.tolist() == [0, 0, 1]
-    assert data.images[:, :, 4, 4].tolist() == [[0, 0, 128], [0, 0, 255], [255, 0, 0]]
-
-
-def test_images_without_sub_folders_have_no_labels(tmp_path):
-    paint(tmp_path / "1.png", (10, 20, 30))
-    data = load_dataset(tmp_path, size=4)
-    assert data.labels is None and data.classes is None
-    assert torch.equal(
-        data.images, torch.tensor([10, 20, 30], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 4, 4)
+def test_the_summary_counts_images_and_classes():
+    assert tiny.dataset(5).summary == "data: 5 images of 1x8x8, 3 classes (class 0 2, class 1 2, class 2 1)"
+    assert Dataset(torch.zeros(1, 3, 2, 4, dtype=torch.uint8)).summary == "data: 1 image of 3x2x4, no classes"
+    many = Dataset(
+        torch.zeros(2600, 1, 1, 1, dtype=torch.uint8),
+        torch.arange(2600) % 13,
+        ("a\nb", *map(str, range(12))),
+        ("left out: 1 hidden file",),
+    )
+    assert many.summary == (
+        "data: 2,600 images of 1x1x1, 13 classes ('a\\nb' 200, 0 200, 1 200, 2 200, 3 200, 4 200, 5 200, 6 200, "
+        "7 200, 8 200 and 3 more); left out: 1 hidden file"
     )
 
 
-def test_the_centre_is_cut_out_and_scaled(tmp_path):
-    stripes = np.zeros((8, 24, 3), np.uint8)
-    stripes[:, 8:16] = 200  # the middle third is the centre square
-    Image.fromarray(stripes).save(tmp_path / "wide.png")
-    Image.fromarray(stripes.transpose(1, 0, 2)).save(tmp_path / "tall.png")
-    assert (image_folder(tmp_path, size=8).images == 200).all()
-    assert image_folder(tmp_path, size=4).images.float().mean() == pytest.approx(200, abs=6)  # edges blend a little
+def test_a_fingerprint_is_of_images_labels_and_classes_alone(monkeypatch):
+    data = tiny.dataset()
+    same = Dataset(data.images.clone(), data.labels.clone(), data.classes, ("left out: 1 hidden file",))
+    assert same.fingerprint == data.fingerprint and len(data.fingerprint) == 16
+    assert int(data.fingerprint, 16)
+
+    pixel, label = data.images.clone(), data.labels.clone()
+    pixel[-1, 0, -1, -1] ^= 1
+    label[0] = 1
+    others = [
+        replace(data, images=pixel),
+        replace(data, images=data.images.flip(0)),
+        replace(data, images=data.images.reshape(10, 1, 16, 4)),
+        replace(data, labels=label),
+        replace(data, classes=("class 0", "class 1", "class 3")),
+        Dataset(data.images),
+    ]
+    assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 7
+
+    monkeypatch.setattr(data_module, "HASH_BLOCK", 100)
+    transposed = replace(data, images=data.images.mT.contiguous().mT)
+    assert transposed.fingerprint == replace(data).fingerprint
 
 
-def test_a_rotated_photograph_stands_upright(tmp_path):
-    halves = np.zeros((8, 8, 3), np.uint8)
-    halves[:4] = 255
-    image, exif = Image.fromarray(halves), Image.Exif()
-    exif[0x0112] = 3  # turn by 180 degrees to show
-    image.save(tmp_path / "1.png", exif=exif)
-    assert image_folder(tmp_path, size=8).images[0, 0, :, 0].tolist() == [0] * 4 + [255] * 4
-
-
-@pytest.mark.parametrize(
-    ("channels", "mode", "colour"), [(1, "RGB", (90, 90, 90)), (3, "L", 90), (3, "RGBA", (90,) * 4)]
-)
-def test_any_mode_becomes_the_channels_asked_for(tmp_path, channels, mode, colour):
-    paint(tmp_path / "1.png", colour, mode=mode)
-    data = image_folder(tmp_path, size=8, channels=channels)
-    assert data.shape == (channels, 8, 8) and (data.images == 90).all()
+def test_data_in_another_order_of_classes_are_those_of_folders_sorted_so(tmp_path):
+    for label in range(12):
+        (tmp_path / str(label)).mkdir()
+        for k in range(2):
+            Image.new("L", (2, 2), 10 * label + k).save(tmp_path / str(label) / f"{k}.png")
+    data = image_folder(tmp_path, size=2, channels=1)
+    as_text = tuple(sorted(data.classes))
+    old = data.in_order_of(as_text)
+    assert old.classes == as_text == ("0", "1", "10", "11", *"23456789")
+    assert old.images[:, 0, 0, 0].tolist() == [10 * int(name) + k for name in as_text for k in range(2)]
+    assert [as_text[label] for label in old.labels] == [name for name in as_text for _ in range(2)]
+    assert old.in_order_of(data.classes).fingerprint == data.fingerprint
+    for classes in (None, data.classes, (*"0123456789", "10", "12"), ("a",)):
+        assert data.in_order_of(classes) is data
+    assert Dataset(data.images).in_order_of(as_text).classes is None
 
 
 # --- order ---
@@ -158,23 +221,6 @@ def test_the_order_sorts_the_words_of_the_standard():
 # --- bad input ---
 
 
-def both(folder):
-    paint(folder / "1.png", 0)
-    paint(folder / "sub" / "1.png", 0)
-    return image_folder(folder)
-
-
-def broken(folder):
-    (folder / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
-    return image_folder(folder)
-
-
-def mislabelled(folder):
-    tiny.write_fashion_mnist(folder)
-    (folder / "train-labels-idx1-ubyte").write_bytes(tiny.idx(np.full(20, 10)))
-    return fashion_mnist(folder)
-
-
 def mismatched(folder):
     tiny.write_fashion_mnist(folder)
     (folder / "train-labels-idx1-ubyte").write_bytes(tiny.idx(np.zeros(19)))
@@ -187,17 +233,18 @@ BAD_DATA = {
     "no image folder": (lambda f: image_folder(f / "x"), "expected an existing directory, got none"),
     "no IDX files": (fashion_mnist, "expected train-images-idx3-ubyte or .*gz, got neither .*dataset-fashion-mnist"),
     "no such split": (lambda f: fashion_mnist(f, split="val"), "split: expected 'train' or 'test', got 'val'"),
-    "label 10": (mislabelled, r"labels: expected 0..9, got 10..10"),
-    "labels too few": (mismatched, r"labels: expected int64 \[20\], got torch.int64 \(19,\)"),
-    "no images": (image_folder, r"expected images \(.bmp, .*\), got none"),
-    "both kinds": (both, "expected images in sub-folders.*got both"),
-    "a broken image": (broken, r"1.png: expected an image, got"),
+    "labels too few": (mismatched, "train-images-idx3-ubyte: expected 19 entries, one for each label, got 20"),
     "size 0": (lambda f: image_folder(f, size=0), "size: expected a positive number of pixels, got 0"),
     "two channels": (lambda f: image_folder(f, channels=2), "channels: expected 1 or 3, got 2"),
     "floats": (lambda f: Dataset(PIXELS.float()), r"images: expected uint8 \[K, C, H, W\] .*, got torch.float32"),
     "no batch": (lambda f: Dataset(PIXELS[0]), r"images: expected uint8 \[K, C, H, W\].*\(1, 4, 4\)"),
     "empty": (lambda f: Dataset(PIXELS[:0]), r"with K > 0, got torch.uint8 \(0, 1, 4, 4\)"),
     "labels alone": (lambda f: Dataset(PIXELS, torch.zeros(2).long()), "expected both labels and classes, or neither"),
+    "labels of other images": (
+        lambda f: Dataset(PIXELS, torch.zeros(3).long(), ("a",)),
+        r"labels: expected int64 \[2\], got torch.int64 \(3,\)",
+    ),
+    "label 1 of 1": (lambda f: Dataset(PIXELS, torch.ones(2).long(), ("a",)), "labels: expected 0..0, got 1..1"),
     "float labels": (lambda f: Dataset(PIXELS, torch.zeros(2), ("a",)), r"labels: expected int64 \[2\], got .*float32"),
     "negative label": (
         lambda f: Dataset(PIXELS, torch.tensor([0, -1]), ("a",)),

@@ -14,6 +14,7 @@ from PIL import Image
 from tiny import one_thread  # noqa: F401
 
 from diffkern import ops, training
+from diffkern.data import Dataset
 from diffkern.model import load, read, save
 from diffkern.training import CHECKPOINT, PRESETS, Config, Diverged, Trainer, draw, ema_decay, new_model
 
@@ -241,6 +242,17 @@ def test_other_data_than_the_checkpoint_s_are_refused(tmp_path):
         Trainer.resume(tmp_path / CHECKPOINT, tiny.dataset(size=16))
     with pytest.raises(ValueError, match="data: expected the classes .*'class 2'.*, got None"):
         Trainer.resume(tmp_path / CHECKPOINT, tiny.dataset(classes=None))
+
+
+def test_a_checkpoint_of_classes_in_another_order_sees_its_images_under_its_labels(tmp_path):
+    """Earlier versions sorted the folders 0 to 11 as text."""
+    numbers = Dataset(tiny.dataset(24).images, torch.arange(24) // 2, tuple(map(str, range(12))))
+    run = trainer(numbers.in_order_of(sorted(numbers.classes)))
+    run.save(tmp_path / CHECKPOINT)
+    resumed = Trainer.resume(tmp_path / CHECKPOINT, numbers)
+    assert resumed.model.classes == run.dataset.classes != numbers.classes
+    for mine, theirs in zip(resumed.batch()[:2], run.batch()[:2], strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_a_model_without_its_training_is_no_checkpoint(tmp_path):
