@@ -52,14 +52,14 @@ def test_conv2d_direct(compare, n, c, k, side, kernel, stride):
         packed = floats
     else:
         packed = ops.pack_conv(weight, terms=terms)
-        peers["by floats"] = lambda: ops.conv2d(x, floats, bias, out_channels=k, **options)
+        peers["by floats"] = lambda: ops.conv2d(x, floats, bias, **options)
     if kernel == 1:
         rows, matrix = x.permute(0, 2, 3, 1), weight[:, :, 0, 0].contiguous()
         peers["linear"] = lambda: F.linear(rows, matrix, bias).permute(0, 3, 1, 2)
     with torch.inference_mode():
         compare(
             f"conv2d {kernel}x{kernel} / {stride} [{n}, {c}, {side}, {side}] -> {k}, by {terms or 'no'} terms",
-            lambda: ops.conv2d(x, packed, bias, out_channels=k, **options),
+            lambda: ops.conv2d(x, packed, bias, **options),
             peers,
             flops=2 * n * c * k * (side // stride) ** 2 * kernel**2,
         )
@@ -75,11 +75,11 @@ def test_conv2d_winograd(compare, n, c, k, side):
     with torch.inference_mode():
         compare(
             f"conv2d F(4x4, 3x3) [{n}, {c}, {side}, {side}] -> {k}",
-            lambda: ops.conv2d(x, packed, bias, out_channels=k),
+            lambda: ops.conv2d(x, packed, bias),
             {
                 "torch": lambda: F.conv2d(x, weight, bias, padding=1),
-                "direct": lambda: ops.conv2d(x, direct, bias, out_channels=k),
-                "by matrices" if few else "by taps": lambda: ops.conv2d(x, other, bias, out_channels=k),
+                "direct": lambda: ops.conv2d(x, direct, bias),
+                "by matrices" if few else "by taps": lambda: ops.conv2d(x, other, bias),
             },
             tolerance=2e-5,
             flops=2 * 9 * n * c * k * side**2,

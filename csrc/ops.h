@@ -6,6 +6,8 @@
 
 namespace diffkern {
 
+static constexpr int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }  // for a >= 0: no overflow
+
 enum class DType : int32_t { f32, bf16, f16 };
 
 constexpr int kMaxDims = 5;
@@ -95,11 +97,11 @@ struct AttentionParams {
   int terms;            // of bfloat16, whose sum is a number; 0 in attention
   int64_t query_block;  // up to kAttentionBlock in attention, kTermsQueries in attention_terms
   int64_t key_span;     // whole blocks
-  int64_t query_blocks() const { return (queries + query_block - 1) / query_block; }
-  int64_t key_spans() const { return (keys + key_span - 1) / key_span; }
+  int64_t query_blocks() const { return divide_up(queries, query_block); }
+  int64_t key_spans() const { return divide_up(keys, key_span); }
 };
 
-// Of attention_terms, at most: channels of a head, queries of a work item. They need 850 KB of stack.
+// Of attention_terms, at most: channels of a head, queries of a work item.
 constexpr int64_t kMaxTermsHead = 256, kTermsQueries = 256;
 
 constexpr int64_t kAttentionBlock = 64;  // of tokens
@@ -138,9 +140,9 @@ struct GroupNormSiluParams {
     const int64_t width = channels / groups;
     int64_t step = 1;
     while (step * width % 16 != 0) step *= 2;
-    return (64 + step * width - 1) / (step * width) * step;
+    return divide_up(64, step * width) * step;
   }
-  int64_t blocks() const { return (groups + groups_per_block() - 1) / groups_per_block(); }  // a sample
+  int64_t blocks() const { return divide_up(groups, groups_per_block()); }  // a sample
 };
 constexpr int64_t kMaxGroupsPerBlock = 64;
 
@@ -180,29 +182,29 @@ struct ConvParams {
   // conv_direct's work items: a block of pixels, of all samples in a row, and a block of columns. Small maps are cut
   // finer, to be enough for several threads.
   bool few_columns() const { return out_channels <= kFewColumns; }
-  int64_t direct_columns() const { return (out_channels + kDirectColumns - 1) / kDirectColumns; }
+  int64_t direct_columns() const { return divide_up(out_channels, kDirectColumns); }
   int64_t direct_pixels() const {
-    const int64_t share = (pixels() * direct_columns() + 7) / 8, fine = share < 24 ? 24 : share;
-    const int64_t most = fine < kDirectPixels ? fine : kDirectPixels, blocks = (pixels() + most - 1) / most;
-    return ((pixels() + blocks - 1) / blocks + 5) / 6 * 6;  // as even as they come, in whole tiles of 6 pixels
+    const int64_t share = divide_up(pixels() * direct_columns(), 8), fine = share < 24 ? 24 : share;
+    const int64_t most = fine < kDirectPixels ? fine : kDirectPixels, blocks = divide_up(pixels(), most);
+    return divide_up(divide_up(pixels(), blocks), 6) * 6;  // as even as they come, in whole tiles of 6 pixels
   }
-  int64_t direct_items() const { return (pixels() + direct_pixels() - 1) / direct_pixels() * direct_columns(); }
+  int64_t direct_items() const { return divide_up(pixels(), direct_pixels()) * direct_columns(); }
 
   // conv_winograd's and conv_winograd_taps's work items: a block of tiles, of all samples in a row and as even as they
   // come, and a block of columns. Where that makes less than four, the tiles are cut finer, as long as a block has eight.
   bool winograd() const { return matrices == 36; }
-  int64_t tiles_high() const { return (out_height + 3) / 4; }  // a tile has 4 x 4 outputs
-  int64_t tiles_wide() const { return (out_width + 3) / 4; }
+  int64_t tiles_high() const { return divide_up(out_height, 4); }  // a tile has 4 x 4 outputs
+  int64_t tiles_wide() const { return divide_up(out_width, 4); }
   int64_t tiles() const { return samples * tiles_high() * tiles_wide(); }
   int64_t winograd_column() const { return taps ? kTapColumns : kWinogradColumns; }  // a block
-  int64_t winograd_columns() const { return (out_channels + winograd_column() - 1) / winograd_column(); }
+  int64_t winograd_columns() const { return divide_up(out_channels, winograd_column()); }
   int64_t winograd_blocks() const {
-    const int64_t enough = (4 + winograd_columns() - 1) / winograd_columns(), most = tiles() / 8;
+    const int64_t enough = divide_up(4, winograd_columns()), most = tiles() / 8;
     const int64_t fine = enough < most ? enough : most, size = taps ? kTapTiles : kWinogradTiles;
-    const int64_t coarse = (tiles() + size - 1) / size;
+    const int64_t coarse = divide_up(tiles(), size);
     return fine > coarse ? fine : coarse;
   }
-  int64_t winograd_tiles() const { return (tiles() + winograd_blocks() - 1) / winograd_blocks(); }
+  int64_t winograd_tiles() const { return divide_up(tiles(), winograd_blocks()); }
   int64_t winograd_items() const { return winograd_blocks() * winograd_columns(); }
 
   // conv_bf16's view of it. Four matrices are an upsampling 3x3 kernel, in quarters of 2x2 taps: for each parity of a
@@ -211,9 +213,9 @@ struct ConvParams {
   int64_t side() const { return matrices == 1 ? 1 : 3; }
   int64_t grid_height() const { return matrices == 4 ? height : out_height; }
   int64_t grid_width() const { return matrices == 4 ? width : out_width; }
-  int64_t column_panels() const { return (out_channels + kPanel - 1) / kPanel; }
+  int64_t column_panels() const { return divide_up(out_channels, kPanel); }
   int64_t panels() const { return quarters() * column_panels(); }
-  int64_t depth_blocks() const { return (depth() + kDepthBlock - 1) / kDepthBlock; }
+  int64_t depth_blocks() const { return divide_up(depth(), kDepthBlock); }
 };
 
 // A weight as conv_winograd takes it, made of one for conv_winograd_taps.
@@ -222,7 +224,7 @@ struct ExpandTapsParams {
   float* matrices;    // [36, column_blocks, C, kWinogradColumns]; what is beyond the taps' columns is left alone
   int64_t channels, tap_blocks, column_blocks;
 
-  int64_t depths() const { return (channels + kTapDepth - 1) / kTapDepth; }
+  int64_t depths() const { return divide_up(channels, kTapDepth); }
   int64_t items() const { return tap_blocks * depths(); }
 };
 
@@ -237,7 +239,6 @@ struct ConvBlocks {
 
   explicit ConvBlocks(const ConvParams& p) {
     const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
-    const auto parts = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     constexpr int64_t most = kBlockTiles * kTilePixels, cached = 1280 * 1024;
     const int64_t height = p.grid_height(), width = p.grid_width(), border = p.blocked ? 1 : 0;
     const auto inside = [&](int64_t size, int64_t out_size) {
@@ -250,15 +251,15 @@ struct ConvBlocks {
     columns = least(width, height == 1 ? most : most / 2);
     rows = least(height, most / columns);
     const bool whole = columns == width && rows == height;
-    const int64_t tiles = flat ? parts(rows * columns, kTilePixels) : rows * parts(columns, kTilePixels);
+    const int64_t tiles = flat ? divide_up(rows * columns, kTilePixels) : rows * divide_up(columns, kTilePixels);
     samples = whole ? least(p.samples, kBlockTiles / tiles) : 1;
-    across = parts(width, columns);
-    down = parts(height, rows);
-    along = parts(p.samples, samples);
-    const int64_t fit = parts(cached, p.matrices * p.depth_blocks() * kDepthBlock * kPanel * p.terms * 2);
-    panels = parts(p.panels(), parts(p.panels(), fit));
-    while (panels > 1 && places() * parts(p.panels(), panels) < 4) panels = parts(panels, 2);
-    groups = parts(p.panels(), panels);
+    across = divide_up(width, columns);
+    down = divide_up(height, rows);
+    along = divide_up(p.samples, samples);
+    const int64_t fit = divide_up(cached, p.matrices * p.depth_blocks() * kDepthBlock * kPanel * p.terms * 2);
+    panels = divide_up(p.panels(), divide_up(p.panels(), fit));
+    while (panels > 1 && places() * divide_up(p.panels(), panels) < 4) panels = divide_up(panels, 2);
+    groups = divide_up(p.panels(), panels);
   }
   int64_t places() const { return across * down * along; }
   int64_t items() const { return places() * groups; }
@@ -272,12 +273,12 @@ struct PackTapsParams {
   int64_t channels, out_channels;  // C, K
   bool turned;
 
-  int64_t column_blocks() const { return (out_channels + kTapColumns - 1) / kTapColumns; }
+  int64_t column_blocks() const { return divide_up(out_channels, kTapColumns); }
   int64_t elements() const { return column_blocks() * channels * 9 * kTapColumns; }
 
   // Work items: a block of columns and some channels.
   static constexpr int64_t kDepth = 16;
-  int64_t depths() const { return (channels + kDepth - 1) / kDepth; }
+  int64_t depths() const { return divide_up(channels, kDepth); }
   int64_t items() const { return column_blocks() * depths(); }
 };
 
@@ -290,18 +291,18 @@ struct Conv3x3GradientParams {
   int64_t samples, height, width, channels, out_channels;  // N, H, W, C, K
   int64_t part_count;                                      // enough_parts()
 
-  int64_t tiles_high() const { return (height + 3) / 4; }
-  int64_t tiles_wide() const { return (width + 3) / 4; }
+  int64_t tiles_high() const { return divide_up(height, 4); }
+  int64_t tiles_wide() const { return divide_up(width, 4); }
   int64_t tiles() const { return samples * tiles_high() * tiles_wide(); }
 
   // Work items: a block of output channels, one of channels, and a part of the tiles.
   static constexpr int64_t kTiles = 32, kChannels = 64;  // of a block
-  int64_t channel_blocks() const { return (channels + kChannels - 1) / kChannels; }
-  int64_t blocks() const { return (out_channels + kChannels - 1) / kChannels * channel_blocks(); }
+  int64_t channel_blocks() const { return divide_up(channels, kChannels); }
+  int64_t blocks() const { return divide_up(out_channels, kChannels) * channel_blocks(); }
 
   // As many parts as give several threads an item, and each item a few blocks of tiles.
   int64_t enough_parts() const {
-    const int64_t wanted = (8 + blocks() - 1) / blocks(), most = tiles() / (2 * kTiles);
+    const int64_t wanted = divide_up(8, blocks()), most = tiles() / (2 * kTiles);
     return most < 1 ? 1 : wanted < most ? wanted : most;
   }
 };
@@ -315,6 +316,6 @@ constexpr int64_t kCodesPerHash = int64_t(1) << 20;
 
 // Work on elements is cut into chunks of one sample.
 constexpr int64_t kChunk = 1024;
-inline constexpr int64_t chunks(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
+inline constexpr int64_t chunks(int64_t elements) { return divide_up(elements, kChunk); }
 
 }  // namespace diffkern

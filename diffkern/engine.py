@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from . import _C, ops
 from .model import Model
+from .packing import PackedConv
 from .unet import (
     AttentionBlock,
     Conv3x3,
@@ -137,7 +138,7 @@ class _Compiled:
         """Forget everything if the network is not what it was. Returns whether kernels can do what it does."""
         if self._watch is None or self._watch.changed(exact):
             self._watch = Watch(network)
-            self._packed: dict[Any, Tensor] = {}
+            self._packed: dict[Any, PackedConv] = {}
             self._plans: dict[tuple[torch.Size, torch.dtype, int | None], _Plan] = {}
             self._rows: dict[tuple[int, int], Tensor] = {}  # (t, label) -> the condition of every residual block
         return self._watch.native and self._watch.kinds <= KNOWN and self._watch.does_as_written()
@@ -145,7 +146,9 @@ class _Compiled:
     def learns(self) -> bool:
         return any(weight.requires_grad for weight in self._watch.weights)
 
-    def packed(self, key: Any, weight: Callable[[], Tensor], pack: Callable[..., Tensor], **options: Any) -> Tensor:
+    def packed(
+        self, key: Any, weight: Callable[[], Tensor], pack: Callable[..., PackedConv], **options: Any
+    ) -> PackedConv:
         """A weight as ``ops.conv2d`` takes it, made once."""
         key = key, pack, *options.values()
         if key not in self._packed:
@@ -184,7 +187,7 @@ def _condition(network: UNet, t: int, label: int) -> Tensor:
     return torch.cat([block.time_emb_proj(emb)[0] for block in _resblocks(network)])
 
 
-def _pack_matrices(weight: Tensor) -> Tensor:
+def _pack_matrices(weight: Tensor) -> PackedConv:
     return ops.expand_taps(ops.pack_taps(weight))
 
 
@@ -305,7 +308,8 @@ class _Trace:
             packed = self.compiled.packed(key, weight, ops.pack_conv)
 
         def run(y: Tensor, x: Tensor, skip: Tensor | None, residual: Tensor | None) -> None:
-            _ops.conv2d_out(y, x, skip, packed, bias, add, residual, stride, padding, upsample)
+            counts = packed.in_channels, packed.out_channels
+            _ops.conv2d_out(y, x, skip, packed.tensor, *counts, bias, add, residual, stride, padding, upsample)
 
         return self.step(run, (n, out_channels, h, w), x, skip, residual, dtype=dtype)
 

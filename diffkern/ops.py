@@ -9,6 +9,7 @@ Shapes are ``[N, ...]``: N samples of any shape, images as a rule. Errors name t
 what came: RuntimeError for shapes, dtypes, devices and indices, TypeError and ValueError for options.
 """
 
+import dataclasses
 import math
 import operator
 import reprlib
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _C  # noqa: F401  registers the ops
+from .packing import PackedConv as PackedConv
 from .reference import COLUMNS as COLUMNS
 
 _ops = torch.ops.diffkern
@@ -34,7 +36,7 @@ def as_seeds(seeds: Seeds, device: torch.device | str | None = None) -> Tensor:
     if isinstance(seeds, Tensor):
         if seeds.dtype != torch.int64 or seeds.ndim > 1:
             raise TypeError(f"seeds: expected an int64 tensor [N], got {seeds.dtype} of shape {tuple(seeds.shape)}")
-        seeds = seeds if seeds.ndim == 1 and seeds.is_contiguous() else seeds.reshape(-1).contiguous()
+        seeds = seeds if seeds.ndim == 1 and seeds.is_contiguous() else _dense("seeds", seeds.reshape(-1))
         return seeds if device is None or seeds.device == device else seeds.to(device)
     if isinstance(seeds, (str, bytes, float)):
         raise TypeError(f"seeds: expected an int, ints or an int64 tensor, got {seeds!r}")
@@ -90,6 +92,32 @@ def _check(expected: str, kind: type | tuple[type, ...], **options: object) -> N
     for name, value in options.items():
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected {expected}, got {reprlib.repr(value)}")
+
+
+def _dense(
+    name: str,
+    tensor: Tensor | None,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor | None:
+    """The tensor itself if it is of that dtype and layout, or else a copy that is."""
+    if tensor is None or (dtype in (None, tensor.dtype) and tensor.is_contiguous(memory_format=memory_format)):
+        return tensor
+    if not torch.compiler.is_compiling():
+        _check_memory(name, tensor)
+    return tensor.to(dtype or tensor.dtype).contiguous(memory_format=memory_format)
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    """Refuses a tensor whose storage was freed, which torch would read. The kernels look for themselves."""
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except NotImplementedError:  # it stands for another tensor
+        return
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    if tensor.numel() and held < needed:
+        raise RuntimeError(f"{name}: expected a storage of at least {needed} bytes, got {held}")
 
 
 def _same_device(like: Tensor, **tensors: Tensor | None) -> None:
@@ -222,7 +250,8 @@ def reverse_step(
 
     x                 [N, ...]; [N, C, ...] with ``learned_variance``
     out               like x, the network's output; [N, 2C, ...] with ``learned_variance``
-    table             float32 [steps, 9 + J]: the columns :data:`COLUMNS`, then k_j
+    table             float32 [steps, 9 + J]: the columns :data:`COLUMNS`, then k_j. Where sigma is not 0, t must lie in
+                      [0, 2^32): the CPU raises otherwise, in the rows that are used; CUDA does not look
     step              the row: one, or an int64 tensor [N]. Out of range: raises on the CPU, gives NaN on CUDA
     seeds             int64 [N]
     out_uncond        like out: the output without its condition (Ho & Salimans 2022, eq. 6)
@@ -401,7 +430,7 @@ torch.library.register_autograd("diffkern::attention", _attention_gradient, setu
 # --- convolution -------------------------------------------------------------------------------------------------
 
 
-def pack_conv(weight: Tensor, *, terms: int | None = None) -> Tensor:
+def pack_conv(weight: Tensor, *, terms: int | None = None) -> PackedConv:
     """A convolution's weight as :func:`conv2d` reads it: to be made once.
 
     weight  [K, C, k, k], k of 1 or 3
@@ -410,35 +439,54 @@ def pack_conv(weight: Tensor, *, terms: int | None = None) -> Tensor:
             float: the result is as exact as by products of float32, and with AMX it comes faster. Two have 16 bits.
             None: products of the weight's own dtype, float32 or bfloat16
 
-    Returns [k k, column blocks, C, column block], the columns being the K output channels and zeros behind them. With
-    terms it is [columns / 32, C / 32, k k, terms, 2, 16, 16, 2] in bfloat16, with zeros behind C too: the columns in
-    halves, in which each has its channels in pairs.
+    Its tensor is [k k, column blocks, C, column block], the columns being the K output channels and zeros behind them.
+    With terms it is [columns / 32, C / 32, k k, terms, 2, 16, 16, 2] in bfloat16, with zeros behind C too: the columns
+    in halves, in which each has its channels in pairs.
     """
-    _check("a tensor", Tensor, weight=weight)
+    _check_weight(weight, 3, 1)
     _check_terms(terms)
-    if weight.ndim != 4 or weight.shape[2:] not in ((1, 1), (3, 3)):
-        raise RuntimeError(f"weight: expected [K, C, 3, 3] or [K, C, 1, 1], got shape {tuple(weight.shape)}")
-    weight = weight.detach().flatten(2)
+    _check_memory("weight", weight)
+    flat = weight.detach().flatten(2)
     if terms or weight.dtype == torch.bfloat16:
-        return _pack_terms(weight, terms or 1)
+        return _packed(_pack_terms(flat, terms or 1), weight)
     column_block = 64 if len(weight) > 4 else 1
-    blocks = F.pad(weight, (0, 0, 0, 0, 0, -len(weight) % column_block)).unflatten(0, (-1, column_block))
-    return blocks.permute(3, 0, 2, 1).contiguous()
+    blocks = F.pad(flat, (0, 0, 0, 0, 0, -len(weight) % column_block)).unflatten(0, (-1, column_block))
+    return _packed(blocks.permute(3, 0, 2, 1).contiguous(), weight)
 
 
-def pack_upsampling(weight: Tensor, *, terms: int) -> Tensor:
+def pack_upsampling(weight: Tensor, *, terms: int) -> PackedConv:
     """A 3x3 convolution's weight as :func:`conv2d` reads it to upsample by terms: [K, C, 3, 3].
 
     Four pixels of a doubled image are one. Each parity of a row and of a column therefore has a kernel of 2x2 sums of
-    taps, 4/9 of the multiplications. Returns the :func:`pack_conv` of the four, one after the other.
+    taps, 4/9 of the multiplications. The tensor is the :func:`pack_conv` of the four, one after the other.
     """
-    _check("a tensor", Tensor, weight=weight)
+    _check_weight(weight, 3)
     _check_terms(terms)
-    if weight.ndim != 4 or weight.shape[2:] != (3, 3):
-        raise RuntimeError(f"weight: expected [K, C, 3, 3], got shape {tuple(weight.shape)}")
+    _check_memory("weight", weight)
     even_odd = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
     sums = [rows @ weight.detach().double() @ columns.T for rows in even_odd for columns in even_odd]
-    return torch.cat([_pack_terms(kernel.flatten(2), terms) for kernel in sums])
+    return _packed(torch.cat([_pack_terms(kernel.flatten(2), terms) for kernel in sums]), weight)
+
+
+def _packed(tensor: Tensor, weight: Tensor) -> PackedConv:
+    out_channels, in_channels, kernel, _ = weight.shape
+    return PackedConv(tensor, in_channels, out_channels, kernel)
+
+
+def _check_weight(weight: Tensor, *kernels: int) -> None:
+    _check("a tensor", Tensor, weight=weight)
+    shape = tuple(weight.shape)
+    if weight.ndim != 4 or shape[2:] not in [(k, k) for k in kernels]:
+        expected = " or ".join(f"[K, C, {k}, {k}]" for k in kernels)
+        raise RuntimeError(f"weight: expected {expected}, got shape {shape}")
+    if weight.numel() == 0:
+        raise RuntimeError(f"weight: expected at least one input and one output channel, got shape {shape}")
+
+
+def _check_packed(**weights: PackedConv) -> None:
+    for name, weight in weights.items():
+        if not isinstance(weight, PackedConv):
+            raise TypeError(f"{name}: expected a PackedConv, as pack_conv returns it, got {type(weight).__name__}")
 
 
 def _check_terms(terms: int | None) -> None:
@@ -457,14 +505,15 @@ def _pack_terms(weight: Tensor, terms: int) -> Tensor:
     return blocks.permute(1, 4, 7, 0, 2, 5, 3, 6).contiguous()
 
 
-def pack_taps(weight: Tensor) -> Tensor:
+def pack_taps(weight: Tensor) -> PackedConv:
     """A 3x3 convolution's weight as :func:`conv2d` reads it where stride and padding are 1: float32 [K, C, 3, 3].
 
     By Winograd's F(4x4, 3x3) (Lavin & Gray 2016), a quarter of the multiplications, whose 36 matrices the kernel makes
-    of the 9 taps where it needs them. Returns [column blocks, C, 9, column block], with zeros behind the K columns.
+    of the 9 taps where it needs them. The tensor is [column blocks, C, 9, column block], with zeros behind the K
+    columns.
     """
-    _check("a tensor", Tensor, weight=weight)
-    return _ops.pack_taps(weight.detach())
+    _check_weight(weight, 3)
+    return _packed(_ops.pack_taps(weight.detach()), weight)
 
 
 @torch.library.register_fake("diffkern::pack_taps")
@@ -472,14 +521,14 @@ def _(weight):
     return weight.new_empty(-(-weight.shape[0] // 32), weight.shape[1], 9, 32)
 
 
-def expand_taps(taps: Tensor) -> Tensor:
-    """The matrices that are made of :func:`pack_taps`' result: [36, column blocks, C, column block].
+def expand_taps(taps: PackedConv) -> PackedConv:
+    """The same weight as the matrices that are made of :func:`pack_taps`' result: [36, column blocks, C, column block].
 
     They are four times the bytes, and faster where there are many tiles of 4x4 pixels to use them on. :func:`conv2d`
     gives the same bits by either, so that which one it has may depend on the batch.
     """
-    _check("a tensor", Tensor, taps=taps)
-    return _ops.expand_taps(taps)
+    _check_packed(taps=taps)
+    return dataclasses.replace(taps, tensor=_ops.expand_taps(taps.tensor))
 
 
 @torch.library.register_fake("diffkern::expand_taps")
@@ -489,10 +538,10 @@ def _(taps):
 
 def conv2d(
     x: Tensor,
-    packed: Tensor,
+    packed: PackedConv,
     bias: Tensor | None = None,
     *,
-    out_channels: int,
+    out_channels: int | None = None,
     stride: int = 1,
     padding: int = 1,
     skip: Tensor | None = None,
@@ -503,9 +552,9 @@ def conv2d(
     """conv(cat(x, skip)) + bias + add + residual in one pass: for inference on a CPU, channels_last.
 
     x             [N, C, H, W], float32, or with a weight of one term bfloat16 too, the result being like it
-    packed        the weight, by :func:`pack_conv`, :func:`pack_taps` or :func:`expand_taps`
+    packed        the weight, by :func:`pack_conv`, :func:`pack_upsampling`, :func:`pack_taps` or :func:`expand_taps`
     bias          [K] or None
-    out_channels  K
+    out_channels  K, which the weight knows: None, or the same number
     stride        the output's size is the image's, divided by it and rounded up
     padding       rows of zeros above and columns of zeros to the left. What the kernel reads beyond the image on the
                   other sides is 0 too, so that stride 2 without padding pads right and below only
@@ -516,40 +565,44 @@ def conv2d(
 
     Returns [N, K, H', W'], channels_last. A sample's bits depend neither on its batch nor on the number of threads.
     """
-    _check("a tensor", Tensor, x=x, packed=packed)
+    _check("a tensor", Tensor, x=x)
+    _check_packed(packed=packed)
     _check("a tensor or None", (Tensor, NoneType), bias=bias, skip=skip, add=add, residual=residual)
-    _check("an int", int, out_channels=out_channels, stride=stride, padding=padding)
+    _check("an int", int, stride=stride, padding=padding)
     _check("True or False", bool, upsample=upsample)
     if stride < 1:
         raise ValueError(f"stride: expected an int of at least 1, got {stride}")
-    if out_channels < 1:
-        raise ValueError(f"out_channels: expected an int of at least 1, got {out_channels}")
+    if out_channels is not None:
+        _check("an int", int, out_channels=out_channels)
+        if out_channels < 1:
+            raise ValueError(f"out_channels: expected an int of at least 1, got {out_channels}")
+        if out_channels != packed.out_channels:
+            raise RuntimeError(f"out_channels: expected {packed.out_channels}, those of packed, got {out_channels}")
     if x.device.type == "cuda":
         raise RuntimeError(f"x: expected device cpu, the only one that conv2d has a kernel for, got {x.device}")
-    _without_gradient("conv2d", x=x, packed=packed, bias=bias, skip=skip, add=add, residual=residual)
+    _without_gradient("conv2d", x=x, packed=packed.tensor, bias=bias, skip=skip, add=add, residual=residual)
     x, skip, residual = (_channels_last(*image) for image in (("x", x), ("skip", skip), ("residual", residual)))
     height, width = (-(-size * (2 if upsample else 1) // stride) for size in x.shape[2:])
     y = torch.empty(
-        (x.shape[0], out_channels, height, width),
+        (x.shape[0], packed.out_channels, height, width),
         dtype=x.dtype,
         device=x.device,
         memory_format=torch.channels_last,
     )
-    bias, add = (None if tensor is None else tensor.contiguous() for tensor in (bias, add))
-    _ops.conv2d_out(y, x, skip, packed, bias, add, residual, stride, padding, upsample)
+    bias, add = _dense("bias", bias), _dense("add", add)
+    counts = packed.in_channels, packed.out_channels
+    _ops.conv2d_out(y, x, skip, packed.tensor, *counts, bias, add, residual, stride, padding, upsample)
     return y
 
 
 def _channels_last(name: str, image: Tensor | None) -> Tensor | None:
-    if image is None:
-        return None
-    if image.ndim != 4:
+    if image is not None and image.ndim != 4:
         raise RuntimeError(f"{name}: expected [N, C, H, W], got shape {tuple(image.shape)}")
-    return image.contiguous(memory_format=torch.channels_last)
+    return _dense(name, image, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("diffkern::conv2d_out")
-def _(y, x, skip, packed, bias, add, residual, stride, padding, upsample):
+def _(y, x, skip, packed, in_channels, out_channels, bias, add, residual, stride, padding, upsample):
     _same_device(x, y=y, skip=skip, packed=packed, bias=bias, add=add, residual=residual)
 
 
@@ -570,7 +623,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     _check("a tensor", Tensor, x=x, weight=weight)
     _check("a tensor or None", (Tensor, NoneType), bias=bias)
-    return _ops.conv3x3(x, weight, None if bias is None else bias.contiguous())
+    return _ops.conv3x3(x, weight, _dense("bias", bias))
 
 
 def _empty_channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -647,9 +700,8 @@ def group_norm_silu(
         raise TypeError(f"eps: expected a number, got {eps!r}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
-    weight, bias, scale_shift, add = (
-        None if tensor is None else tensor.float().contiguous() for tensor in (weight, bias, scale_shift, add)
-    )
+    coefficients = (("weight", weight), ("bias", bias), ("scale_shift", scale_shift), ("add", add))
+    weight, bias, scale_shift, add = (_dense(name, tensor, torch.float32) for name, tensor in coefficients)
     y, _, _ = _ops.group_norm_silu(x, weight, bias, groups, eps, scale_shift, add, residual, silu)
     return y
 

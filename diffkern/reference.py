@@ -4,6 +4,7 @@ The noise is the standard of ``docs/noise.md`` word for word: float32 additions,
 each rounded once, in the order written here. The kernels give these very bits.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .packing import PackedConv
 
 # --- words -------------------------------------------------------------------------------------------------------
 
@@ -232,26 +235,27 @@ def winograd(tile: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.from_numpy(matrix.copy()).to(like) for matrix in (A_T, G, B_T))
 
 
-def pack_taps(weight: Tensor) -> Tensor:
+def pack_taps(weight: Tensor) -> PackedConv:
     """See :func:`diffkern.ops.pack_taps`."""
+    out_channels, in_channels, kernel, _ = weight.shape
     blocks = F.pad(weight.detach().flatten(2), (0, 0, 0, 0, 0, -len(weight) % 32)).unflatten(0, (-1, 32))
-    return blocks.permute(0, 2, 3, 1).contiguous()
+    return PackedConv(blocks.permute(0, 2, 3, 1).contiguous(), in_channels, out_channels, kernel)
 
 
-def expand_taps(taps: Tensor) -> Tensor:
+def expand_taps(taps: PackedConv) -> PackedConv:
     """See :func:`diffkern.ops.expand_taps`."""
-    _, G, _ = winograd(4, taps)
-    matrices = torch.einsum("it,bctk->ibck", torch.kron(G, G), taps)
-    matrices = F.pad(matrices, (0, 0, 0, 0, 0, len(taps) % 2))
-    return matrices.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3).contiguous()
+    _, G, _ = winograd(4, taps.tensor)
+    matrices = torch.einsum("it,bctk->ibck", torch.kron(G, G), taps.tensor)
+    matrices = F.pad(matrices, (0, 0, 0, 0, 0, len(taps.tensor) % 2))
+    return dataclasses.replace(taps, tensor=matrices.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3).contiguous())
 
 
 def conv2d(
     x: Tensor,
-    packed: Tensor,
+    packed: PackedConv,
     bias: Tensor | None = None,
     *,
-    out_channels: int,
+    out_channels: int | None = None,
     stride: int = 1,
     padding: int = 1,
     skip: Tensor | None = None,
@@ -260,6 +264,7 @@ def conv2d(
     upsample: bool = False,
 ) -> Tensor:
     """See :func:`diffkern.ops.conv2d`."""
+    packed, out_channels = packed.tensor, packed.out_channels
     x = x if skip is None else torch.cat((x, skip), dim=1)
     x = F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x
     height, width = (-(-size // stride) for size in x.shape[2:])

@@ -5,7 +5,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import _C
 
@@ -21,8 +21,9 @@ class Watch:
         self._members = self._find_members()
         self.weights = [member for member in self._members if isinstance(member, nn.Parameter)]
         self._addresses = self._find_addresses()
-        self._sizes = [weight.nbytes for weight in self.weights]
-        self.native = all(map(_native, self.weights))
+        self.native = bool(self.weights) and all(map(_native, self.weights))
+        self._hash = torch.zeros(1, dtype=torch.int64)
+        self._hashing = {exact: self._record(exact) for exact in (False, True)} if self.native else {}
         self._seen = {exact: self._look(exact) for exact in (False, True)}
 
     def changed(self, exact: bool = False) -> bool:
@@ -49,14 +50,26 @@ class Watch:
         return [*itertools.chain.from_iterable(map(dict.values, self._owners))]
 
     def _find_addresses(self) -> list[int]:
-        return [weight.data_ptr() for weight in self.weights]
+        return list(map(Tensor.data_ptr, self.weights))
+
+    def _record(self, exact: bool) -> _C.Program:
+        """Record a look at the weights: to run it again converts no list of them."""
+        program = _C.Program()
+        with program:
+            torch.ops.diffkern.fingerprint(self._hash, self.weights, exact)
+        return program
 
     def _look(self, exact: bool) -> int:
-        return _C.fingerprint(self._addresses, self._sizes, exact) if self.native else 0
+        if not self.native:
+            return 0
+        self._hashing[exact].run()
+        return int(self._hash)
 
 
 def _native(weight: nn.Parameter) -> bool:
     """Is it float32 on the CPU, in one piece?"""
+    if type(weight) is not nn.Parameter:  # a subclass may hold its numbers elsewhere
+        return False
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.layout != torch.strided:
         return False
     return torch.ops.aten.is_non_overlapping_and_dense(weight) and weight.untyped_storage().nbytes() >= weight.nbytes

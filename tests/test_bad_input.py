@@ -16,7 +16,13 @@ def index(*values: int) -> torch.Tensor:
 
 X = torch.zeros(2, 3, 4, 4)
 SEEDS, Q_TABLE, STEPS = [1, 2], torch.zeros(10, 2), torch.zeros(5, 9)
-PACKED = ops.pack_conv(torch.zeros(5, 3, 3, 3))
+PACKED, TAPS = (pack(torch.zeros(5, 3, 3, 3)) for pack in (ops.pack_conv, ops.pack_taps))
+
+
+def noisy(t: float) -> torch.Tensor:
+    """Rows whose sigma is 1, so that their t is used."""
+    return torch.tensor([[0.0] * 5 + [1.0, 0.0, 0.0, t]])
+
 
 GOOD = {
     ops.noise: dict(seeds=SEEDS, shape=(3, 4), step=0),
@@ -26,7 +32,8 @@ GOOD = {
     ops.reverse_step_: dict(x=X.clone(), out=X, table=STEPS, step=0, seeds=SEEDS),
     ops.noise_loss: dict(out=X, seeds=SEEDS, t=0),
     ops.pack_conv: dict(weight=torch.zeros(5, 3, 3, 3)),
-    ops.conv2d: dict(x=X, packed=PACKED, out_channels=5),
+    ops.expand_taps: dict(taps=TAPS),
+    ops.conv2d: dict(x=X, packed=PACKED),
     ops.conv3x3: dict(x=X, weight=torch.zeros(5, 3, 3, 3), bias=None),
     torch.ops.diffkern.conv3x3_backward: dict(
         grad_y=torch.zeros(2, 5, 4, 4), x=X, weight=torch.zeros(5, 3, 3, 3), of_x=True, of_weight=True
@@ -35,7 +42,9 @@ GOOD = {
         y=torch.empty(2, 5, 4, 4).contiguous(memory_format=torch.channels_last),
         x=X.contiguous(memory_format=torch.channels_last),
         skip=None,
-        packed=PACKED,
+        packed=PACKED.tensor,
+        in_channels=3,
+        out_channels=5,
         bias=None,
         add=None,
         residual=None,
@@ -43,6 +52,7 @@ GOOD = {
         padding=1,
         upsample=False,
     ),
+    torch.ops.diffkern.fingerprint: dict(hash=torch.zeros(1, dtype=torch.int64), weights=[X], exact=True),
     _C.word_hash: dict(function="radius", first_run=0, last_run=0),
 }
 
@@ -176,6 +186,9 @@ BAD = {
         (dict(seeds=[1]), RuntimeError, "seeds: expected shape (2,), got (1,)"),
     ],
     ops.reverse_step: [
+        (dict(table=noisy(-1.0)), RuntimeError, "table: expected t in [0, 2^32), got -1 in row 0"),
+        (dict(table=noisy(math.nan)), RuntimeError, "table: expected t in [0, 2^32), got nan in row 0"),
+        (dict(table=noisy(2.0**32)), RuntimeError, "table: expected t in [0, 2^32), got 4.29497e+09 in row 0"),
         (dict(x=torch.zeros(())), RuntimeError, "x: expected [N, ...], got shape ()"),
         (
             dict(x=torch.zeros(2), learned_variance=True),
@@ -319,6 +332,15 @@ BAD = {
             RuntimeError,
             "weight: expected [K, C, 3, 3] or [K, C, 1, 1], got shape (5, 3, 3, 1)",
         ),
+        (
+            dict(weight=torch.zeros(0, 3, 3, 3)),
+            RuntimeError,
+            "weight: expected at least one input and one output channel, got shape (0, 3, 3, 3)",
+        ),
+    ],
+    ops.expand_taps: [
+        (dict(taps=TAPS.tensor), TypeError, "taps: expected a PackedConv, as pack_conv returns it, got Tensor"),
+        (dict(taps=PACKED), RuntimeError, "taps: expected [column blocks, C, 9, 32], got shape (9, 1, 3, 64)"),
     ],
     ops.conv2d: [
         (dict(x=None), TypeError, "x: expected a tensor, got None"),
@@ -331,25 +353,10 @@ BAD = {
             RuntimeError,
             "x: expected no gradient through conv2d, got a tensor that requires grad",
         ),
-        (dict(packed=None), TypeError, "packed: expected a tensor, got None"),
-        (
-            dict(packed=torch.zeros(5, 3, 3)),
-            RuntimeError,
-            "packed: expected [matrices, column blocks, C, column block], got shape (5, 3, 3)",
-        ),
-        (dict(packed=torch.zeros(5, 3, 3, 3)), RuntimeError, "packed: expected 1, 9 or 36 matrices, got 5"),
-        (
-            dict(packed=torch.zeros(9, 1, 4, 64)),
-            RuntimeError,
-            "packed: expected shape (9, 1, 3, 64), got (9, 1, 4, 64)",
-        ),
-        (dict(packed=PACKED.double()), RuntimeError, "packed: expected float32, got float64"),
-        (
-            dict(packed=PACKED.mT.contiguous().mT),
-            RuntimeError,
-            "packed: expected a contiguous tensor, got strides (192, 192, 1, 3)",
-        ),
-        (dict(out_channels=65), RuntimeError, "packed: expected shape (9, 2, 3, 64), got (9, 1, 3, 64)"),
+        (dict(packed=None), TypeError, "packed: expected a PackedConv, as pack_conv returns it, got NoneType"),
+        (dict(packed=PACKED.tensor), TypeError, "packed: expected a PackedConv, as pack_conv returns it, got Tensor"),
+        (dict(x=X[:, :2]), RuntimeError, "x: expected 3 channels, got 2"),
+        (dict(out_channels=65), RuntimeError, "out_channels: expected 5, those of packed, got 65"),
         (dict(out_channels=0), ValueError, "out_channels: expected an int of at least 1, got 0"),
         (dict(out_channels=5.0), TypeError, "out_channels: expected an int, got 5.0"),
         (dict(bias=torch.zeros(4)), RuntimeError, "bias: expected shape (5,), got (4,)"),
@@ -367,7 +374,7 @@ BAD = {
         (dict(padding="same"), TypeError, "padding: expected an int, got 'same'"),
         (dict(skip=torch.zeros(2, 3, 4)), RuntimeError, "skip: expected [N, C, H, W], got shape (2, 3, 4)"),
         (dict(skip=torch.zeros(2, 7, 4, 5)), RuntimeError, "skip: expected shape (2, 7, 4, 4), got (2, 7, 4, 5)"),
-        (dict(skip=X), RuntimeError, "packed: expected shape (9, 1, 6, 64), got (9, 1, 3, 64)"),
+        (dict(skip=X), RuntimeError, "x, skip: expected 3 channels together, got 3 and 3"),
         (dict(skip=X.half()), RuntimeError, "skip: expected float32, got float16"),
         (dict(add=torch.zeros(5)), RuntimeError, "add: expected shape (2, 5), got (5,)"),
         (dict(add=torch.zeros(1, 5)), RuntimeError, "add: expected shape (2, 5), got (1, 5)"),
@@ -414,11 +421,40 @@ BAD = {
             RuntimeError,
             "y: expected shape (2, 5, 4, 4), got (2, 5, 3, 4)",
         ),
+        (
+            dict(packed=torch.zeros(5, 3, 3)),
+            RuntimeError,
+            "packed: expected [matrices, column blocks, C, column block], got shape (5, 3, 3)",
+        ),
+        (dict(packed=torch.zeros(5, 3, 3, 3)), RuntimeError, "packed: expected 1, 9 or 36 matrices, got 5"),
+        (
+            dict(packed=torch.zeros(9, 1, 4, 64)),
+            RuntimeError,
+            "packed: expected shape (9, 1, 3, 64), got (9, 1, 4, 64)",
+        ),
+        (dict(packed=PACKED.tensor.double()), RuntimeError, "packed: expected float32, got float64"),
+        (
+            dict(packed=PACKED.tensor.mT.contiguous().mT),
+            RuntimeError,
+            "packed: expected a contiguous tensor, got strides (192, 192, 1, 3)",
+        ),
+        (dict(in_channels=4), RuntimeError, "x: expected 4 channels, got 3"),
+        (dict(out_channels=6), RuntimeError, "y: expected shape (2, 6, 4, 4), got (2, 5, 4, 4)"),
         (dict(stride=0), RuntimeError, "stride: expected a value > 0, got 0"),
         (
             dict(add=torch.zeros(2, 10)[:, ::2]),
             RuntimeError,
             "add: expected the channels of a sample together, got strides (10, 2)",
+        ),
+    ],
+    torch.ops.diffkern.fingerprint: [
+        (dict(hash=torch.zeros(1)), RuntimeError, "hash: expected int64, got float32"),
+        (dict(weights=[X, X.double()]), RuntimeError, "weights: expected float32, got float64"),
+        (dict(weights=[X[:, ::2]]), RuntimeError, "weights: expected dense memory, got strides (48, 32, 4, 1)"),
+        (
+            dict(weights=[X[:1].expand(2, -1, -1, -1)]),
+            RuntimeError,
+            "weights: expected dense memory, got strides (0, 16, 4, 1)",
         ),
     ],
     _C.word_hash: [

@@ -1,6 +1,7 @@
 """Products of bfloat16, summed in float32, on a CPU: of bfloat16 numbers and of numbers that are sums of such terms,
 against float64; and the engine that is made of them."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -27,7 +28,7 @@ def assert_exact(x: Tensor, weight: Tensor, x_dtype: torch.dtype, *, pack=ops.pa
     expected = exact(x, weight, **options)
     size = size_of(x, weight, **options)
     given = {name: o.to(x_dtype) if name in ("skip", "residual") else o for name, o in options.items()}
-    y = ops.conv2d(x.to(x_dtype), pack(weight, terms=1), out_channels=len(weight), **given)
+    y = ops.conv2d(x.to(x_dtype), pack(weight, terms=1), **given)
     assert y.dtype == x_dtype and y.is_contiguous(memory_format=torch.channels_last) and y.shape == expected.shape
     rounding = ROUNDING[x_dtype] * expected.abs() if x_dtype == torch.bfloat16 else 0
     assert ((y.double() - expected).abs() <= summed(additions(weight)) * size.max() + rounding).all()
@@ -40,7 +41,7 @@ def size_of(x: Tensor, weight: Tensor, **options) -> Tensor:
 
 def assert_exact_by_terms(x: Tensor, weight: Tensor, terms: int, *, pack=ops.pack_conv, **options) -> None:
     """Three terms are a float, two are within 2^-16 of it, and one is the nearest bfloat16; twice, for two factors."""
-    y = ops.conv2d(x, pack(weight, terms=terms), out_channels=len(weight), **options)
+    y = ops.conv2d(x, pack(weight, terms=terms), **options)
     assert y.dtype == torch.float32 and y.is_contiguous(memory_format=torch.channels_last)
     error = split(terms, additions(weight))
     assert ((y.double() - exact(x, weight, **options)).abs() <= error * size_of(x, weight, **options).max()).all()
@@ -120,7 +121,7 @@ def test_three_terms_are_exact_far_from_one_and_between_near_and_far():
         assert_exact_by_terms(x, weight * scale, 3)
     wide = x * 2.0 ** torch.arange(-16, 16).repeat(2)[:, None, None]  # each channel by itself must be exact
     alone = torch.eye(64)[:, :, None, None]
-    y = ops.conv2d(wide, ops.pack_conv(alone, terms=3), out_channels=64, padding=0)
+    y = ops.conv2d(wide, ops.pack_conv(alone, terms=3), padding=0)
     assert torch.equal(y, wide)
 
 
@@ -134,14 +135,16 @@ def test_a_blocked_image_gives_the_bits_of_the_image(shape, terms):
             x, options = x.bfloat16(), rounded(options, "residual")
         packs = [ops.pack_conv, ops.pack_upsampling] if options["upsample"] else [ops.pack_conv]
         for packed in (pack(weight, terms=terms) for pack in packs):
-            expected = ops.conv2d(x, packed, out_channels=len(weight), **options)
+            expected = ops.conv2d(x, packed, **options)
             y = torch.empty_like(expected)
             last = options["residual"].contiguous(memory_format=torch.channels_last)
             torch.ops.diffkern.conv2d_out(
                 y,
                 blocked(x, terms),
                 None,
-                packed,
+                packed.tensor,
+                packed.in_channels,
+                packed.out_channels,
                 options["bias"],
                 None,
                 last,
@@ -174,7 +177,8 @@ def test_the_norm_writes_a_blocked_image_with_the_same_bits(shape, dtype, terms)
 def test_a_blocked_image_that_is_none_is_named():
     x, weight, _ = arguments(1, 32, 32, 4, 4)
     last = x.bfloat16().contiguous(memory_format=torch.channels_last)
-    good = dict(y=torch.empty_like(last), x=blocked(last), skip=None, packed=ops.pack_conv(weight, terms=1))
+    good = dict(y=torch.empty_like(last), x=blocked(last), skip=None, packed=ops.pack_conv(weight, terms=1).tensor)
+    good |= dict(in_channels=32, out_channels=32)
     good |= dict(bias=None, add=None, residual=None, stride=1, padding=1, upsample=False)
     for change, message in [
         (
@@ -182,8 +186,12 @@ def test_a_blocked_image_that_is_none_is_named():
             r"x: expected \[N, C / 32, 1, H \+ 2, W \+ 2, 32\], got shape \(1, 1, 1, 6, 6, 16\)",
         ),
         (dict(x=good["x"].float()), "x: expected bfloat16, got float32"),
-        (dict(packed=ops.pack_conv(weight, terms=2)), r"x: expected \[N, C / 32, 2, H \+ 2, W \+ 2, 32\], got shape"),
-        (dict(packed=ops.pack_conv(weight)), "x: expected float32, got bfloat16"),
+        (
+            dict(packed=ops.pack_conv(weight, terms=2).tensor),
+            r"x: expected \[N, C / 32, 2, H \+ 2, W \+ 2, 32\], got shape",
+        ),
+        (dict(packed=ops.pack_conv(weight).tensor), "x: expected float32, got bfloat16"),
+        (dict(in_channels=31), "x: expected 31 channels, got 32"),
         (dict(x=good["x"].transpose(3, 4)), "x: expected a contiguous tensor"),
         (dict(skip=last), "skip: expected none beside a blocked x"),
     ]:
@@ -211,9 +219,9 @@ def test_a_blocked_image_that_is_none_is_named():
 def test_nothing_is_read_outside_a_sample_or_behind_its_channels():
     x, weight, options = arguments(3, 5, 20, 6, 6, skip=True)
     x, skip, packed = x.bfloat16(), options["skip"].bfloat16(), ops.pack_conv(weight, terms=1)
-    alone = ops.conv2d(x[1:2], packed, out_channels=20, skip=skip[1:2])
+    alone = ops.conv2d(x[1:2], packed, skip=skip[1:2])
     x[::2], skip[::2] = torch.nan, torch.inf
-    y = ops.conv2d(x, packed, out_channels=20, skip=skip)
+    y = ops.conv2d(x, packed, skip=skip)
     assert torch.equal(y[1:2], alone) and not y[::2].isfinite().any()
 
 
@@ -227,15 +235,15 @@ def test_the_bits_depend_on_no_thread_count_and_no_batch(shape, terms):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        expected = ops.conv2d(x, packed, out_channels=len(weight), **options)
+        expected = ops.conv2d(x, packed, **options)
         for count in range(2, 9):
             torch.set_num_threads(count)
-            assert torch.equal(ops.conv2d(x, packed, out_channels=len(weight), **options), expected)
+            assert torch.equal(ops.conv2d(x, packed, **options), expected)
     finally:
         torch.set_num_threads(threads)
     for of in (slice(0, 1), slice(1, None)):
         part = options | {name: options[name][of] for name in ("skip", "add", "residual")}
-        assert torch.equal(ops.conv2d(x[of], packed, out_channels=len(weight), **part), expected[of])
+        assert torch.equal(ops.conv2d(x[of], packed, **part), expected[of])
 
 
 @pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
@@ -244,39 +252,43 @@ def test_the_reference_is_the_definition_with_packed_weights(shape):
         x, weight, options = arguments(*shape, **options)
         wide = {k: o.double() if isinstance(o, Tensor) else o for k, o in options.items()}
         for terms, same in ((1, weight.bfloat16()), (2, in_terms(weight, 2).double().sum(dim=0)), (3, weight)):
-            y = reference.conv2d(x.double(), ops.pack_conv(weight, terms=terms), out_channels=len(weight), **wide)
+            y = reference.conv2d(x.double(), ops.pack_conv(weight, terms=terms), **wide)
             torch.testing.assert_close(y, exact(x, same, **options), rtol=1e-11, atol=1e-11)
     for options in UPSAMPLING:
         x, weight, options = arguments(*shape, **options)
         weight, wide = coarse(weight), {k: o.double() if isinstance(o, Tensor) else o for k, o in options.items()}
-        y = reference.conv2d(x.double(), ops.pack_upsampling(weight, terms=1), out_channels=len(weight), **wide)
+        y = reference.conv2d(x.double(), ops.pack_upsampling(weight, terms=1), **wide)
         torch.testing.assert_close(y, exact(x, weight, **options), rtol=1e-11, atol=1e-11)
+
+
+def repeated(packed: ops.PackedConv, *times: int) -> ops.PackedConv:
+    return dataclasses.replace(packed, tensor=packed.tensor.repeat(*times, *[1] * (packed.tensor.ndim - len(times))))
 
 
 def test_the_dtypes_that_do_not_go_together_are_named():
     x, weight, _ = arguments(1, 4, 5, 6, 6)
     with pytest.raises(RuntimeError, match="^x: expected float32, got bfloat16"):
-        ops.conv2d(x.bfloat16(), ops.pack_conv(weight), out_channels=5)
+        ops.conv2d(x.bfloat16(), ops.pack_conv(weight))
     with pytest.raises(RuntimeError, match="^x: expected float32 or bfloat16, got float16"):
-        ops.conv2d(x.half(), ops.pack_conv(weight, terms=1), out_channels=5)
+        ops.conv2d(x.half(), ops.pack_conv(weight, terms=1))
     with pytest.raises(RuntimeError, match=r"^packed: expected shape \(1, 1, 9, 1, 2, 16, 16, 2\), got \(2, 1"):
-        ops.conv2d(x, ops.pack_conv(weight, terms=1).repeat(2, 1, 1, 1, 1, 1, 1, 1), out_channels=5)
+        ops.conv2d(x, repeated(ops.pack_conv(weight, terms=1), 2))
     for terms in (2, 3):
         with pytest.raises(RuntimeError, match="^x: expected float32, got bfloat16"):
-            ops.conv2d(x.bfloat16(), ops.pack_conv(weight, terms=terms), out_channels=5)
+            ops.conv2d(x.bfloat16(), ops.pack_conv(weight, terms=terms))
     for pack in (ops.pack_conv, ops.pack_upsampling):
         with pytest.raises(ValueError, match="^terms: expected 1, 2 or 3, got 4"):
             pack(weight, terms=4)
         with pytest.raises(TypeError, match="^terms: expected an int, got '2'"):
             pack(weight, terms="2")
     with pytest.raises(RuntimeError, match="^packed: expected 1 to 3 terms, got 4"):
-        ops.conv2d(x, ops.pack_conv(weight, terms=2).repeat(1, 1, 1, 2, 1, 1, 1, 1), out_channels=5)
+        ops.conv2d(x, repeated(ops.pack_conv(weight, terms=2), 1, 1, 1, 2))
     with pytest.raises(RuntimeError, match=r"^weight: expected \[K, C, 3, 3\], got shape \(5, 4, 1, 1\)"):
         ops.pack_upsampling(weight[:, :, :1, :1], terms=1)
     with pytest.raises(
         RuntimeError, match="^upsample, stride, padding: expected True, 1 and 1 with 4 matrices, got False"
     ):
-        ops.conv2d(x, ops.pack_upsampling(weight, terms=1), out_channels=5)
+        ops.conv2d(x, ops.pack_upsampling(weight, terms=1))
 
 
 # --- attention ---

@@ -1,5 +1,7 @@
 """Convolution with all that a U-Net adds to it, against float64: every shape, option, CPU level and thread count."""
 
+import dataclasses
+import functools
 import itertools
 from types import ModuleType
 
@@ -92,7 +94,7 @@ def arguments(
     return values((n, c, h, w)), values((k, c + behind, side, side), scale=scale, seed=1), options
 
 
-def pack(weight: Tensor, packing: str, by: ModuleType = ops) -> Tensor:
+def pack(weight: Tensor, packing: str, by: ModuleType = ops) -> ops.PackedConv:
     if packing == "direct":
         return ops.pack_conv(weight)
     taps = by.pack_taps(weight)
@@ -100,7 +102,7 @@ def pack(weight: Tensor, packing: str, by: ModuleType = ops) -> Tensor:
 
 
 def conv2d(x: Tensor, weight: Tensor, packing: str = "direct", **options) -> Tensor:
-    return ops.conv2d(x, pack(weight, packing), out_channels=len(weight), **options)
+    return ops.conv2d(x, pack(weight, packing), **options)
 
 
 def additions(weight: Tensor) -> int:
@@ -179,12 +181,13 @@ def test_nothing_is_read_outside_a_sample(packing):
 def test_the_output_may_be_its_own_residual_and_add_a_row_of_a_table(packing):
     x, weight, options = arguments(2, 30, 40, 6, 7, residual=True)
     packed, table = pack(weight, packing), values((9, 40), seed=6)
-    expected = ops.conv2d(x, packed, out_channels=40, residual=options["residual"], add=table[3].expand(2, -1))
+    expected = ops.conv2d(x, packed, residual=options["residual"], add=table[3].expand(2, -1))
     x, y = (image.contiguous(memory_format=torch.channels_last) for image in (x, options["residual"]))
-    torch.ops.diffkern.conv2d_out(y, x, None, packed, None, table[3].expand(2, -1), y, 1, 1, False)
+    weight = packed.tensor, packed.in_channels, packed.out_channels
+    torch.ops.diffkern.conv2d_out(y, x, None, *weight, None, table[3].expand(2, -1), y, 1, 1, False)
     assert torch.equal(y, expected)
-    torch.ops.diffkern.conv2d_out(y, x, None, packed, None, table[::4][:2], None, 1, 1, False)
-    assert torch.equal(y, ops.conv2d(x, packed, out_channels=40, add=table[[0, 4]]))
+    torch.ops.diffkern.conv2d_out(y, x, None, *weight, None, table[::4][:2], None, 1, 1, False)
+    assert torch.equal(y, ops.conv2d(x, packed, add=table[[0, 4]]))
 
 
 # --- the same bits ---
@@ -220,10 +223,11 @@ def assert_same_bits(x: Tensor, weight: Tensor, options: dict) -> None:
 
 def test_the_matrices_made_of_taps_are_winograds():
     taps = ops.pack_taps(values((70, 5, 3, 3)))
-    matrices, expected = ops.expand_taps(taps), reference.expand_taps(taps.double())
+    wide = dataclasses.replace(taps, tensor=taps.tensor.double())
+    matrices, expected = ops.expand_taps(taps).tensor, reference.expand_taps(wide).tensor
     assert matrices.shape == expected.shape
     assert (matrices.double() - expected).abs().max() <= 4 * 2**-24 * expected.abs().max()
-    torch.library.opcheck(torch.ops.diffkern.expand_taps.default, (taps,))
+    torch.library.opcheck(torch.ops.diffkern.expand_taps.default, (taps.tensor,))
 
 
 AT_A_LEVEL = """
@@ -256,22 +260,57 @@ def test_the_reference_is_the_definition_with_packed_weights_of_every_kind(shape
         x, weight, options = arguments(*shape, **options)
         wide = {name: o.double() if isinstance(o, Tensor) else o for name, o in options.items()}
         packed = pack(weight.double(), packing, by=reference)
-        y = reference.conv2d(x.double(), packed, out_channels=len(weight), **wide)
+        y = reference.conv2d(x.double(), packed, **wide)
         torch.testing.assert_close(y, exact(x, weight, **options), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize(("packing", "matrices", "columns"), [("direct", 9, 64), ("matrices", 36, 64)])
 def test_packed_weights_are_whole_blocks_of_columns_with_zeros_behind(packing, matrices, columns):
-    packed = pack(values((70, 5, 3, 3)), packing)
+    packed = pack(values((70, 5, 3, 3)), packing).tensor
     assert packed.shape == (matrices, -(-70 // columns), 5, columns) and packed.is_contiguous()
     assert packed.data_ptr() % 64 == 0
     beyond = packed.transpose(1, 2).flatten(2)[:, :, 70:]
     assert beyond.shape[2] and not beyond.any() and packed[:, :, :, :6].abs().min() > 0
 
 
+PACKS = {
+    "direct": ops.pack_conv,
+    **{f"{terms} terms": functools.partial(ops.pack_conv, terms=terms) for terms in (1, 2, 3)},
+    "upsampling": functools.partial(ops.pack_upsampling, terms=3),
+    "taps": ops.pack_taps,
+    "matrices": lambda weight: ops.expand_taps(ops.pack_taps(weight)),
+}
+
+
+@pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS)
+def test_a_packed_weight_takes_images_of_its_own_channels_and_no_others(pack):
+    packed, upsample = pack(values((33, 31, 3, 3))), pack is PACKS["upsampling"]
+    assert (packed.in_channels, packed.out_channels, packed.kernel) == (31, 33, 3)
+    x = values((1, 31, 8, 8))
+    assert ops.conv2d(x, packed, upsample=upsample).shape[1] == 33
+    for channels in (7, 30, 32):
+        with pytest.raises(RuntimeError, match=f"^x: expected 31 channels, got {channels}$"):
+            ops.conv2d(values((1, channels, 8, 8)), packed, upsample=upsample)
+    with pytest.raises(RuntimeError, match="^x, skip: expected 31 channels together, got 31 and 1$"):
+        ops.conv2d(x, packed, skip=x[:, :1], upsample=upsample)
+    with pytest.raises(RuntimeError, match=r"^residual: expected shape \(1, 33, .*, got \(1, 34, "):
+        ops.conv2d(x, packed, residual=values((1, 34, *[16 if upsample else 8] * 2)), upsample=upsample)
+    with pytest.raises(RuntimeError, match="^out_channels: expected 33, those of packed, got 34$"):
+        ops.conv2d(x, packed, out_channels=34, upsample=upsample)
+
+
+def test_a_stride_beyond_the_image_is_its_first_pixel():
+    x, weight, _ = arguments(2, 5, 7, 4, 6)
+    for terms in (None, 3):
+        packed = ops.pack_conv(weight, terms=terms)
+        for stride in (6, 2**62, 2**63 - 1):
+            y = ops.conv2d(x, packed, stride=stride)
+            assert torch.equal(y, ops.conv2d(x, packed)[:, :, :1, :1])
+
+
 def test_few_columns_are_packed_one_a_block():
     weight = values((3, 5, 3, 3))
-    assert torch.equal(ops.pack_conv(weight), weight.permute(2, 3, 0, 1).reshape(9, 3, 5, 1))
+    assert torch.equal(ops.pack_conv(weight).tensor, weight.permute(2, 3, 0, 1).reshape(9, 3, 5, 1))
 
 
 # --- through the dispatcher ---
@@ -284,18 +323,17 @@ def test_conv2d_out_passes_opcheck(packing):
     last = [image.contiguous(memory_format=torch.channels_last) for image in (x, options["skip"], options["residual"])]
     for skip, bias, add, residual in ((last[1], options["bias"], options["add"], last[2]), (None,) * 4):
         given = packed if skip is not None else pack(weight[:, :6], packing)
+        sized = given.tensor, given.in_channels, given.out_channels
         y = torch.empty_like(last[2])
         torch.library.opcheck(
-            torch.ops.diffkern.conv2d_out.default, (y, last[0], skip, given, bias, add, residual, 1, 1, False)
+            torch.ops.diffkern.conv2d_out.default, (y, last[0], skip, *sized, bias, add, residual, 1, 1, False)
         )
 
 
 def test_it_compiles_into_a_graph():
     x, weight, options = arguments(2, 6, 9, 4, 5, bias=True)
     packed = ops.pack_conv(weight)
-    compiled = torch.compile(
-        lambda x: ops.conv2d(x, packed, options["bias"], out_channels=9) + 1, fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda x: ops.conv2d(x, packed, options["bias"]) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), conv2d(x, weight, **options) + 1)
 
 

@@ -75,6 +75,15 @@ def test_the_gradient_of_nothing_is_zero(empty):
     assert not grad_weight.any() and not grad_bias.any()
 
 
+@pytest.mark.parametrize("n", [0, 2])
+def test_no_output_channels_give_an_empty_result_and_a_gradient_of_zero(n):
+    inputs, grad_y = (values((n, 3, 4, 5)), torch.zeros(0, 3, 3, 3), torch.zeros(0)), torch.zeros(n, 0, 4, 5)
+    y, *gradients = with_gradients(ops.conv3x3, grad_y, *inputs)
+    assert torch.equal(y, grad_y)
+    for gradient, like in zip(gradients, inputs, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(like))
+
+
 def test_results_lie_in_memory_as_the_network_wants_them():
     last = [tensor.contiguous(memory_format=torch.channels_last) for tensor in arguments(2, 20, 30, 8, 12)[:2]]
     for x, weight in ((*arguments(2, 20, 30, 8, 12)[:2],), last):
@@ -90,7 +99,7 @@ def test_packed_taps_are_the_references():
         weight = values((k, c, 3, 3))
         for memory_format in (torch.contiguous_format, torch.channels_last):
             laid = weight.contiguous(memory_format=memory_format)
-            assert torch.equal(ops.pack_taps(laid), reference.pack_taps(weight))
+            assert torch.equal(ops.pack_taps(laid).tensor, reference.pack_taps(weight).tensor)
 
 
 # --- gradients that are asked for ---

@@ -246,6 +246,18 @@ def test_one_number_written_behind_torchs_back_is_noticed_by_the_next_engine():
     assert not torch.allclose(after, before, atol=1e-2)
 
 
+@pytest.mark.parametrize("layer", ["conv_in", "conv_norm_out", "time_embedding.linear_1", "mid_block.resnets.0.conv1"])
+def test_a_weight_whose_storage_was_freed_raises(layer):
+    network = network_of("plain")
+    x, t, _ = inputs(network)
+    engine = optimize(network)
+    engine(x, t)
+    network.get_submodule(layer).weight.untyped_storage().resize_(0)
+    for run in (engine, network):
+        with pytest.raises(RuntimeError, match="storage"):
+            run(x, t)
+
+
 @pytest.mark.parametrize("change", ["a fused step", "data", "an assigned state", "a hook", "another parameter"])
 def test_what_changes_in_a_network_of_diffusers_is_noticed(change):
     network = diffusers_twin(network_of("ddpm_cifar10")).eval().requires_grad_(False)
@@ -405,11 +417,11 @@ def test_a_program_does_again_what_was_recorded_on_what_lies_there_now():
     packed = ops.pack_conv(torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(0)))
     program = _C.Program()
     with program:
-        torch.ops.diffkern.conv2d_out(y, x.zero_(), None, packed, None, None, None, 1, 1, False)
+        torch.ops.diffkern.conv2d_out(y, x.zero_(), None, packed.tensor, 4, 5, None, None, None, 1, 1, False)
     assert len(program) == 1 and torch.equal(y, torch.zeros_like(y))
     x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
     program.run()
-    assert torch.equal(y, ops.conv2d(x, packed, out_channels=5))
+    assert torch.equal(y, ops.conv2d(x, packed))
 
 
 def test_one_program_is_recorded_at_a_time_and_an_error_ends_it():

@@ -107,11 +107,15 @@ def test_tensor_cores_are_taken_where_the_card_has_them_for_the_rows():
         (_C.plan_elementwise, (1, 1, 8), "element_size: expected 2 or 4, got 8"),
         (_C.plan_noise_loss, (1, 0), "samples, elements: expected values > 0"),
         (_C.plan_group_norm_silu, (1, 6, 4, 1, 4, False), "groups: expected a divisor of the 6 channels, got 4"),
-        (_C.plan_group_norm_silu, (1, 6, 2, 0, 4, False), "samples, pixels: expected values > 0"),
+        (_C.plan_group_norm_silu, (1, 6, 2, 0, 4, False), "samples, channels, pixels: expected values > 0"),
+        (_C.plan_group_norm_silu, (1, 1026, 2, 1, 4, False), "groups: expected at most 512 channels each, got 513"),
         (_C.plan_attention, (1, 0, 1, 8, "float32", 80, False), "expected values > 0"),
+        (_C.plan_elementwise, (1, 2**63 - 1, 4), "samples, elements: expected values > 0 whose product is at most"),
+        (_C.plan_noise_loss, (2**32, 2**32), "samples, elements: expected values > 0 whose product is at most"),
+        (_C.plan_attention, (2**31, 2**31, 1, 8, "float32", 80, True), "whose product is at most"),
         (_C.plan_attention, (1, 1, 1, 8, "float64", 80, False), "dtype: expected 'float32'"),
     ],
 )
-def test_a_plan_of_nothing_is_refused(plan, arguments, message):
+def test_a_plan_of_nothing_or_of_more_than_fits_is_refused(plan, arguments, message):
     with pytest.raises(RuntimeError, match=message):
         plan(*arguments)

@@ -59,3 +59,17 @@ def test_noise_without_intrinsics_has_the_bits_of_the_noise_here(tmp_path):
     words = subprocess.run([program], capture_output=True, check=True).stdout
     z = torch.from_numpy(np.frombuffer(words, np.float32).reshape(2, 777).copy())
     assert torch.equal(z, ops.noise([5, -1], (777,), step=31, stream=1))
+
+
+def test_noise_has_no_undefined_behaviour(tmp_path):
+    """A quarter of all phases would overflow a signed integer."""
+    (tmp_path / "main.cpp").write_text(NOISE)
+    program, sanitizer = tmp_path / "noise", ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    try:
+        compile_portably("-O0", *sanitizer, tmp_path / "main.cpp", ROOT / "csrc/cpu/noise.cpp", "-o", program)
+    except AssertionError as error:
+        if "ubsan" not in str(error):
+            raise
+        pytest.skip("there is no libubsan")
+    done = subprocess.run([program], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")

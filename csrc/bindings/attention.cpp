@@ -17,13 +17,14 @@ Tensor as_dtype(const Tensor& x, ScalarType dtype) {
 ScalarType heads_dtype(const Tensor& x) { return on_cuda(x) ? x.scalar_type() : ScalarType::Float; }
 
 // Of that dtype, with the channels of a token together: what the kernels read.
-Tensor as_heads(const Tensor& x) {
+Tensor as_heads(const char* name, const Tensor& x) {
+  check_memory(name, x);
   const Tensor heads = as_dtype(x, heads_dtype(x));
   return heads.stride(3) == 1 ? heads : torch::stable::contiguous(heads);
 }
 
-HeadsView heads_view(const Tensor& x) {
-  return {memory<void>(x), x.stride(0), x.stride(1), x.stride(2)};
+HeadsView heads_view(const char* name, const Tensor& x) {
+  return {memory<void>(name, x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 // Laid out as [N, tokens, heads, d], as the projections around attention have it.
@@ -35,9 +36,9 @@ Tensor empty_heads(const Tensor& like) {
 // q, k and v are as_heads already.
 AttentionParams attention_params(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
   AttentionParams params{};
-  params.q = heads_view(q);
-  params.k = heads_view(k);
-  params.v = heads_view(v);
+  params.q = heads_view("q", q);
+  params.k = heads_view("k", k);
+  params.v = heads_view("v", v);
   params.dtype = dtype_of("q", q.scalar_type());
   params.samples = q.size(0);
   params.heads = q.size(1);
@@ -92,8 +93,8 @@ Tensor run_attention(const Tensor& out, const Tensor& q, const Tensor& k, const 
                      int terms) {
   Tensor lse = empty_of({q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q);
   AttentionParams params = attention_params(q, k, v, scale);
-  params.out = heads_view(out);
-  params.lse = memory<float>(lse);
+  params.out = heads_view("out", out);
+  params.lse = memory<float>("lse", lse);
   params.terms = terms;
   params.query_block = query_block(params, terms ? kTermsQueries : kAttentionBlock);
   const auto& kernels = cpu::level().kernels;
@@ -115,7 +116,7 @@ int terms_of_floats(const Tensor& q) {
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
   check_attention(q, k, v);
   Tensor out = empty_heads(q);
-  Tensor lse = run_attention(out, as_heads(q), as_heads(k), as_heads(v), scale, terms_of_floats(q));
+  Tensor lse = run_attention(out, as_heads("q", q), as_heads("k", k), as_heads("v", v), scale, terms_of_floats(q));
   return {as_dtype(out, q.scalar_type()), lse};
 }
 
@@ -135,6 +136,9 @@ void attention_out(const Tensor& out, const Tensor& q, const Tensor& k, const Te
     check(tensor.stride(3) == 1, name, ": expected the channels of a token together, got a stride of ",
           tensor.stride(3));
   check_writable("out", out);
+  check_apart("out", out, "q", q);
+  check_apart("out", out, "k", k);
+  check_apart("out", out, "v", v);
   run_attention(out, q, k, v, scale, int(terms.value_or(0)));
 }
 
@@ -147,26 +151,26 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
   check_shape("lse", lse, {q.size(0), q.size(1), q.size(2)});
   check_dtype("lse", lse, ScalarType::Float);
   check_contiguous("lse", lse);
-  const Tensor q_heads = as_heads(q), k_heads = as_heads(k), v_heads = as_heads(v);
-  const Tensor out_heads = as_heads(out), grad_out_heads = as_heads(grad_out);
+  const Tensor q_heads = as_heads("q", q), k_heads = as_heads("k", k), v_heads = as_heads("v", v);
+  const Tensor out_heads = as_heads("out", out), grad_out_heads = as_heads("grad_out", grad_out);
   Tensor grad_q = empty_heads(q), grad_k = empty_heads(k), grad_v = empty_heads(k);
   AttentionParams params = attention_params(q_heads, k_heads, v_heads, scale);
-  params.out = heads_view(out_heads);
-  params.lse = memory<float>(lse);
-  params.grad_out = heads_view(grad_out_heads);
-  params.grad_q = heads_view(grad_q);
-  params.grad_k = heads_view(grad_k);
-  params.grad_v = heads_view(grad_v);
+  params.out = heads_view("out", out_heads);
+  params.lse = memory<float>("lse", lse);
+  params.grad_out = heads_view("grad_out", grad_out_heads);
+  params.grad_q = heads_view("grad_q", grad_q);
+  params.grad_k = heads_view("grad_k", grad_k);
+  params.grad_v = heads_view("grad_v", grad_v);
   if (on_cuda(q)) {
     Tensor delta = empty_of(sizes_of(lse), ScalarType::Float, q);
-    params.delta = memory<float>(delta);
+    params.delta = memory<float>("delta", delta);
     if (q.numel() > 0) run_cuda(q, params, DIFFKERN_CUDA_LAUNCHER(attention_backward));
     return {grad_q, grad_k, grad_v};
   }
   params.key_span = key_span(params);
   const int64_t spans = params.key_spans();
   Tensor parts = empty_of({(spans - 1) * q.numel()}, ScalarType::Float, q);
-  params.grad_q_parts = memory<float>(parts);
+  params.grad_q_parts = memory<float>("parts", parts);
   const auto& kernels = cpu::level().kernels;
   run_cpu(params, kernels.attention_backward, params.samples * params.heads * spans,
           grain(5 * params.queries * params.channels * std::min(params.keys, params.key_span)));

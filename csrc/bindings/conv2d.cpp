@@ -1,5 +1,7 @@
 // Convolution with a packed weight, into given memory, on the CPU.
 
+#include <algorithm>
+
 #include "op.h"
 
 namespace diffkern {
@@ -14,8 +16,9 @@ void check_conv_dtype(const char* name, const Tensor& tensor, int terms) {
 }
 
 ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<Tensor>& skip, const Tensor& packed,
-                         const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
-                         const std::optional<Tensor>& residual, int64_t stride, int64_t padding, bool upsample) {
+                         int64_t in_channels, int64_t out_channels, const std::optional<Tensor>& bias,
+                         const std::optional<Tensor>& add, const std::optional<Tensor>& residual, int64_t stride,
+                         int64_t padding, bool upsample) {
   const bool bf16 = packed.scalar_type() == ScalarType::BFloat16, blocked = x.dim() == 6;
   check(packed.dim() == (bf16 ? 8 : 4), "packed: expected ",
         bf16 ? "[column blocks, blocks of C, matrices, terms, 2, 16, 16, 2]"
@@ -37,6 +40,11 @@ ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<T
   ConvParams params{};
   params.channels[0] = x.size(1) * (blocked ? kDepthBlock : 1);
   params.channels[1] = skip ? skip->size(1) : 0;
+  if (skip)
+    check(params.depth() == in_channels, "x, skip: expected ", in_channels, " channels together, got ",
+          params.channels[0], " and ", params.channels[1]);
+  else
+    check(params.depth() == in_channels, "x: expected ", in_channels, " channels, got ", params.channels[0]);
 
   params.terms = terms;
   params.taps = !bf16 && packed.size(3) == kTapColumns;
@@ -51,11 +59,13 @@ ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<T
   check(params.quarters() == 1 || (upsample && stride == 1 && padding == 1),
         "upsample, stride, padding: expected True, 1 and 1 with 4 matrices, got ", upsample ? "True, " : "False, ",
         stride, " and ", padding);
-  const auto out_size = [&](int64_t size) { return (size * (upsample ? 2 : 1) + stride - 1) / stride; };
+  const int64_t scale = upsample ? 2 : 1;
+  params.stride = std::min(stride, std::max({int64_t(1), scale * height, scale * width}));  // more would change nothing
+  const auto out_size = [&](int64_t size) { return divide_up(scale * size, params.stride); };
   params.out_height = out_size(height);
   params.out_width = out_size(width);
-  params.out_channels = y.dim() == 4 ? y.size(1) : 0;
-  const Sizes out_shape = {samples, params.out_channels, params.out_height, params.out_width};
+  params.out_channels = out_channels;
+  const Sizes out_shape = {samples, out_channels, params.out_height, params.out_width};
   check_device("y", y, x);
   check_conv_dtype("y", y, terms);
   check_image("y", y, y, out_shape);
@@ -67,12 +77,12 @@ ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<T
   else if (params.taps)
     check_like("packed", packed, x, {params.winograd_columns(), params.depth(), 9, kTapColumns});
   else
-    check_like("packed", packed, x, {params.matrices, (params.out_channels + column_block - 1) / column_block,
-                                     params.depth(), column_block});
+    check_like("packed", packed, x,
+               {params.matrices, divide_up(out_channels, column_block), params.depth(), column_block});
   check_contiguous("packed", packed);
-  if (bias) check_vector("bias", *bias, ScalarType::Float, params.out_channels, x);
+  if (bias) check_vector("bias", *bias, ScalarType::Float, out_channels, x);
   if (add) {
-    check_shape("add", *add, {samples, params.out_channels});
+    check_shape("add", *add, {samples, out_channels});
     check_dtype("add", *add, ScalarType::Float);
     check_device("add", *add, x);
     check(add->stride(1) == 1 || add->size(1) < 2 || samples == 0,
@@ -81,20 +91,25 @@ ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<T
     params.add_stride = add->stride(0);
   }
   if (residual) check_image("residual", *residual, y, out_shape);
+  check_apart("y", y, "x", x);
+  check_apart("y", y, "skip", skip);
+  check_apart("y", y, "packed", packed);
+  check_apart("y", y, "bias", bias);
+  check_apart("y", y, "add", add);
+  check_apart("y", y, "residual", residual, true);
 
-  params.x[0] = memory<const void>(x);
-  params.x[1] = skip ? memory<const void>(*skip) : nullptr;
+  params.x[0] = memory<const void>("x", x);
+  params.x[1] = skip ? memory<const void>("skip", *skip) : nullptr;
   params.x_dtype = dtype_of("x", x.scalar_type());
-  params.weight = memory<const void>(packed);
-  params.bias = bias ? memory<const float>(*bias) : nullptr;
-  params.add = add ? memory<const float>(*add) : nullptr;
-  params.residual = residual ? memory<const void>(*residual) : nullptr;
-  params.y = memory<void>(y);
+  params.weight = memory<const void>("packed", packed);
+  params.bias = bias ? memory<const float>("bias", *bias) : nullptr;
+  params.add = add ? memory<const float>("add", *add) : nullptr;
+  params.residual = residual ? memory<const void>("residual", *residual) : nullptr;
+  params.y = memory<void>("y", y);
   params.y_dtype = dtype_of("y", y.scalar_type());
   params.samples = samples;
   params.height = height;
   params.width = width;
-  params.stride = stride;
   params.padding = padding;
   params.upsample = upsample;
   params.blocked = blocked;
@@ -105,10 +120,13 @@ ConvParams conv2d_params(const Tensor& y, const Tensor& x, const std::optional<T
   return params;
 }
 
+// packed: a weight [out_channels, in_channels, ...]. Its shape gives the counts up to whole blocks only.
 void conv2d_out(const Tensor& y, const Tensor& x, const std::optional<Tensor>& skip, const Tensor& packed,
-                const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
-                const std::optional<Tensor>& residual, int64_t stride, int64_t padding, bool upsample) {
-  const ConvParams params = conv2d_params(y, x, skip, packed, bias, add, residual, stride, padding, upsample);
+                int64_t in_channels, int64_t out_channels, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& add, const std::optional<Tensor>& residual, int64_t stride,
+                int64_t padding, bool upsample) {
+  const ConvParams params = conv2d_params(y, x, skip, packed, in_channels, out_channels, bias, add, residual, stride,
+                                          padding, upsample);
   if (y.numel() == 0) return;
   const auto& kernels = cpu::level().kernels;
   if (packed.scalar_type() == ScalarType::BFloat16) {
@@ -124,8 +142,8 @@ void conv2d_out(const Tensor& y, const Tensor& x, const std::optional<Tensor>& s
 }
 
 DIFFKERN_CPU_OP(conv2d_out,
-                "(Tensor(a!) y, Tensor x, Tensor? skip, Tensor packed, Tensor? bias, Tensor? add, Tensor? residual, int "
-                "stride, int padding, bool upsample) -> ()")
+                "(Tensor(a!) y, Tensor x, Tensor? skip, Tensor packed, int in_channels, int out_channels, Tensor? bias, "
+                "Tensor? add, Tensor? residual, int stride, int padding, bool upsample) -> ()")
 
 Tensor expand_taps(const Tensor& taps) {
   check(taps.dim() == 4 && taps.size(2) == 9 && taps.size(3) == kTapColumns, "taps: expected [column blocks, C, 9, ",
@@ -133,10 +151,11 @@ Tensor expand_taps(const Tensor& taps) {
   check_dtype("taps", taps, ScalarType::Float);
   check_contiguous("taps", taps);
   const int64_t blocks = taps.size(0), channels = taps.size(1);
-  const int64_t column_blocks = (blocks * kTapColumns + kWinogradColumns - 1) / kWinogradColumns;
+  const int64_t column_blocks = divide_up(blocks * kTapColumns, kWinogradColumns);
   Tensor matrices = empty_of({36, column_blocks, channels, kWinogradColumns}, ScalarType::Float, taps);
   torch::stable::zero_(matrices);
-  const ExpandTapsParams params{memory<const float>(taps), memory<float>(matrices), channels, blocks, column_blocks};
+  const ExpandTapsParams params{memory<const float>("taps", taps), memory<float>("matrices", matrices), channels, blocks,
+                                column_blocks};
   run_cpu(params, cpu::level().kernels.expand_taps, params.items(), 1);
   return matrices;
 }

@@ -7,7 +7,10 @@ namespace {
 
 using torch::headeronly::MemoryFormat;
 
-Tensor as_channels_last(const Tensor& image) { return torch::stable::contiguous(image, MemoryFormat::ChannelsLast); }
+Tensor as_channels_last(const char* name, const Tensor& image) {
+  check_memory(name, image);
+  return torch::stable::contiguous(image, MemoryFormat::ChannelsLast);
+}
 
 // In channels_last memory.
 Tensor empty_image(const Sizes& sizes, const Tensor& like) try {
@@ -34,7 +37,7 @@ void check_conv3x3(const Tensor& x, const Tensor& weight) {
 // The weight, which is channels_last, or the turned one (ops.h).
 PackTapsParams pack_params(const Tensor& weight, bool turned) {
   PackTapsParams params{};
-  params.weight = memory<const float>(weight);
+  params.weight = memory<const float>("weight", weight);
   params.channels = weight.size(turned ? 0 : 1);
   params.out_channels = weight.size(turned ? 1 : 0);
   params.turned = turned;
@@ -47,10 +50,10 @@ void run_pack(const PackTapsParams& params) {
 
 Tensor pack_taps(const Tensor& weight) {
   check_kernels(weight);
-  const Tensor kernels = as_channels_last(weight);
+  const Tensor kernels = as_channels_last("weight", weight);
   PackTapsParams params = pack_params(kernels, false);
   Tensor taps = empty_of({params.column_blocks(), params.channels, 9, kTapColumns}, ScalarType::Float, weight);
-  params.taps = memory<float>(taps);
+  params.taps = memory<float>("taps", taps);
   run_pack(params);
   return taps;
 }
@@ -67,7 +70,7 @@ constexpr int64_t kFewTiles = 128;
 
 // y = conv(x, weight) + bias, or conv(x, turned weight); x is channels_last.
 Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool turned) {
-  const Tensor kernels = as_channels_last(weight);
+  const Tensor kernels = as_channels_last("weight", weight);
   PackTapsParams pack = pack_params(kernels, turned);
   ConvParams params{};
   params.samples = x.size(0);
@@ -81,13 +84,14 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   params.taps = params.tiles() <= kFewTiles;
   Tensor y = empty_image({params.samples, params.out_channels, params.height, params.width}, x);
   if (y.numel() == 0) return y;
+  if (params.depth() == 0) return torch::stable::zero_(y);  // a weight without output channels, turned
 
   ExpandTapsParams expand{};
   expand.channels = pack.channels;
   expand.tap_blocks = pack.column_blocks();
   expand.column_blocks = (params.out_channels + kWinogradColumns - 1) / kWinogradColumns;
   const int64_t matrices = params.taps ? 0 : params.matrices * expand.column_blocks * pack.channels * kWinogradColumns;
-  pack.taps = memory<float>(kept_memory(pack.elements() + matrices, weight));
+  pack.taps = memory<float>("taps", kept_memory(pack.elements() + matrices, weight));
   run_pack(pack);
   params.weight = pack.taps;
   if (!params.taps) {
@@ -95,9 +99,9 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tenso
     params.weight = expand.matrices = pack.taps + pack.elements();
     run_cpu(expand, cpu::level().kernels.expand_taps, expand.items(), 1);
   }
-  params.x[0] = memory<const void>(x);
-  params.bias = bias ? memory<const float>(*bias) : nullptr;
-  params.y = memory<void>(y);
+  params.x[0] = memory<const void>("x", x);
+  params.bias = bias ? memory<const float>("bias", *bias) : nullptr;
+  params.y = memory<void>("y", y);
   const auto& level = cpu::level().kernels;
   run_cpu(params, params.taps ? level.conv_winograd_taps : level.conv_winograd, params.winograd_items(),
           grain(params.matrices * params.depth() * params.winograd_tiles() * params.winograd_column()));
@@ -107,7 +111,7 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tenso
 Tensor conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_conv3x3(x, weight);
   if (bias) check_vector("bias", *bias, ScalarType::Float, weight.size(0), x);
-  return convolve(as_channels_last(x), weight, bias, false);
+  return convolve(as_channels_last("x", x), weight, bias, false);
 }
 
 // grad_y and x are channels_last.
@@ -123,10 +127,10 @@ Tensor weight_gradient(const Tensor& grad_y, const Tensor& x, const Tensor& weig
   if (x.numel() == 0 || weight.numel() == 0) return grad_weight;
   const int64_t count = params.part_count = params.enough_parts(), elements = weight.numel();
   Tensor parts = count > 1 ? empty_of({count, elements}, ScalarType::Float, weight) : grad_weight;
-  params.x = memory<const float>(x);
-  params.grad_y = memory<const float>(grad_y);
-  params.parts = memory<float>(parts);
-  params.grad_weight = memory<float>(grad_weight);
+  params.x = memory<const float>("x", x);
+  params.grad_y = memory<const float>("grad_y", grad_y);
+  params.parts = memory<float>("parts", parts);
+  params.grad_weight = memory<float>("grad_weight", grad_weight);
   const auto& kernels = cpu::level().kernels;
   run_cpu(params, kernels.conv3x3_gradient, params.blocks() * count,
           grain(36 * Conv3x3GradientParams::kChannels * Conv3x3GradientParams::kChannels * (params.tiles() / count + 1)));
@@ -139,9 +143,9 @@ std::tuple<Tensor, Tensor> conv3x3_backward(const Tensor& grad_y, const Tensor& 
                                             bool of_weight) {
   check_conv3x3(x, weight);
   check_like("grad_y", grad_y, x, {x.size(0), weight.size(0), x.size(2), x.size(3)});
-  const Tensor dense = as_channels_last(grad_y);
+  const Tensor dense = as_channels_last("grad_y", grad_y);
   return {of_x ? convolve(dense, weight, std::nullopt, true) : absent(x),
-          of_weight ? weight_gradient(dense, as_channels_last(x), weight) : absent(x)};
+          of_weight ? weight_gradient(dense, as_channels_last("x", x), weight) : absent(x)};
 }
 
 DIFFKERN_CPU_OP(pack_taps, "(Tensor weight) -> Tensor")

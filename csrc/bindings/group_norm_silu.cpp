@@ -21,7 +21,8 @@ MemoryFormat layout_of(const Tensor& x) {
   return MemoryFormat::ChannelsLast;
 }
 
-Tensor as_layout(const Tensor& x, MemoryFormat layout) {
+Tensor as_layout(const char* name, const Tensor& x, MemoryFormat layout) {
+  check_memory(name, x);
   return x.is_contiguous() && layout == MemoryFormat::Contiguous ? x : torch::stable::contiguous(x, layout);
 }
 
@@ -32,7 +33,7 @@ const float* check_coefficients(const char* name, const std::optional<Tensor>& t
   check_dtype(name, *tensor, ScalarType::Float);
   check_device(name, *tensor, like);
   check(tensor->is_contiguous(), name, ": expected a contiguous tensor");
-  return memory<const float>(*tensor);
+  return memory<const float>(name, *tensor);
 }
 
 // x is as_layout already, and there may be further channels in skip.
@@ -45,7 +46,7 @@ GroupNormSiluParams group_norm_silu_params(const Tensor& x, MemoryFormat layout,
   check(groups > 0 && channels % groups == 0, "groups: expected a divisor of the ", channels, " channels, got ",
         groups);
   GroupNormSiluParams params{};
-  params.x = memory<const void>(x);
+  params.x = memory<const void>("x", x);
   params.dtype = dtype_of("x", x.scalar_type());
   params.channels_last = layout == MemoryFormat::ChannelsLast;
   params.silu = silu;
@@ -84,20 +85,20 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor
                                                    const std::optional<Tensor>& add,
                                                    const std::optional<Tensor>& residual, bool silu) {
   const MemoryFormat layout = layout_of(x);
-  const Tensor dense = as_layout(x, layout);
+  const Tensor dense = as_layout("x", x, layout);
   GroupNormSiluParams params = group_norm_silu_params(dense, layout, weight, bias, groups, scale_shift, add, silu);
   if (residual) check_like("residual", *residual, x, sizes_of(x));
-  const Tensor added = residual ? as_layout(*residual, layout) : dense;
+  const Tensor added = residual ? as_layout("residual", *residual, layout) : dense;
   Tensor y = empty_as(dense);
   Tensor mean = empty_of({params.samples, groups}, ScalarType::Float, x);
   Tensor rstd = empty_of({params.samples, groups}, ScalarType::Float, x);
   params.eps = float(eps);
-  params.residual = residual ? memory<const void>(added) : nullptr;
-  params.y = memory<void>(y);
-  params.mean = memory<float>(mean);
-  params.rstd = memory<float>(rstd);
+  params.residual = residual ? memory<const void>("residual", added) : nullptr;
+  params.y = memory<void>("y", y);
+  params.mean = memory<float>("mean", mean);
+  params.rstd = memory<float>("rstd", rstd);
   const auto partial = empty_partial(x, params, 2 * params.samples * groups, ScalarType::Double);
-  if (partial) params.partial_moments = memory<double>(*partial);
+  if (partial) params.partial_moments = memory<double>("partial", *partial);
   if (x.numel() > 0)
     run_group_norm_silu(x, params, cpu::level().kernels.group_norm_silu, DIFFKERN_CUDA_LAUNCHER(group_norm_silu));
   else
@@ -129,12 +130,17 @@ void group_norm_silu_out(const Tensor& y, const Tensor& x, const std::optional<T
   }
   GroupNormSiluParams params = group_norm_silu_params(x, MemoryFormat::ChannelsLast, weight, bias, groups, scale_shift,
                                                       std::nullopt, silu, skip_channels);
+  check_apart("y", y, "x", x, !blocked);
+  check_apart("y", y, "skip", skip);
+  check_apart("y", y, "weight", weight);
+  check_apart("y", y, "bias", bias);
+  check_apart("y", y, "scale_shift", scale_shift);
   params.eps = float(eps);
   params.blocked_width = blocked ? width : 0;
   params.terms = terms;
-  params.skip = skip ? memory<const void>(*skip) : nullptr;
+  params.skip = skip ? memory<const void>("skip", *skip) : nullptr;
   params.skip_channels = skip_channels;
-  params.y = memory<void>(y);
+  params.y = memory<void>("y", y);
   if (y.numel() > 0) run_group_norm_silu(y, params, cpu::level().kernels.group_norm_silu, nullptr);
 }
 
@@ -144,21 +150,21 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(const Tensor& grad_y
                                                             const std::optional<Tensor>& scale_shift,
                                                             const std::optional<Tensor>& add, bool silu) {
   const MemoryFormat layout = layout_of(x);
-  const Tensor dense = as_layout(x, layout);
+  const Tensor dense = as_layout("x", x, layout);
   GroupNormSiluParams params = group_norm_silu_params(dense, layout, weight, bias, groups, scale_shift, add, silu);
   check_like("grad_y", grad_y, x, sizes_of(x));
-  const Tensor dense_grad_y = as_layout(grad_y, layout);
+  const Tensor dense_grad_y = as_layout("grad_y", grad_y, layout);
   Tensor grad_x = empty_as(dense);
   Tensor grad_offset = empty_of({params.samples, params.channels}, ScalarType::Float, x);
   Tensor grad_slope = empty_of({params.samples, params.channels}, ScalarType::Float, x);
   params.mean = const_cast<float*>(check_coefficients("mean", mean, {params.samples, groups}, x));
   params.rstd = const_cast<float*>(check_coefficients("rstd", rstd, {params.samples, groups}, x));
-  params.grad_y = memory<const void>(dense_grad_y);
-  params.grad_x = memory<void>(grad_x);
-  params.grad_offset = memory<float>(grad_offset);
-  params.grad_slope = memory<float>(grad_slope);
+  params.grad_y = memory<const void>("grad_y", dense_grad_y);
+  params.grad_x = memory<void>("grad_x", grad_x);
+  params.grad_offset = memory<float>("grad_offset", grad_offset);
+  params.grad_slope = memory<float>("grad_slope", grad_slope);
   const auto partial = empty_partial(x, params, 2 * params.samples * params.channels, ScalarType::Float);
-  if (partial) params.partial_sums = memory<float>(*partial);
+  if (partial) params.partial_sums = memory<float>("partial", *partial);
   if (x.numel() > 0)
     run_group_norm_silu(x, params, cpu::level().kernels.group_norm_silu_backward,
                         DIFFKERN_CUDA_LAUNCHER(group_norm_silu_backward));

@@ -55,8 +55,25 @@ inline thread_local Lent lent;
 inline uint64_t emulated_stream = 0;  // on which ops launch
 #endif
 
+// Throws unless the storage reaches as far as the tensor's elements do: one that was freed has no bytes left. An op that
+// lets torch copy a tensor calls this first, since torch does not look.
+inline void check_memory(const char* name, const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t last = 0, first = 0, bytes = 0;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return;
+    last += (sizes[d] - 1) * strides[d];
+  }
+  check(aoti_torch_get_storage_offset(tensor.get(), &first) == AOTI_TORCH_SUCCESS &&
+            aoti_torch_get_storage_size(tensor.get(), &bytes) == AOTI_TORCH_SUCCESS,
+        name, ": expected a tensor with a storage, got one without");
+  const int64_t needed = (first + last + 1) * int64_t(tensor.element_size());
+  check(bytes >= needed, name, ": expected a storage of at least ", needed, " bytes, got ", bytes);
+}
+
 template <class T>
-T* memory(const Tensor& tensor) {
+T* memory(const char* name, const Tensor& tensor) {
+  check_memory(name, tensor);
 #ifdef DIFFKERN_EMULATED_CUDA
   lent.add(tensor, std::is_const_v<T>);
 #endif
@@ -80,7 +97,7 @@ inline Index index_of(const char* name, const Tensor& tensor, int64_t samples, i
   const bool one = tensor.dim() == 0 || (tensor.dim() == 1 && tensor.size(0) == 1);
   check(one || (tensor.dim() == 1 && tensor.size(0) == samples), name, ": expected shape () or (", samples,
         ",), got ", show(sizes_of(tensor)));
-  const Index index{memory<const int64_t>(tensor), one ? 0 : tensor.stride(0)};
+  const Index index{memory<const int64_t>(name, tensor), one ? 0 : tensor.stride(0)};
   if (!on_cuda(tensor))
     for (int64_t n = 0; n < (one ? int64_t(1) : samples); ++n) {
       const int64_t value = index.data[n * index.stride];
@@ -101,7 +118,7 @@ inline DType dtype_of(const char* name, ScalarType dtype) {
 }
 
 inline View view_of(const char* name, const Tensor& tensor) {
-  View view{memory<void>(tensor), dtype_of(name, tensor.scalar_type()), 0, tensor.stride(0), {}, {}};
+  View view{memory<void>(name, tensor), dtype_of(name, tensor.scalar_type()), 0, tensor.stride(0), {}, {}};
   for (int64_t d = 1; d < tensor.dim(); ++d) {
     const int64_t size = tensor.size(d), stride = tensor.stride(d);
     if (size == 1) continue;
@@ -120,29 +137,6 @@ inline View view_of(const char* name, const Tensor& tensor) {
     view.dims = 1;
   }
   return view;
-}
-
-// Whether a view that is written shares memory with one that is read: told by the range of each sample, where both have
-// theirs equally far apart (as the halves of a tensor's channels have), else by the range of all.
-inline bool overlap(const View& written, const View& read, int64_t samples) {
-  const int64_t size = written.dtype == DType::f32 ? 4 : 2;
-  const auto bytes = [size](const View& view) {
-    int64_t last = 0;
-    for (int32_t d = 0; d < view.dims; ++d) last += (view.sizes[d] - 1) * view.strides[d];
-    return (last + 1) * size;
-  };
-  const int64_t of_written = bytes(written), of_read = bytes(read), rest = (samples - 1) * size;
-  const int64_t ahead = static_cast<const char*>(read.data) - static_cast<const char*>(written.data);
-  if (ahead >= of_written + rest * written.batch_stride || -ahead >= of_read + rest * read.batch_stride) return false;
-  if (samples == 1 || written.batch_stride != read.batch_stride) return true;
-  const int64_t period = written.batch_stride * size, phase = (ahead % period + period) % period;
-  return phase < of_written || period - phase < of_read;
-}
-
-inline bool same_place(const Tensor& a, const Tensor& b) {
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
-  return a.const_data_ptr() == b.const_data_ptr();
 }
 
 inline int64_t elements_of(const Tensor& tensor) {  // of one sample

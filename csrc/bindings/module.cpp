@@ -7,7 +7,6 @@
 
 #include <array>
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -42,35 +41,6 @@ std::array<uint32_t, 4> philox_words(const std::array<uint32_t, 4>& counter, con
   return {uint32_t(words.w0), uint32_t(words.w1), uint32_t(words.w2), uint32_t(words.w3)};
 }
 
-// Of pieces of memory in words of 4 bytes, whose addresses and sizes in bytes are given: a hash of 16 words of each,
-// evenly spaced, or of all of them. Four chains of multiplications, since one would wait for itself.
-uint64_t fingerprint(const std::vector<uint64_t>& addresses, const std::vector<uint64_t>& sizes, bool exact) {
-  check(addresses.size() == sizes.size(), "sizes: expected ", addresses.size(), ", got ", sizes.size());
-  const auto mix = [](uint64_t& chain, uint64_t word) {
-    chain = (chain ^ word) * 0x9E3779B97F4A7C15u;
-    chain ^= chain >> 32;
-  };
-  uint64_t hash[4] = {1, 2, 3, 4};
-  for (size_t piece = 0; piece < addresses.size(); ++piece) {
-    const auto* words = reinterpret_cast<const uint32_t*>(addresses[piece]);
-    const uint64_t count = sizes[piece] / 4;
-    uint64_t i = 0;
-    if (!exact && count > 16)
-      for (; i < 16; ++i) mix(hash[i % 4], words[i * (count - 1) / 15]);
-    else {
-      for (; i + 8 <= count; i += 8)
-        for (int chain = 0; chain < 4; ++chain) {
-          uint64_t pair;
-          std::memcpy(&pair, words + i + 2 * chain, sizeof pair);
-          mix(hash[chain], pair);
-        }
-      for (; i < count; ++i) mix(hash[i % 4], words[i]);
-    }
-  }
-  for (int chain = 1; chain < 4; ++chain) mix(hash[0], hash[chain]);
-  return hash[0];
-}
-
 // The level in use, or why it cannot be the one that was asked for.
 const char* cpu_level() {
   if (const char* error = cpu::level().error)
@@ -101,8 +71,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("COMPILER") = __VERSION__;
   module.def("cpu_level", &cpu_level);
   module.def("cpu_levels", &cpu::supported_levels);
-  module.def("fingerprint", &fingerprint, arg("addresses"), arg("sizes"), arg("exact"),
-             pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("philox", &philox_words, arg("counter"), arg("key"));
   module.def("word_hash", &word_hash, arg("function"), arg("first_run") = 0,
              arg("last_run") = (int64_t(1) << 32) / kCodesPerHash,

@@ -17,7 +17,7 @@ Tensor noise(const Tensor& seeds, const Sizes& shape, const Tensor& step, int64_
   sizes.insert(sizes.end(), shape.begin(), shape.end());
   dtype_of("dtype", dtype);
   Tensor z = empty_of(sizes, dtype, seeds);
-  const NoiseParams params{view_of("z", z), samples,  elements_of(z), memory<const int64_t>(seeds),
+  const NoiseParams params{view_of("z", z), samples,  elements_of(z), memory<const int64_t>("seeds", seeds),
                            t.data,          t.stride, uint32_t(stream)};
   run_on_chunks(z, params, cpu::level().kernels.noise, DIFFKERN_CUDA_LAUNCHER(noise));
   return z;

@@ -16,6 +16,8 @@
 #include "../cpu/kernels.h"
 #include "checks.h"
 #include "memory.h"
+#include "negated.h"
+#include "overlap.h"
 #include "run.h"
 #ifdef DIFFKERN_CUDA
 #include "../cuda/kernels.h"
@@ -32,9 +34,14 @@
 
 // The function `name` as an op of CPU tensors, or of these and CUDA's: it looks at their device itself. Tensors of other
 // devices find no kernel and raise.
-#define DIFFKERN_CPU_OP(name, schema)                                                         \
-  STABLE_TORCH_LIBRARY_FRAGMENT(DIFFKERN_LIBRARY, library) { library.def(#name schema); }     \
-  STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CPU, library) { library.impl(#name, TORCH_BOX(&name)); }
-#define DIFFKERN_OP(name, schema) \
-  DIFFKERN_CPU_OP(name, schema)   \
+#define DIFFKERN_CPU_OP(name, schema) DIFFKERN_OP_OF(name, schema, false)
+#define DIFFKERN_OP(name, schema)    \
+  DIFFKERN_OP_OF(name, schema, true) \
   STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CUDA, library) { library.impl(#name, TORCH_BOX(&name)); }
+
+#define DIFFKERN_OP_OF(name, schema, may_be_cuda)                                                     \
+  STABLE_TORCH_LIBRARY_FRAGMENT(DIFFKERN_LIBRARY, library) { library.def(#name schema); }             \
+  STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, CPU, library) { library.impl(#name, TORCH_BOX(&name)); } \
+  STABLE_TORCH_LIBRARY_IMPL(DIFFKERN_LIBRARY, Negative, library) {                                    \
+    resolve_negated<&name, may_be_cuda>(library, #name, schema);                                      \
+  }

@@ -22,16 +22,24 @@ struct Launch {
   int32_t threads, shared_bytes;  // shared_bytes: beside what the kernel declares
 };
 
+// Throws unless the product of the sizes, about the elements of a tensor, is small enough that plans fit into 64 bits.
+void check_sizes(const char* names, const Sizes& sizes) {
+  int64_t elements = 1;
+  for (const int64_t size : sizes)
+    check(size > 0 && !__builtin_mul_overflow(elements, size, &elements) && elements <= int64_t(1) << 60, names,
+          ": expected values > 0 whose product is at most 2^60, got ", show(sizes));
+}
+
 Launch plan_elementwise(int64_t samples, int64_t elements, int64_t element_size) {
-  check(samples > 0 && elements > 0, "samples, elements: expected values > 0, got ", samples, " and ", elements);
+  check_sizes("samples, elements", {samples, elements});
   check(element_size == 2 || element_size == 4, "element_size: expected 2 or 4, got ", element_size);
   const int64_t vector = 16 / element_size;
-  const cuda::Plan plan = cuda::plan_elementwise(samples, (elements + vector - 1) / vector);
+  const cuda::Plan plan = cuda::plan_elementwise(samples, divide_up(elements, vector));
   return {"elementwise", plan.grid_x, plan.grid_y, int32_t(plan.threads), 0};
 }
 
 Launch plan_noise_loss(int64_t samples, int64_t elements) {
-  check(samples > 0 && elements > 0, "samples, elements: expected values > 0, got ", samples, " and ", elements);
+  check_sizes("samples, elements", {samples, elements});
   const cuda::Plan plan = cuda::plan_noise_loss(samples, elements);
   return {"partial", plan.grid_x, plan.grid_y, int32_t(plan.threads), 0};
 }
@@ -40,9 +48,10 @@ Launch plan_noise_loss(int64_t samples, int64_t elements) {
 std::pair<std::vector<Launch>, std::array<int32_t, 4>> plan_group_norm_silu(int64_t samples, int64_t channels,
                                                                             int64_t groups, int64_t pixels,
                                                                             int64_t element_size, bool channels_last) {
-  check(samples > 0 && pixels > 0, "samples, pixels: expected values > 0, got ", samples, " and ", pixels);
-  check(groups > 0 && channels > 0 && channels % groups == 0, "groups: expected a divisor of the ", channels,
-        " channels, got ", groups);
+  check_sizes("samples, channels, pixels", {samples, channels, pixels});
+  check(groups > 0 && channels % groups == 0, "groups: expected a divisor of the ", channels, " channels, got ", groups);
+  check(channels / groups <= cuda::GroupNormPlan::kMaxWidth, "groups: expected at most ",
+        cuda::GroupNormPlan::kMaxWidth, " channels each, got ", channels / groups);
   check(element_size == 2 || element_size == 4, "element_size: expected 2 or 4, got ", element_size);
   GroupNormSiluParams params{};
   params.dtype = element_size == 4 ? DType::f32 : DType::bf16;
@@ -63,8 +72,7 @@ std::pair<std::vector<Launch>, std::array<int32_t, 4>> plan_group_norm_silu(int6
 // Each launch and the rows of its blocks, for aligned rows on a card of that compute capability (80: sm_80).
 std::vector<std::pair<Launch, int32_t>> plan_attention(int64_t heads, int64_t queries, int64_t keys, int64_t channels,
                                                        const std::string& dtype, int64_t architecture, bool backward) {
-  check(heads > 0 && queries > 0 && keys > 0 && channels > 0,
-        "heads, queries, keys, channels: expected values > 0, got ", show({heads, queries, keys, channels}));
+  check_sizes("heads, queries, keys, channels", {heads, queries, keys, channels});
   check(dtype == "float32" || dtype == "bfloat16" || dtype == "float16",
         "dtype: expected 'float32', 'bfloat16' or 'float16', got '", dtype, "'");
   const DType type = dtype == "float32" ? DType::f32 : dtype == "bfloat16" ? DType::bf16 : DType::f16;

@@ -20,10 +20,10 @@ void run_q_sample(const Tensor& x_0, const Tensor& t, const Tensor& seeds, const
                              eps ? view_of("eps", *eps) : View{},
                              x_0.size(0),
                              elements_of(x_0),
-                             memory<const int64_t>(seeds),
+                             memory<const int64_t>("seeds", seeds),
                              index.data,
                              index.stride,
-                             memory<const float>(table),
+                             memory<const float>("table", table),
                              table.size(0)};
   run_on_chunks(x_0, params, cpu::level().kernels.q_sample, DIFFKERN_CUDA_LAUNCHER(q_sample));
 }
@@ -38,6 +38,9 @@ std::tuple<Tensor, Tensor> q_sample(const Tensor& x_0, const Tensor& t, const Te
 
 void q_sample_(const Tensor& x_0, const Tensor& t, const Tensor& seeds, const Tensor& table) {
   check_writable("x_0", x_0);
+  check_apart("x_0", x_0, "t", t);
+  check_apart("x_0", x_0, "seeds", seeds);
+  check_apart("x_0", x_0, "table", table);
   run_q_sample(x_0, t, seeds, table, x_0, nullptr);
 }
 

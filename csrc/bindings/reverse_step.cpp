@@ -1,22 +1,22 @@
 // One step of a sampler, functional and in place.
 
+#include <cstring>
+
 #include "../math/row.h"
 #include "op.h"
 
 namespace diffkern {
 namespace {
 
-// What is read may lie where the target lies, element by element, or apart from it.
-void check_target(const char* target, const Tensor& written, const View& view, const Tensor& out,
-                  const std::optional<Tensor>& out_uncond, const std::vector<Tensor>& history,
-                  const ReverseStepParams& params) {
-  const auto check_read = [&](const char* name, const Tensor& tensor, const View& read) {
-    check(!overlap(view, read, params.samples) || same_place(written, tensor), name, ": expected the memory of ", target,
-          " or other memory, got some of it");
-  };
-  check_read("out", out, params.out);
-  if (out_uncond) check_read("out_uncond", *out_uncond, params.out_uncond);
-  for (int j = 0; j < params.history_count; ++j) check_read("history", history[j], params.history[j]);
+// The noise of a row is that of its t: on the CPU it is looked at, in the rows that are used and draw noise.
+void check_times(const Index& index, int64_t samples, const float* table, int64_t columns) {
+  for (int64_t n = 0; n < (index.stride ? samples : 1); ++n) {
+    const int64_t number = index.data[n * index.stride];
+    Row row;
+    std::memcpy(&row, table + number * columns, sizeof row);
+    check(row.sigma == 0 || (row.t >= 0 && row.t < 0x1p32f), "table: expected t in [0, 2^32), got ", row.t, " in row ",
+          number);
+  }
 }
 
 void run_reverse_step(const Tensor& x, const Tensor& out, const Tensor& table, const Tensor& step, const Tensor& seeds,
@@ -49,19 +49,13 @@ void run_reverse_step(const Tensor& x, const Tensor& out, const Tensor& table, c
   for (const Tensor& h : history) params.history[params.history_count++] = view_of("history", h);
   params.samples = x.size(0);
   params.elements = elements_of(x);
-  if (&x_next == &x && params.samples * params.elements > 0) {
-    check_target("x", x, params.x, out, out_uncond, history, params);
-    if (x0_hat) {
-      check_target("x0_hat", *x0_hat, params.x0_hat, out, out_uncond, history, params);
-      check(!overlap(params.x0_hat, params.x, params.samples), "x0_hat: expected other memory than x's, got some of it");
-    }
-  }
-  params.seeds = memory<const int64_t>(seeds);
-  params.table = memory<const float>(table);
+  params.seeds = memory<const int64_t>("seeds", seeds);
+  params.table = memory<const float>("table", table);
   params.rows = table.size(0);
   params.columns = columns;
   params.step = index.data;
   params.step_stride = index.stride;
+  if (!on_cuda(x)) check_times(index, params.samples, params.table, columns);
   params.guidance = float(guidance);
   params.clip = clip;
   params.learned_variance = learned_variance;
@@ -79,13 +73,26 @@ std::tuple<Tensor, Tensor> reverse_step(const Tensor& x, const Tensor& out, cons
   return {x_next, x0_hat};
 }
 
+// A target may lie where what is read element by element lies, or apart from it.
+void check_target(const char* target, const Tensor& written, const Tensor& out, const Tensor& table, const Tensor& step,
+                  const Tensor& seeds, const std::optional<Tensor>& out_uncond, const std::vector<Tensor>& history) {
+  check_writable(target, written);
+  check_apart(target, written, "out", out, true);
+  check_apart(target, written, "out_uncond", out_uncond, true);
+  for (const Tensor& h : history) check_apart(target, written, "history", h, true);
+  check_apart(target, written, "table", table);
+  check_apart(target, written, "step", step);
+  check_apart(target, written, "seeds", seeds);
+}
+
 void reverse_step_(const Tensor& x, const Tensor& out, const Tensor& table, const Tensor& step, const Tensor& seeds,
                    const std::optional<Tensor>& out_uncond, double guidance, bool clip, bool learned_variance,
                    const std::vector<Tensor>& history, const std::optional<Tensor>& x0_hat) {
-  check_writable("x", x);
+  check_target("x", x, out, table, step, seeds, out_uncond, history);
   if (x0_hat) {
     check_like("x0_hat", *x0_hat, x, sizes_of(x));
-    check_writable("x0_hat", *x0_hat);
+    check_target("x0_hat", *x0_hat, out, table, step, seeds, out_uncond, history);
+    check_apart("x", x, "x0_hat", *x0_hat);
   }
   run_reverse_step(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, x,
                    x0_hat ? &*x0_hat : nullptr);

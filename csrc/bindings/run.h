@@ -69,6 +69,6 @@ void run_on_chunks(const Tensor& where, const Params& params, CpuKernel<Params> 
 }
 
 // Work items a thread must have to be worth waking, of so many products each: about 10 us.
-inline int64_t grain(int64_t products) { return std::max(int64_t(1), 500'000 / products); }
+inline int64_t grain(int64_t products) { return std::max(int64_t(1), 500'000 / std::max(int64_t(1), products)); }
 
 }  // namespace diffkern

@@ -15,6 +15,7 @@
 #include "../math/log.h"
 #include "gemm.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
 
@@ -82,6 +83,18 @@ void online_softmax(Softmax& state, float* s, int64_t keys, int64_t queries) {
   }
 }
 
+// Channels of a block that are transposed at a time.
+constexpr int64_t kForwardDepth = 512, kBackwardDepth = 256;
+
+struct alignas(64) ForwardArrays {
+  float q_t[kForwardDepth * kBlock], s[kKeys * kBlock];
+};
+
+struct alignas(64) BackwardArrays {
+  float k_t[kBackwardDepth * kBlock], v_t[kBackwardDepth * kBlock];
+  float prob[kQueries * kBlock], grad_s[kQueries * kBlock];
+};
+
 float dot(const float* a, const float* b, int64_t count) {
   f32v sum{};
   for (; count > kLanes; count -= kLanes, a += kLanes, b += kLanes) sum = multiply_add(load(a), load(b), sum);
@@ -91,7 +104,8 @@ float dot(const float* a, const float* b, int64_t count) {
 }  // namespace
 
 void attention(const AttentionParams& p, int64_t begin, int64_t end) {
-  alignas(64) float q_t[512 * kBlock], s[kKeys * kBlock], inverse[kBlock], lse[kBlock];
+  auto& [q_t, s] = scratch<ForwardArrays>();
+  alignas(64) float inverse[kBlock], lse[kBlock];
   const int64_t blocks = p.query_blocks();
   for (int64_t item = begin; item < end; ++item) {
     const int64_t sample = item / blocks / p.heads, head = item / blocks % p.heads;
@@ -107,7 +121,7 @@ void attention(const AttentionParams& p, int64_t begin, int64_t end) {
       const int64_t keys = p.keys - key < kKeys ? p.keys - key : kKeys;
       const bool last = key + keys == p.keys;
       const Rows k = rows_of(p.k, sample, head).from(key), v = rows_of(p.v, sample, head).from(key);
-      scores(k, keys, q, queries, p.channels, p.scale, {q_t, 512}, key == 0, s);
+      scores(k, keys, q, queries, p.channels, p.scale, {q_t, kForwardDepth}, key == 0, s);
       online_softmax(state, s, keys, queries);
       for (int64_t i = 0; last && i < queries; i += kLanes) {
         const f32v sum = load(state.sum + i);
@@ -125,7 +139,7 @@ void attention(const AttentionParams& p, int64_t begin, int64_t end) {
 }
 
 void attention_backward(const AttentionParams& p, int64_t begin, int64_t end) {
-  alignas(64) float k_t[256 * kBlock], v_t[256 * kBlock], prob[kQueries * kBlock], grad_s[kQueries * kBlock];
+  auto& [k_t, v_t, prob, grad_s] = scratch<BackwardArrays>();
   const int64_t span = p.key_span, spans = p.key_spans();
   const int64_t elements = p.samples * p.queries * p.heads * p.channels;
   for (int64_t item = begin; item < end; ++item) {
@@ -143,8 +157,8 @@ void attention_backward(const AttentionParams& p, int64_t begin, int64_t end) {
         const Rows out = rows_of(p.out, sample, head).from(query);
         const Rows grad_out = rows_of(p.grad_out, sample, head).from(query);
         const float* lse = p.lse + (sample * p.heads + head) * p.queries + query;
-        scores(q, queries, k, keys, p.channels, p.scale, {k_t, 256}, query == 0, prob);
-        scores(grad_out, queries, v, keys, p.channels, 1.0f, {v_t, 256}, query == 0, grad_s);
+        scores(q, queries, k, keys, p.channels, p.scale, {k_t, kBackwardDepth}, query == 0, prob);
+        scores(grad_out, queries, v, keys, p.channels, 1.0f, {v_t, kBackwardDepth}, query == 0, grad_s);
         for (int64_t i = 0; i < queries; ++i) {
           const float delta = dot(grad_out.from(i).data, out.from(i).data, p.channels);
           for (int64_t j = i * kBlock; j < i * kBlock + keys; j += kLanes) {

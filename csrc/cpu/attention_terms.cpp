@@ -10,6 +10,7 @@
 #include "../math/silu.h"
 #include "gemm_bf16.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
 
@@ -23,7 +24,6 @@ template <int terms>
 constexpr int64_t kKeys = terms == 3 ? 64 : 128;  // that meet
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t parts(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows of tokens of one head.
 template <class T>
@@ -149,7 +149,7 @@ template <int terms>
 void online_softmax(Group<terms>& group, const float* s, float scale, bool first, int64_t keys, int64_t panels) {
   alignas(64) float present[kKeys<terms>], largest[kQueries], shrink[kQueries];
   for (int64_t key = 0; key < kKeys<terms>; ++key) present[key] = key < keys ? 1.0f : 0.0f;
-  const int64_t queries = group.tiles * kRows, scores = parts(keys, kColumns) * kSums, sums = panels * kSums;
+  const int64_t queries = group.tiles * kRows, scores = divide_up(keys, kColumns) * kSums, sums = panels * kSums;
   for (int64_t i = 0; i < queries; ++i) {
     f32v all = broadcast(group.max[i]);
     for (int64_t j = i * kColumns; j < scores; j += kSums)
@@ -179,22 +179,28 @@ void online_softmax(Group<terms>& group, const float* s, float scale, bool first
         for (int64_t l = j; l < j + kColumns; l += kLanes) store(group.out + l, load(group.out + l) * shrink[i]);
 }
 
+// About 850 KB.
+template <int terms>
+struct alignas(64) Arrays {
+  BFloat16 packed[kKeys<terms> * kMaxTermsHead * terms];
+  float s[kKeys<terms> * kQueries];
+  Group<terms> groups[kGroups];
+};
+
 template <int terms, class T>
 void attend(const AttentionParams& p, int64_t begin, int64_t end) {
-  alignas(64) BFloat16 packed[kKeys<terms> * kMaxTermsHead * terms];
-  alignas(64) float s[kKeys<terms> * kQueries];
-  Group<terms> groups[kGroups];
+  auto& [packed, s, groups] = scratch<Arrays<terms>>();
   const Unit unit;
   const int64_t blocks = p.query_blocks(), panels = p.channels / kColumns;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t sample = item / blocks / p.heads, head = item / blocks % p.heads;
     const int64_t first = item % blocks * p.query_block, count = min(p.query_block, p.queries - first);
-    const int64_t group_count = parts(count, kQueries);
+    const int64_t group_count = divide_up(count, kQueries);
     for (int64_t g = 0; g < group_count; ++g)
       pack_queries<terms>(groups[g], Tokens<T>(p.q, sample, head, first + g * kQueries),
                           min(kQueries, count - g * kQueries), p.channels);
     for (int64_t key = 0; key < p.keys; key += kKeys<terms>) {
-      const int64_t keys = min(kKeys<terms>, p.keys - key), key_blocks = parts(keys, kDepth);
+      const int64_t keys = min(kKeys<terms>, p.keys - key), key_blocks = divide_up(keys, kDepth);
       const Tokens<T> k(p.k, sample, head, key), v(p.v, sample, head, key), next(p.k, sample, head, key + keys);
       pack_keys<terms>(k, keys, p.channels, packed);
       for (int64_t g = 0; g < group_count; ++g) {

@@ -13,8 +13,6 @@ namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
 
 namespace {
 
-thread_local Scratch scratch;
-
 constexpr int64_t kTiles = Conv3x3GradientParams::kTiles, kChannels = Conv3x3GradientParams::kChannels;
 // Matrices are a cache line more than a power of two apart, so that they spread over the sets of a cache.
 constexpr int64_t kMatrix = kTiles * kChannels + 16, kMatrixSum = kChannels * kChannels + 16;
@@ -91,7 +89,7 @@ class WeightBlock {
         rows(min(kChannels, p.out_channels - k)),
         c(item % p.channel_blocks() * kChannels),
         columns(min(kChannels, p.channels - c)),
-        v(scratch.reserve(kMatrices * (2 * kMatrix + kMatrixSum))),
+        v(scratch_floats(kMatrices * (2 * kMatrix + kMatrixSum))),
         e(v + kMatrices * kMatrix),
         sum(e + kMatrices * kMatrix) {}
 

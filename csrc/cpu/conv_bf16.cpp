@@ -10,6 +10,7 @@
 
 #include "conv_bf16_input.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
 
@@ -156,26 +157,33 @@ void convolve_in_place(const ConvParams& p, const ConvBlocks& blocks, const Bloc
   multiply_tiles<terms>(p, seen, tiles, count, block.panel, block.panel + block.panels, 0, sums[0]);
 }
 
+// 256 to 512 KB.
+template <int terms>
+struct alignas(64) CopyArrays {
+  BFloat16 copied[(kCopied * terms + kRows) * kDepth];
+  float sums[kMaxPanels][kBlockTiles][kRows * kColumns];
+};
+
 // As many channels at a time as the copy holds; if that is not all, with so many panels as there is room for sums.
 template <int terms>
 void convolve_copy(const ConvParams& p, const ConvBlocks& blocks, const Block& block) {
-  alignas(64) BFloat16 copied[(kCopied * terms + kRows) * kDepth];
-  alignas(64) float sums[kMaxPanels][kBlockTiles][kRows * kColumns];
+  CopyArrays<terms>& arrays = scratch<CopyArrays<terms>>();
   Tile tiles[kBlockTiles];
   const Copy copy(p, blocks, block);
   const int count = find_tiles(p, blocks, block, tiles, [&](Tile& tile, int64_t n, int64_t r, int64_t c) {
-    tile.rows[0] = copied + n * copy.sample() + (r * copy.columns + c) * kDepth;
+    tile.rows[0] = arrays.copied + n * copy.sample() + (r * copy.columns + c) * kDepth;
   });
   const int64_t depth = p.depth(), fit = kCopied * kDepth / copy.size * kDepth;
   const int64_t last_panel = block.panel + block.panels, panels = fit < depth ? kMaxPanels : block.panels;
   for (int64_t panel = block.panel; panel < last_panel; panel += panels)
     for (int64_t first = 0; first < depth; first += fit) {
       const int64_t last = min(depth, first + fit);
-      fill<terms>(p, block, copy, first, last, copied);
+      fill<terms>(p, block, copy, first, last, arrays.copied);
       const Seen seen{.parts = {{.tile = {}, .row = kDepth, .block = terms * copy.size, .term = copy.size,
                                  .blocks = (last - first + kDepth - 1) / kDepth, .tap = copy.tap}},
                       .part_count = 1};
-      multiply_tiles<terms>(p, seen, tiles, count, panel, min(last_panel, panel + panels), first / kDepth, sums[0][0]);
+      multiply_tiles<terms>(p, seen, tiles, count, panel, min(last_panel, panel + panels), first / kDepth,
+                            arrays.sums[0][0]);
     }
 }
 

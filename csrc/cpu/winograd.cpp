@@ -75,8 +75,6 @@ void multiply(const Product& p) {
   }
 }
 
-thread_local Scratch scratch;
-
 // A block of tiles on its way through the layer. V lies in the thread's memory, where the next item finds it.
 class Block {
   const ConvParams& p;
@@ -93,7 +91,7 @@ class Block {
  public:
   Block(const ConvParams& params, int64_t block)
       : p(params), first(block * p.winograd_tiles()), tiles(min(p.winograd_tiles(), p.tiles() - first)) {
-    v = scratch.reserve(p.winograd_tiles() * (v_tile + kTileM) + channels);
+    v = scratch_floats(p.winograd_tiles() * (v_tile + kTileM) + channels);
     product = v + p.winograd_tiles() * v_tile;
     zeros = product + p.winograd_tiles() * kTileM;
   }

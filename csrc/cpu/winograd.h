@@ -5,16 +5,15 @@
 
 #pragma once
 
-#include <cstdlib>
-
 #include "../math/lanes.h"
+#include "../ops.h"
+#include "scratch.h"
 
 namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
 
 namespace {
 
 DIFFKERN_FN int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-DIFFKERN_FN int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int kTile = 4, kSize = kTile + 2, kMatrices = kSize * kSize;
 
@@ -100,22 +99,6 @@ DIFFKERN_FN void transform_input(const float* const* d, int64_t channel, int cou
       },
       [&](int i, int j, f32v value) __attribute__((always_inline)) { store(v + (i * kSize + j) * v_row, value); });
 }
-
-// A thread's own memory, a few megabytes that it keeps: to ask for them anew would cost page faults at every layer.
-struct Scratch {
-  float* data = nullptr;
-  int64_t size = 0;
-  ~Scratch() { std::free(data); }
-
-  float* reserve(int64_t floats) {
-    if (floats > size) {
-      std::free(data);
-      size = divide_up(floats, 1024) * 1024;
-      data = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
-    }
-    return data;
-  }
-};
 
 }  // namespace
 

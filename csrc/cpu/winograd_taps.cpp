@@ -115,8 +115,6 @@ void multiply_tiles(int64_t tiles, const Product& p) {
     multiply_tiles<most - 1>(tiles, p);
 }
 
-thread_local Scratch scratch;
-
 // A block of tiles on its way through the layer. V lies in the thread's memory, where the next item finds it.
 class Block {
   const ConvParams& p;
@@ -134,7 +132,7 @@ class Block {
   Block(const ConvParams& params, int64_t block)
       : p(params), first(block * p.winograd_tiles()), tiles(min(p.winograd_tiles(), p.tiles() - first)) {
     const int64_t v_size = depths * kSize * v_row, u_size = kSize * kDepth * kPair, m_size = kSize * m_row;
-    v = scratch.reserve(v_size + u_size + 2 * m_size + channels);
+    v = scratch_floats(v_size + u_size + 2 * m_size + channels);
     u = v + v_size;
     chain = u + u_size;
     product = chain + m_size;

@@ -111,7 +111,7 @@ struct AttentionPlan {
 };
 
 // heads: of all samples. tokens: the rows', queries forward and for their gradient, keys for theirs
-inline int64_t row_blocks(int64_t tokens, int64_t heads, int64_t rows) { return (tokens + rows - 1) / rows * heads; }
+inline int64_t row_blocks(int64_t tokens, int64_t heads, int64_t rows) { return divide_up(tokens, rows) * heads; }
 
 template <class Tiling>
 AttentionPlan plan_of(int64_t tokens, int64_t heads) {
@@ -120,7 +120,7 @@ AttentionPlan plan_of(int64_t tokens, int64_t heads) {
 
 inline AttentionPlan plan_attention_any(int64_t tokens, int64_t heads, int64_t channels) {
   const int64_t width = with_slice_width(channels, [](auto slice) { return int64_t(decltype(slice)::value); });
-  return {row_blocks(tokens, heads, kTokens), (channels + width - 1) / width, kTokens, kAnyThreads, 0};
+  return {row_blocks(tokens, heads, kTokens), divide_up(channels, width), kTokens, kAnyThreads, 0};
 }
 
 inline AttentionPlan plan_delta(int64_t queries, int64_t heads, int lanes) {

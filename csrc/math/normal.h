@@ -33,17 +33,18 @@ struct CosSin {
 template <class F>
 DIFFKERN_FN CosSin<F> cos_sin(typename Lanes<F>::U w) {
   using I = typename Lanes<F>::I;
+  using U = typename Lanes<F>::U;
   constexpr float kSin[] = {0x1.921fb6p+0f, -0x1.4abc24p-1f, 0x1.4680a4p-4f, -0x1.33198ep-8f};
   constexpr float kCos[] = {-0x1.3bd3a2p+0f, 0x1.03b18ep-2f, -0x1.4eb112p-6f};
   F t = to_float(I(w << 2)) * 0x1p-32f;  // quarter turns
   F t2 = t * t;
   F sin = t * polynomial(t2, kSin), cos = t2 * polynomial(t2, kCos) + 1.0f;
-  I quarter = I(w + (1u << 29));  // in the top two bits
-  I odd = (quarter & 0x40000000) != 0;
+  U quarter = w + (1u << 29);  // in the top two bits
+  I odd = (quarter & (1u << 30)) != 0u;
   F swapped_cos = odd ? sin : cos, swapped_sin = odd ? cos : sin;
-  constexpr int32_t kSign = INT32_MIN;
-  return {as_float(as_int(swapped_cos) ^ ((quarter + 0x40000000) & kSign)),
-          as_float(as_int(swapped_sin) ^ (quarter & kSign))};
+  constexpr uint32_t kSign = 1u << 31;
+  return {as_float(as_int(swapped_cos) ^ I((quarter + (1u << 30)) & kSign)),
+          as_float(as_int(swapped_sin) ^ I(quarter & kSign))};
 }
 
 }  // namespace diffkern
