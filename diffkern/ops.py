@@ -113,26 +113,19 @@ def _gradient(op: str, gradient: Callable, save: Callable) -> None:
     torch.library.register_autograd(f"diffkern::{op}", gradient, setup_context=save, lib=_library)
 
 
-def _by_torch(
-    *factors: Tensor | None,
-    dtypes: str = "float32, bfloat16 or float16",
-    **images: Tensor | Sequence[Tensor] | None,
-) -> bool:
-    """Must a composite run? If not, refuses images that are float64, which it would take."""
-    if transforms.by_torch(factors=[factor for factor in factors if factor is not None], **images):
-        return True
-    for name, image in transforms.named(images):
-        if image.dtype == torch.float64:
-            raise RuntimeError(f"{name}: expected {dtypes} outside of diffkern.torch_ops(), got float64")
-    return False
-
-
 def _run(op: Callable, *args: Any) -> Any:
-    """Calls an op that has no gradient, past its refusal of tangents, for which its caller has looked."""
+    """Calls an op for which ``transforms.by_torch`` said no; without a gradient, past its kernel for autograd."""
     if torch.compiler.is_compiling():
         return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    try:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    except RuntimeError as error:
+        if str(error).endswith("got float64"):
+            raise RuntimeError(f"{error}, which diffkern.torch_ops() takes") from None
+        raise
 
 
 def _without_gradient(op: str, **tensors: Tensor | Sequence[Tensor] | None) -> None:
@@ -148,7 +141,7 @@ def _without_gradient(op: str, **tensors: Tensor | Sequence[Tensor] | None) -> N
 
 def _in_place(op: str, **tensors: Tensor | Sequence[Tensor] | None) -> bool:
     """Must a composite run, for an op that writes in place? Refuses all that differentiates or transforms it."""
-    if not transforms.by_torch(**tensors):
+    if not transforms.by_torch(*tensors.values()):
         return False
     for name, tensor in transforms.named(tensors):
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or transforms.is_dual(tensor):
@@ -200,7 +193,7 @@ def noise(
     step = _as_index("step", step, seeds.device)
     if transforms.by_torch():
         return composites.noise(seeds, shape, step=step, stream=stream, dtype=dtype)
-    return _ops.noise(seeds, shape, step, stream, dtype)
+    return _run(_ops.noise, seeds, shape, step, stream, dtype)
 
 
 @torch.library.register_fake("diffkern::noise")
@@ -226,7 +219,7 @@ def q_sample(
     _check("a tensor", Tensor, x_0=x_0, table=table)
     _check("True or False", bool, return_eps=return_eps)
     t, seeds = _as_index("t", t, x_0.device), as_seeds(seeds, x_0.device)
-    if _by_torch(table, x_0=x_0):
+    if transforms.by_torch(x_0, table):
         return composites.q_sample(x_0, t, seeds, table, return_eps=return_eps)
     _without_gradient("q_sample", x_0=x_0, table=table)
     x_t, eps = _run(_ops.q_sample, x_0, t, seeds, table, return_eps)
@@ -296,7 +289,7 @@ def reverse_step(
     _check_step(x, out, table, out_uncond, guidance, clip, learned_variance, history)
     _check("True or False", bool, return_x0=return_x0)
     step, seeds = _as_index("step", step, x.device), as_seeds(seeds, x.device)
-    if _by_torch(table, x=x, out=out, out_uncond=out_uncond, history=history):
+    if transforms.by_torch(x, out, table, out_uncond, history):
         return composites.reverse_step(
             x,
             out,
@@ -394,10 +387,10 @@ def noise_loss(out: Tensor, seeds: Seeds, t: int | Tensor, weights: Tensor | Non
     _check("a tensor", Tensor, out=out)
     _check("a tensor or None", (Tensor, NoneType), weights=weights)
     seeds, t = as_seeds(seeds, out.device), _as_index("t", t, out.device)
-    if _by_torch(weights, out=out):
+    if transforms.by_torch(out, weights):
         return composites.noise_loss(out, seeds, t, weights)
     _without_gradient("noise_loss", weights=weights)
-    return _ops.noise_loss(out, seeds, t, weights)
+    return _run(_ops.noise_loss, out, seeds, t, weights)
 
 
 @_fake("noise_loss", differentiable=True)
@@ -446,9 +439,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
         raise TypeError(f"scale: expected a finite number, got {scale!r}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    if _by_torch(q=q, k=k, v=v):
+    if transforms.by_torch(q, k, v):
         return composites.attention(q, k, v, scale=scale)
-    out, _ = _ops.attention(q, k, v, scale)
+    out, _ = _run(_ops.attention, q, k, v, scale)
     return out
 
 
@@ -660,9 +653,9 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     _check("a tensor", Tensor, x=x, weight=weight)
     _check("a tensor or None", (Tensor, NoneType), bias=bias)
-    if _by_torch(bias, dtypes="float32", x=x, weight=weight):
+    if transforms.by_torch(x, weight, bias):
         return composites.conv3x3(x, weight, bias)
-    return _ops.conv3x3(x, weight, None if bias is None else bias.contiguous())
+    return _run(_ops.conv3x3, x, weight, None if bias is None else bias.contiguous())
 
 
 def _empty_channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -739,14 +732,14 @@ def group_norm_silu(
         raise TypeError(f"eps: expected a number, got {eps!r}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
-    if _by_torch(weight, bias, scale_shift, add, x=x, residual=residual):
+    if transforms.by_torch(x, weight, bias, scale_shift, add, residual):
         return composites.group_norm_silu(
             x, weight, bias, groups, eps=eps, scale_shift=scale_shift, add=add, residual=residual, silu=silu
         )
     weight, bias, scale_shift, add = (
         None if tensor is None else tensor.float().contiguous() for tensor in (weight, bias, scale_shift, add)
     )
-    y, _, _ = _ops.group_norm_silu(x, weight, bias, groups, eps, scale_shift, add, residual, silu)
+    y, _, _ = _run(_ops.group_norm_silu, x, weight, bias, groups, eps, scale_shift, add, residual, silu)
     return y
 
 

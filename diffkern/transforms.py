@@ -36,7 +36,7 @@ class torch_ops(contextlib.ContextDecorator):
         _mode.depth -= 1
 
 
-def named(tensors: dict[str, Tensor | Sequence[Tensor] | None]) -> Iterator[tuple[str, Tensor]]:
+def named(tensors: dict[Any, Tensor | Sequence[Tensor] | None]) -> Iterator[tuple[Any, Tensor]]:
     """Every tensor with its argument's name, also those of a list."""
     for name, value in tensors.items():
         for tensor in (value,) if isinstance(value, Tensor) else value or ():
@@ -48,13 +48,13 @@ def is_dual(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def by_torch(**tensors: Tensor | Sequence[Tensor] | None) -> bool:
+def by_torch(*tensors: Tensor | Sequence[Tensor] | None) -> bool:
     """Must torch's own ops run for these arguments: in ``torch_ops``, in a ``torch.func`` transform, or for a tangent?"""
     if _mode.depth > 0 or torch._C._are_functorch_transforms_active():
         return True
     if forward_ad._current_level < 0:
         return False
-    return torch.compiler.is_compiling() or any(is_dual(tensor) for _, tensor in named(tensors))
+    return torch.compiler.is_compiling() or any(is_dual(tensor) for _, tensor in named(dict(enumerate(tensors))))
 
 
 def recorded() -> bool:

@@ -310,7 +310,7 @@ class UNet(nn.Module):
         def run(block: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
             return block(x if skip is None else torch.cat([x, skip], dim=1), emb)
 
-        if not transforms.by_torch(x_t=x_t):  # torch.vmap has no channels_last
+        if not transforms.by_torch(x_t):  # torch.vmap has no channels_last
             x_t = x_t.contiguous(memory_format=torch.channels_last)
         x = self.walk(self.conv_in(x_t), run)
         return self.conv_out(group_norm_silu(self.conv_norm_out, x))
