@@ -144,7 +144,10 @@ def group_norm_silu(
     residual: Tensor | None = None,
     silu: bool = True,
 ) -> Tensor:
-    """See :func:`diffkern.ops.group_norm_silu`. Not torch's own norm, whose forward-mode derivative takes no channels_last."""
+    """See :func:`diffkern.ops.group_norm_silu`.
+
+    Torch's own norm would not do: its forward-mode derivative takes no channels_last image.
+    """
     n, c = x.shape[:2]
     y, pixel = _wide(x), [1] * (x.ndim - 2)
     _expect("weight", weight, (c,))
@@ -172,7 +175,10 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    """See :func:`diffkern.ops.attention`. Not torch's own attention, which has one derivative and none forwards."""
+    """See :func:`diffkern.ops.attention`.
+
+    Torch's own attention would not do: on a CPU it has one derivative, and none forwards.
+    """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
             raise RuntimeError(f"{name}: expected [N, heads, tokens, d], got shape {tuple(tensor.shape)}")

@@ -1,6 +1,6 @@
 """What ``torch.utils.flop_counter.FlopCounterMode`` counts for our ops: as many operations as for torch's own.
 
-A convolution counts as a direct one, by whichever algorithm it runs. Norms and elementwise ops count as nothing, as torch's.
+A convolution counts as a direct one, whichever algorithm runs. Norms and elementwise ops count as nothing, as in torch.
 """
 
 import importlib.abc
@@ -59,7 +59,7 @@ def _add_formulas(counter: ModuleType) -> None:
 
 
 class _WithCounter(importlib.abc.MetaPathFinder):
-    """Adds the formulas when torch's counter is imported: to import it for them would import triton, which takes long."""
+    """Adds the formulas when torch's counter is imported. Importing it here would import triton, which takes long."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != COUNTER:

@@ -2,8 +2,10 @@
 
 Each one has a kernel for the CPU and for CUDA (``csrc/``) and a plain twin of the same name and signature in
 :mod:`diffkern.reference`. Torch's own ops (:mod:`diffkern.composites`) run instead in ``diffkern.torch_ops()``, in a
-transform of ``torch.func`` and for tensors with a tangent (:mod:`diffkern.transforms`). Noise is addressed, never drawn from a state: the seed of a sample, a step and a stream
-name it, and with them come the same bits on any device, in any batch, on any number of threads (``docs/noise.md``).
+transform of ``torch.func``, and for tensors with a tangent (:mod:`diffkern.transforms`).
+
+Noise is addressed, never drawn from a state: the seed of a sample, a step and a stream name it, and with them come the
+same bits on any device, in any batch, on any number of threads (``docs/noise.md``).
 
 Elementwise ops take float32, bfloat16 and float16 tensors of any strides, compute in float32 and round once.
 Shapes are ``[N, ...]``: N samples of any shape, images as a rule. Errors name the argument, what was expected and
@@ -133,10 +135,7 @@ def _without_gradient(op: str, **tensors: Tensor | Sequence[Tensor] | None) -> N
     if torch.is_grad_enabled():
         for name, tensor in transforms.named(tensors):
             if tensor.requires_grad:
-                raise RuntimeError(
-                    f"{name}: expected no gradient through {op} outside of diffkern.torch_ops(), "
-                    f"got a tensor that requires grad"
-                )
+                raise RuntimeError(f"{name}: expected no gradient through {op}, got a tensor that requires grad")
 
 
 def _in_place(op: str, **tensors: Tensor | Sequence[Tensor] | None) -> bool:
@@ -146,8 +145,8 @@ def _in_place(op: str, **tensors: Tensor | Sequence[Tensor] | None) -> bool:
     for name, tensor in transforms.named(tensors):
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or transforms.is_dual(tensor):
             raise RuntimeError(
-                f"{name}: expected a plain tensor, for {op} writes in place and has neither forward-mode derivatives (jvp) "
-                f"nor transforms, got one of torch.func or with a tangent; {op.removesuffix('_')} has them"
+                f"{name}: expected a plain tensor, for {op} writes in place and has no forward-mode derivative (jvp) "
+                f"and no transforms, as {op.removesuffix('_')} has, got one with a tangent or of torch.func"
             )
     return True
 
@@ -156,7 +155,8 @@ def _differentiable_once(op: str) -> None:
     """For an op's gradient, which has none itself and must not pass for a constant."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"create_graph: expected False, for {op} can be differentiated once outside of diffkern.torch_ops(), got True"
+            f"create_graph: expected False, for {op} can be differentiated once, and any number of times in "
+            f"diffkern.torch_ops(), got True"
         )
 
 
@@ -178,7 +178,7 @@ def noise(
     shape   of one sample
     step    in [0, 2^32): one for all, or an int64 tensor [N]
     stream  what the noise is for: 0 the initial x_T, 1 reverse steps, 2 forward noising; others are free
-    dtype   float32, or bfloat16 or float16: the float32 value rounded once. In ``torch_ops`` also float64, the same value
+    dtype   float32, or bfloat16 or float16: the float32 value rounded once; in ``torch_ops`` also float64, unrounded
     device  where to; None is the seeds' own
 
     Philox4x32-10 (Salmon et al. 2011) and Box-Muller from 32-bit uniforms, |z| up to 6.76.
@@ -221,7 +221,7 @@ def q_sample(
     t, seeds = _as_index("t", t, x_0.device), as_seeds(seeds, x_0.device)
     if transforms.by_torch(x_0, table):
         return composites.q_sample(x_0, t, seeds, table, return_eps=return_eps)
-    _without_gradient("q_sample", x_0=x_0, table=table)
+    _without_gradient("q_sample outside of diffkern.torch_ops()", x_0=x_0, table=table)
     x_t, eps = _run(_ops.q_sample, x_0, t, seeds, table, return_eps)
     return (x_t, eps) if return_eps else x_t
 
@@ -303,7 +303,14 @@ def reverse_step(
             history=history,
             return_x0=return_x0,
         )
-    _without_gradient("reverse_step", x=x, out=out, table=table, out_uncond=out_uncond, history=history)
+    _without_gradient(
+        "reverse_step outside of diffkern.torch_ops()",
+        x=x,
+        out=out,
+        table=table,
+        out_uncond=out_uncond,
+        history=history,
+    )
     options = (out_uncond, guidance, clip, learned_variance, history)
     x_next, x0_hat = _run(_ops.reverse_step, x, out, table, step, seeds, *options, return_x0)
     return (x_next, x0_hat) if return_x0 else x_next
@@ -389,7 +396,7 @@ def noise_loss(out: Tensor, seeds: Seeds, t: int | Tensor, weights: Tensor | Non
     seeds, t = as_seeds(seeds, out.device), _as_index("t", t, out.device)
     if transforms.by_torch(out, weights):
         return composites.noise_loss(out, seeds, t, weights)
-    _without_gradient("noise_loss", weights=weights)
+    _without_gradient("noise_loss outside of diffkern.torch_ops()", weights=weights)
     return _run(_ops.noise_loss, out, seeds, t, weights)
 
 

@@ -1,6 +1,8 @@
 """Every op once more in plain NumPy and PyTorch, with the same signature: what the kernels are held against.
 
-The ops that have derivatives are the composites (:mod:`diffkern.composites`), with noise and exp in NumPy. The noise is the standard of ``docs/noise.md`` word for word: float32 additions, multiplications and square roots,
+The ops that have derivatives are the composites (:mod:`diffkern.composites`), with noise and exp in NumPy.
+
+The noise is the standard of ``docs/noise.md`` word for word: float32 additions, multiplications and square roots,
 each rounded once, in the order written here. The kernels give these very bits.
 """
 

@@ -1,7 +1,7 @@
 """When torch's own ops run in place of a kernel, and what a kernel refuses.
 
-A kernel computes values and, where it has one, a first derivative backwards. All else that torch does with a function works
-on the composites (:mod:`diffkern.composites`): derivatives forwards and of higher order, ``torch.func``, float64.
+A kernel computes values and, where it has one, a first derivative backwards. All else that torch does with a function
+works on the composites (:mod:`diffkern.composites`): derivatives forwards and of higher order, ``torch.func``, float64.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ class torch_ops(contextlib.ContextDecorator):
     """Run every op by torch's own ops, in this thread: a context manager or a decorator, that may be nested.
 
     Within it, networks and ops take float64 tensors and have derivatives of any order: ``create_graph=True``,
-    ``torch.autograd.gradcheck``, gradients through :func:`q_sample` and :func:`reverse_step`. Noise still comes from its
-    kernel, with the same bits, and is a constant to every derivative. Slower than the kernels, with more memory.
+    ``torch.autograd.gradcheck``, gradients through :func:`q_sample` and :func:`reverse_step`. Noise still comes from
+    its kernel, with the same bits, and is a constant to every derivative. Slower than the kernels, with more memory.
     """
 
     def __enter__(self) -> None:
@@ -49,7 +49,7 @@ def is_dual(tensor: Tensor) -> bool:
 
 
 def by_torch(*tensors: Tensor | Sequence[Tensor] | None) -> bool:
-    """Must torch's own ops run for these arguments: in ``torch_ops``, in a ``torch.func`` transform, or for a tangent?"""
+    """Must torch's own ops run: in ``torch_ops``, in a transform of ``torch.func``, or as an argument has a tangent?"""
     if _mode.depth > 0 or torch._C._are_functorch_transforms_active():
         return True
     if forward_ad._current_level < 0:
@@ -79,34 +79,44 @@ def readable(tensor: Tensor) -> bool:
 
 
 class Library(torch.library.Library):
-    """Where gradients are registered: such an op refuses tensors with a tangent, which would be dropped in silence."""
+    """Where gradients are registered: its ops refuse tensors with a tangent, which a kernel would drop in silence."""
 
     def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
-        super().impl(op_name, _refusing(op_name, fn), dispatch_key, **options)
+        names = _argument_names(op_name)
+
+        def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+            if forward_ad._current_level >= 0:
+                for name, tensor in _tensors(names, args):
+                    if is_dual(tensor):
+                        raise RuntimeError(
+                            f"{name}: expected no tangent, for the kernel of {op_name} has no forward-mode derivative "
+                            f"(jvp); the functions of diffkern.ops have one, got a dual tensor"
+                        )
+            return fn(keyset, *args)
+
+        super().impl(op_name, kernel, dispatch_key, **options)
 
     def without_gradient(self, op_name: str) -> None:
-        """For the ops that have none."""
-        op = getattr(torch.ops.diffkern, op_name).default
+        """For an op that has none: it refuses tensors that require one, too."""
+        names, op = _argument_names(op_name), getattr(torch.ops.diffkern, op_name).default
 
         def below(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+            if torch.is_grad_enabled():
+                for name, tensor in _tensors(names, args):
+                    if tensor.requires_grad:
+                        raise RuntimeError(
+                            f"{name}: expected no gradient through {op_name}, got a tensor that requires grad"
+                        )
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
         self.impl(op_name, below, "Autograd", with_keyset=True)
 
 
-def _refusing(op_name: str, fn: Callable) -> Callable:
-    names = [argument.name for argument in getattr(torch.ops.diffkern, op_name).default._schema.arguments]
+def _argument_names(op_name: str) -> list[str]:
+    return [argument.name for argument in getattr(torch.ops.diffkern, op_name).default._schema.arguments]
 
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            tensors = {name: value for name, value in zip(names, args, strict=False) if isinstance(value, (Tensor, list))}
-            for name, tensor in named(tensors):
-                if isinstance(tensor, Tensor) and is_dual(tensor):
-                    raise RuntimeError(
-                        f"{name}: expected no tangent, for the kernel of {op_name} has no forward-mode derivative (jvp); "
-                        f"the functions of diffkern.ops have one, got a dual tensor"
-                    )
-        return fn(keyset, *args)
 
-    return kernel
+def _tensors(names: list[str], args: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+    lists = {name: value for name, value in zip(names, args, strict=False) if isinstance(value, (Tensor, list))}
+    return ((name, tensor) for name, tensor in named(lists) if isinstance(tensor, Tensor))

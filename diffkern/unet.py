@@ -22,8 +22,8 @@ Image = TypeVar("Image")
 def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> Tensor:
     """Sinusoids of the time step at ``dim // 2`` frequencies from 1 down to 1/10000 (Vaswani et al. 2017, section 3.5).
 
-    t: [N], any number type. Returns [N, dim] in float32, or in float64 for a t that is float64: (cos, sin), or (sin, cos)
-    without ``flip_sin_to_cos``.
+    t: [N], any number type. Returns [N, dim], (cos, sin), or (sin, cos) without ``flip_sin_to_cos``: in float32, or in
+    float64 for a t that is float64.
     """
     half = dim // 2
     t = t if t.dtype == torch.float64 else t.float()
@@ -144,8 +144,7 @@ class AttentionBlock(nn.Module):
         n, c, h, w = x.shape
         tokens = group_norm_silu(self.group_norm, x, silu=False).permute(0, 2, 3, 1).reshape(n, h * w, c)
         q, k, v = (
-            to(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for to in (self.to_q, self.to_k, self.to_v)
+            to(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
         )  # [N, heads, H*W, C/heads]
         out = self.to_out[0](ops.attention(q, k, v).transpose(1, 2).reshape(n, h * w, c))
         return x + out.unflatten(1, (h, w)).permute(0, 3, 1, 2)

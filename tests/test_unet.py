@@ -204,4 +204,4 @@ def test_it_compiles_into_one_graph_forward_and_backward():
         out.square().mean().backward()
         results.append((out, x.grad, [parameter.grad for parameter in unet.parameters()]))
         unet.zero_grad()
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)  # sums of a bias's gradient, in any order
