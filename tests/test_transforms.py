@@ -1,5 +1,6 @@
 """Derivatives of every op and of the network: forwards, of higher order, in float64, in torch.func; or an error."""
 
+import copy
 import functools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from networks import with_random_weights
 from tolerances import UNET
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -119,13 +121,13 @@ def test_per_sample_gradients_of_the_weights_are_those_of_each_sample(optimized)
         return functional_call(module, weights, (x[None], t[None], label[None])).square().sum()
 
     got = vmap(grad(loss), in_dims=(None, 0, 0, 0))(weights, x, T, labels)
+    learning = copy.deepcopy(unet).requires_grad_()
     for n in range(2):
-        leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
-        expected = torch.autograd.grad(loss(leaves, x[n], T[n], labels[n]), list(leaves.values()), allow_unused=True)
-        largest = max(gradient.abs().max() for gradient in expected if gradient is not None)
-        for name, gradient in zip(leaves, expected, strict=True):
-            error = got[name][n] - (0 if gradient is None else gradient)
-            assert error.abs().max() <= UNET * largest, name
+        out = learning(x[n : n + 1], T[n : n + 1], labels[n : n + 1])
+        expected = torch.autograd.grad(out.square().sum(), list(learning.parameters()))
+        largest = max(gradient.abs().max() for gradient in expected)
+        for name, gradient in zip(weights, expected, strict=True):
+            assert (got[name][n] - gradient).abs().max() <= UNET * largest, name
 
 
 def test_noise_may_be_asked_for_under_vmap_with_the_same_bits():
@@ -133,6 +135,19 @@ def test_noise_may_be_asked_for_under_vmap_with_the_same_bits():
     got = vmap(lambda x, t, seed: ops.q_sample(x[None], t[None], seed[None], TABLE)[0])(SMALL, T, SEEDS)
     assert torch.equal(got, expected)
     assert torch.equal(vmap(lambda x: ops.q_sample(x, T, SEEDS, TABLE))(SMALL[None])[0], expected)
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_the_network_is_traced_and_has_fake_tensors(optimized):
+    net = diffkern.optimize(network()) if optimized else network()
+    x, labels = values(2, 1, 4, 4), torch.tensor([1, -1])
+    with torch.no_grad():
+        expected = net(2 * x, T, labels)
+        traced = torch.jit.trace(net, (x, T, labels), check_trace=False)
+        assert close(traced(2 * x, T, labels), expected)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = net(*map(mode.from_tensor, (x, T, labels)))
+    assert isinstance(fake, FakeTensor) and fake.shape == x.shape
 
 
 def test_a_derivative_compiles_with_its_value():
@@ -223,8 +238,9 @@ def test_torch_ops_refuses_what_would_be_broadcast(call, message):
 def test_every_derivative_is_right_in_float64_with_torch_ops(name):
     f, inputs = OPS[name]
     if name == "UNet":
-        unet = with_random_weights(network().__class__(**network().config)).double().requires_grad_(False)
-        f = lambda x: unet(x, T, torch.tensor([1, -1]))  # noqa: E731
+        smaller = network().config | dict(channel_mult=(1,), attention_levels=(0,), mid_attention=False)
+        unet = with_random_weights(UNet(**smaller)).double().requires_grad_(False)
+        f, inputs = lambda x: unet(x, T, torch.tensor([1, -1])), [values(2, 1, 2, 2)]
     inputs = [x.double().requires_grad_() for x in inputs]
     with diffkern.torch_ops():
         assert gradcheck(f, inputs, check_forward_ad=True, fast_mode=True)
