@@ -12,6 +12,7 @@ Shapes are ``[N, ...]``: N samples of any shape, images as a rule. Errors name t
 what came: RuntimeError for shapes, dtypes, devices and indices, TypeError and ValueError for options.
 """
 
+import functools
 import math
 import operator
 import reprlib
@@ -202,6 +203,17 @@ def _(seeds, shape, step, stream, dtype):
     return seeds.new_empty([seeds.shape[0], *shape], dtype=dtype)
 
 
+@functools.partial(torch.library.register_vmap, "diffkern::noise")
+def _(info, in_dims, seeds, shape, step, stream, dtype):
+    """The samples of all batches side by side."""
+    of_seeds, _, of_step, *_ = in_dims
+    seeds = seeds.expand(info.batch_size, -1) if of_seeds is None else seeds.movedim(of_seeds, 0)
+    step = step.expand(info.batch_size, *step.shape) if of_step is None else step.movedim(of_step, 0)
+    step = step.reshape(info.batch_size, -1).expand(seeds.shape)
+    z = _ops.noise(seeds.flatten(), shape, step.flatten(), stream, dtype)
+    return z.unflatten(0, seeds.shape), 0
+
+
 # --- forward noising ---------------------------------------------------------------------------------------------
 
 
@@ -235,6 +247,7 @@ def q_sample_(x_0: Tensor, t: int | Tensor, seeds: Seeds, table: Tensor) -> None
         x_0.copy_(composites.q_sample(x_0, t, seeds, table))
     else:
         _run(_ops.q_sample_, x_0, t, seeds, table)
+        transforms.mark_written(x_0)
 
 
 @_fake("q_sample")
@@ -343,6 +356,7 @@ def reverse_step_(
     if not _in_place("reverse_step_", **tensors):
         options = (out_uncond, guidance, clip, learned_variance, history)
         _run(_ops.reverse_step_, x, out, table, step, seeds, *options, x0_hat)
+        transforms.mark_written(x, x0_hat)
         return
     options = dict(out_uncond=out_uncond, guidance=guidance, clip=clip, learned_variance=learned_variance)
     x_next, predicted = composites.reverse_step(x, out, table, step, seeds, **options, history=history, return_x0=True)

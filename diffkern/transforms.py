@@ -75,6 +75,12 @@ def readable(tensor: Tensor) -> bool:
     return plain and not (torch._C._are_functorch_transforms_active() or recorded())
 
 
+def mark_written(*tensors: Tensor | None) -> None:
+    """Tells autograd that these were changed in place, so that it refuses to use them for a gradient."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
+
+
 # --- what the registered ops refuse ------------------------------------------------------------------------------
 
 
@@ -99,6 +105,7 @@ class Library(torch.library.Library):
     def without_gradient(self, op_name: str) -> None:
         """For an op that has none: it refuses tensors that require one, too."""
         names, op = _argument_names(op_name), getattr(torch.ops.diffkern, op_name).default
+        written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
         def below(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
             if torch.is_grad_enabled():
@@ -108,7 +115,9 @@ class Library(torch.library.Library):
                             f"{name}: expected no gradient through {op_name}, got a tensor that requires grad"
                         )
             with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+                result = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            mark_written(*(args[i] for i in written if i < len(args)))
+            return result
 
         self.impl(op_name, below, "Autograd", with_keyset=True)
 

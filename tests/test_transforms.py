@@ -1,7 +1,6 @@
 """Derivatives of every op and of the network: forwards, of higher order, in float64, in torch.func; or an error."""
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -51,16 +50,12 @@ OPS = {  # a function of tensors; the tensors
 }
 
 
-@functools.cache
-def network() -> UNet:
-    """A U-Net of every kind of block."""
-    config = dict(channels=2, channel_mult=(1, 2), blocks=1, attention_levels=(1,), groups=1, num_classes=2)
-    unet = UNet(1, **config, freq_shift=0.0, scale_shift=True, norm_eps=1e-2)
-    return with_random_weights(unet).eval().requires_grad_(False)
-
-
-OPS["UNet"] = (lambda x: network()(x, T, torch.tensor([1, -1])), [values(2, 1, 4, 4)])
-OPS["optimized UNet"] = (lambda x: diffkern.optimize(network())(x, T, torch.tensor([1, -1])), [values(2, 1, 4, 4)])
+# a U-Net of every kind of block
+CONFIG = dict(channels=2, channel_mult=(1, 2), blocks=1, attention_levels=(1,), groups=1, num_classes=2)
+CONFIG |= dict(in_channels=1, freq_shift=0.0, scale_shift=True, norm_eps=1e-2)
+NETWORK = with_random_weights(UNet(**CONFIG)).eval().requires_grad_(False)
+OPS["UNet"] = (lambda x: NETWORK(x, T, torch.tensor([1, -1])), [values(2, 1, 4, 4)])
+OPS["optimized UNet"] = (lambda x: diffkern.optimize(NETWORK)(x, T, torch.tensor([1, -1])), [values(2, 1, 4, 4)])
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float = UNET) -> bool:
@@ -112,7 +107,7 @@ def test_a_hessian_is_that_of_the_closed_form():
 
 @pytest.mark.parametrize("optimized", [False, True])
 def test_per_sample_gradients_of_the_weights_are_those_of_each_sample(optimized):
-    unet, prefix = network(), "network." if optimized else ""
+    unet, prefix = NETWORK, "network." if optimized else ""
     module = diffkern.optimize(unet) if optimized else unet
     x, labels = values(2, 1, 4, 4), torch.tensor([1, -1])
     weights = {prefix + name: weight for name, weight in unet.named_parameters()}
@@ -139,7 +134,7 @@ def test_noise_may_be_asked_for_under_vmap_with_the_same_bits():
 
 @pytest.mark.parametrize("optimized", [False, True])
 def test_the_network_is_traced_and_has_fake_tensors(optimized):
-    net = diffkern.optimize(network()) if optimized else network()
+    net = diffkern.optimize(NETWORK) if optimized else NETWORK
     x, labels = values(2, 1, 4, 4), torch.tensor([1, -1])
     with torch.no_grad():
         expected = net(2 * x, T, labels)
@@ -194,6 +189,23 @@ def test_an_op_in_place_refuses_transforms(transform):
             jvp(f, (SMALL.clone(),), (SMALL,)) if transform == "jvp" else vmap(f)(SMALL[None].clone())
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: ops.q_sample_(x, T, SEEDS, TABLE),
+        lambda x: ops.reverse_step_(SMALL.clone(), SMALL, steps(), 1, SEEDS, x0_hat=x),
+        lambda x: torch.ops.diffkern.q_sample_(x, T, SEEDS, TABLE),
+        lambda x: torch.ops.diffkern.attention_out(x, SMALL, SMALL, SMALL, None, None),
+    ],
+)
+def test_what_was_written_in_place_is_refused_for_a_gradient(change):
+    x, factor = SMALL.clone(), torch.ones(2, requires_grad=True)
+    y = x * factor
+    change(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("argument", ["x", "table"])
 def test_a_registered_op_without_a_gradient_refuses_to_cut_one(argument):
     tensors = dict(x=SMALL.clone(), out=SMALL, table=steps())
@@ -238,7 +250,7 @@ def test_torch_ops_refuses_what_would_be_broadcast(call, message):
 def test_every_derivative_is_right_in_float64_with_torch_ops(name):
     f, inputs = OPS[name]
     if name == "UNet":
-        smaller = network().config | dict(channel_mult=(1,), attention_levels=(0,), mid_attention=False)
+        smaller = CONFIG | dict(channel_mult=(1,), attention_levels=(0,), mid_attention=False)
         unet = with_random_weights(UNet(**smaller)).double().requires_grad_(False)
         f, inputs = lambda x: unet(x, T, torch.tensor([1, -1])), [values(2, 1, 2, 2)]
     inputs = [x.double().requires_grad_() for x in inputs]
@@ -248,7 +260,7 @@ def test_every_derivative_is_right_in_float64_with_torch_ops(name):
 
 
 def test_the_network_has_a_derivative_by_time_in_float64():
-    unet = with_random_weights(UNet(**network().config)).double().requires_grad_(False)
+    unet = with_random_weights(UNet(**CONFIG)).double().requires_grad_(False)
     t = torch.tensor([0.3, 7.1], dtype=torch.float64, requires_grad=True)
     with diffkern.torch_ops():
         assert gradcheck(lambda t: unet(values(2, 1, 4, 4).double(), t), (t,), check_forward_ad=True, fast_mode=True)
