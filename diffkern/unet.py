@@ -344,10 +344,12 @@ class UNet(nn.Module):
     def embedding(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """What conditions the residual blocks: [N, 4 channels] of t [N] and labels [N] or None."""
         config, num_classes = self.config, self.config["num_classes"]
+        dtype = self.conv_in.weight.dtype
+        t = t if dtype == torch.float64 else t.float()
         emb = timestep_embedding(
             t, config["channels"], flip_sin_to_cos=config["flip_sin_to_cos"], freq_shift=config["freq_shift"]
         )
-        emb = self.time_embedding(emb.to(self.conv_in.weight.dtype))
+        emb = self.time_embedding(emb.to(dtype))
         if num_classes is None:
             return emb
         labels = torch.full_like(t, -1, dtype=torch.int64) if labels is None else labels
