@@ -96,7 +96,7 @@ class Library(torch.library.Library):
                     if is_dual(tensor):
                         raise RuntimeError(
                             f"{name}: expected no tangent, for the kernel of {op_name} has no forward-mode derivative "
-                            f"(jvp); the functions of diffkern.ops have one, got a dual tensor"
+                            f"(jvp), which the differentiable functions of diffkern.ops have, got a dual tensor"
                         )
             return fn(keyset, *args)
 
