@@ -8,6 +8,7 @@ if torch.__version__ < "2.10":
     raise ImportError(f"diffkern: expected torch 2.10 or later, got {torch.__version__}: run pip install torch==2.13.0")
 try:
     from .ops import attention, group_norm_silu, noise, noise_loss, q_sample, reverse_step
+    from .transforms import torch_ops
 except (ImportError, RuntimeError) as error:  # absent, or older than ops.py
     message = f"diffkern: the kernels are not built, or not anew ({error}): run pip install -e . in its source"
     raise ImportError(message) from None
@@ -33,6 +34,7 @@ __all__ = [
     "reverse_step",
     "sample",
     "save",
+    "torch_ops",
 ]
 
 try:

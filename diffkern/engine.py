@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import _C, ops
+from . import _C, ops, transforms
 from .model import Model
 from .packing import PackedConv
 from .unet import (
@@ -112,10 +112,9 @@ class Engine(nn.Module):
 
     def _may_run(self, x_t: Tensor) -> bool:
         random = self.network.training and self.config["dropout"] > 0
-        traced = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        native = x_t.dtype == torch.float32 and x_t.device.type == "cpu"
+        native = x_t.dtype == torch.float32 and x_t.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         gradient = torch.is_grad_enabled() and x_t.requires_grad
-        return native and x_t.numel() > 0 and not (gradient or random or traced)
+        return native and x_t.numel() > 0 and transforms.unseen(x_t) and not (gradient or random)
 
 
 def terms_of(dtype: torch.dtype) -> int | None:

@@ -1,8 +1,11 @@
 """The ops: what a user calls, their shapes for the compiler, and their gradients.
 
 Each one has a kernel for the CPU and for CUDA (``csrc/``) and a plain twin of the same name and signature in
-:mod:`diffkern.reference`. Noise is addressed, never drawn from a state: the seed of a sample, a step and a stream
-name it, and with them come the same bits on any device, in any batch, on any number of threads (``docs/noise.md``).
+:mod:`diffkern.reference`. Torch's own ops (:mod:`diffkern.composites`) run instead in ``diffkern.torch_ops()``, in a
+transform of ``torch.func``, and for tensors with a tangent (:mod:`diffkern.transforms`).
+
+Noise is addressed, never drawn from a state: the seed of a sample, a step and a stream name it, and with them come the
+same bits on any device, in any batch, on any number of threads (``docs/noise.md``).
 
 Elementwise ops take float32, bfloat16 and float16 tensors of any strides, compute in float32 and round once.
 Shapes are ``[N, ...]``: N samples of any shape, images as a rule. Errors name the argument, what was expected and
@@ -10,22 +13,25 @@ what came: RuntimeError for shapes, dtypes, devices and indices, TypeError and V
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _C  # noqa: F401  registers the ops
+from . import _C, composites, flops, transforms  # noqa: F401  _C registers the ops
+from .composites import COLUMNS as COLUMNS
 from .packing import PackedConv as PackedConv
-from .reference import COLUMNS as COLUMNS
 
 _ops = torch.ops.diffkern
+_library = transforms.Library("diffkern", "FRAGMENT")
 
 Seeds = int | Sequence[int] | np.ndarray | Tensor
 NoneType = type(None)
@@ -127,18 +133,60 @@ def _same_device(like: Tensor, **tensors: Tensor | None) -> None:
             raise RuntimeError(f"{name}: expected device {like.device}, got {tensor.device}")
 
 
+def _fake(op: str, *, differentiable: bool = False) -> Callable[[Callable], Callable]:
+    """Registers an op's shapes, and that it refuses tangents. One that is differentiable does with its gradient."""
+    if not differentiable:
+        _library.without_gradient(op)
+    return torch.library.register_fake(f"diffkern::{op}")
+
+
+def _gradient(op: str, gradient: Callable, save: Callable) -> None:
+    torch.library.register_autograd(f"diffkern::{op}", gradient, setup_context=save, lib=_library)
+
+
+def _run(op: Callable, *args: Any) -> Any:
+    """Calls an op for which ``transforms.by_torch`` said no; without a gradient, past its kernel for autograd."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    try:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    except RuntimeError as error:
+        if str(error).endswith("got float64"):
+            raise RuntimeError(f"{error}, which diffkern.torch_ops() takes") from None
+        raise
+
+
 def _without_gradient(op: str, **tensors: Tensor | Sequence[Tensor] | None) -> None:
     """Refuses what would silently cut a gradient."""
     if torch.is_grad_enabled():
-        for name, value in tensors.items():
-            if any(tensor.requires_grad for tensor in ([value] if isinstance(value, Tensor) else value or ())):
+        for name, tensor in transforms.named(tensors):
+            if tensor.requires_grad:
                 raise RuntimeError(f"{name}: expected no gradient through {op}, got a tensor that requires grad")
+
+
+def _in_place(op: str, **tensors: Tensor | Sequence[Tensor] | None) -> bool:
+    """Must a composite run, for an op that writes in place? Refuses all that differentiates or transforms it."""
+    if not transforms.by_torch(*tensors.values()):
+        return False
+    for name, tensor in transforms.named(tensors):
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or transforms.is_dual(tensor):
+            raise RuntimeError(
+                f"{name}: expected a plain tensor, for {op} writes in place and has no forward-mode derivative (jvp) "
+                f"and no transforms, as {op.removesuffix('_')} has, got one with a tangent or of torch.func"
+            )
+    return True
 
 
 def _differentiable_once(op: str) -> None:
     """For an op's gradient, which has none itself and must not pass for a constant."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"create_graph: expected False, for {op} can be differentiated once, got True")
+        raise RuntimeError(
+            f"create_graph: expected False, for {op} can be differentiated once, and any number of times in "
+            f"diffkern.torch_ops(), got True"
+        )
 
 
 # --- noise -------------------------------------------------------------------------------------------------------
@@ -159,7 +207,7 @@ def noise(
     shape   of one sample
     step    in [0, 2^32): one for all, or an int64 tensor [N]
     stream  what the noise is for: 0 the initial x_T, 1 reverse steps, 2 forward noising; others are free
-    dtype   float32, or bfloat16 or float16: the float32 value rounded once
+    dtype   float32, or bfloat16 or float16: the float32 value rounded once; in ``torch_ops`` also float64, unrounded
     device  where to; None is the seeds' own
 
     Philox4x32-10 (Salmon et al. 2011) and Box-Muller from 32-bit uniforms, |z| up to 6.76.
@@ -171,13 +219,27 @@ def noise(
         _check("ints", (Integral, torch.SymInt), shape=size)
     _check("an int", int, stream=stream)
     _check("a torch.dtype", torch.dtype, dtype=dtype)
-    return _ops.noise(seeds, shape, _as_index("step", step, seeds.device), stream, dtype)
+    step = _as_index("step", step, seeds.device)
+    if transforms.by_torch():
+        return composites.noise(seeds, shape, step=step, stream=stream, dtype=dtype)
+    return _run(_ops.noise, seeds, shape, step, stream, dtype)
 
 
 @torch.library.register_fake("diffkern::noise")
 def _(seeds, shape, step, stream, dtype):
     _same_device(seeds, step=step)
     return seeds.new_empty([seeds.shape[0], *shape], dtype=dtype)
+
+
+@functools.partial(torch.library.register_vmap, "diffkern::noise")
+def _(info, in_dims, seeds, shape, step, stream, dtype):
+    """The samples of all batches side by side."""
+    of_seeds, _, of_step, *_ = in_dims
+    seeds = seeds.expand(info.batch_size, -1) if of_seeds is None else seeds.movedim(of_seeds, 0)
+    step = step.expand(info.batch_size, *step.shape) if of_step is None else step.movedim(of_step, 0)
+    step = step.reshape(info.batch_size, -1).expand(seeds.shape)
+    z = _ops.noise(seeds.flatten(), shape, step.flatten(), stream, dtype)
+    return z.unflatten(0, seeds.shape), 0
 
 
 # --- forward noising ---------------------------------------------------------------------------------------------
@@ -196,26 +258,33 @@ def q_sample(
     """
     _check("a tensor", Tensor, x_0=x_0, table=table)
     _check("True or False", bool, return_eps=return_eps)
-    _without_gradient("q_sample", x_0=x_0)
     t, seeds = _as_index("t", t, x_0.device), as_seeds(seeds, x_0.device)
-    x_t, eps = _ops.q_sample(x_0, t, seeds, table, return_eps)
+    if transforms.by_torch(x_0, table):
+        return composites.q_sample(x_0, t, seeds, table, return_eps=return_eps)
+    _without_gradient("q_sample outside of diffkern.torch_ops()", x_0=x_0, table=table)
+    x_t, eps = _run(_ops.q_sample, x_0, t, seeds, table, return_eps)
     return (x_t, eps) if return_eps else x_t
 
 
 def q_sample_(x_0: Tensor, t: int | Tensor, seeds: Seeds, table: Tensor) -> None:
     """:func:`q_sample` in place: x_0 becomes x_t."""
     _check("a tensor", Tensor, x_0=x_0, table=table)
-    _without_gradient("q_sample_", x_0=x_0)
-    _ops.q_sample_(x_0, _as_index("t", t, x_0.device), as_seeds(seeds, x_0.device), table)
+    _without_gradient("q_sample_", x_0=x_0, table=table)
+    t, seeds = _as_index("t", t, x_0.device), as_seeds(seeds, x_0.device)
+    if _in_place("q_sample_", x_0=x_0, table=table):
+        x_0.copy_(composites.q_sample(x_0, t, seeds, table))
+    else:
+        _run(_ops.q_sample_, x_0, t, seeds, table)
+        transforms.mark_written(x_0)
 
 
-@torch.library.register_fake("diffkern::q_sample")
+@_fake("q_sample")
 def _(x_0, t, seeds, table, return_eps):
     _same_device(x_0, t=t, seeds=seeds, table=table)
     return torch.empty_like(x_0), torch.empty_like(x_0) if return_eps else x_0.new_empty(0)
 
 
-@torch.library.register_fake("diffkern::q_sample_")
+@_fake("q_sample_")
 def _(x_0, t, seeds, table):
     _same_device(x_0, t=t, seeds=seeds, table=table)
 
@@ -261,11 +330,31 @@ def reverse_step(
     """
     _check_step(x, out, table, out_uncond, guidance, clip, learned_variance, history)
     _check("True or False", bool, return_x0=return_x0)
-    _without_gradient("reverse_step", x=x, out=out, out_uncond=out_uncond, history=history)
     step, seeds = _as_index("step", step, x.device), as_seeds(seeds, x.device)
-    x_next, x0_hat = _ops.reverse_step(
-        x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, return_x0
+    if transforms.by_torch(x, out, table, out_uncond, history):
+        return composites.reverse_step(
+            x,
+            out,
+            table,
+            step,
+            seeds,
+            out_uncond=out_uncond,
+            guidance=guidance,
+            clip=clip,
+            learned_variance=learned_variance,
+            history=history,
+            return_x0=return_x0,
+        )
+    _without_gradient(
+        "reverse_step outside of diffkern.torch_ops()",
+        x=x,
+        out=out,
+        table=table,
+        out_uncond=out_uncond,
+        history=history,
     )
+    options = (out_uncond, guidance, clip, learned_variance, history)
+    x_next, x0_hat = _run(_ops.reverse_step, x, out, table, step, seeds, *options, return_x0)
     return (x_next, x0_hat) if return_x0 else x_next
 
 
@@ -290,12 +379,22 @@ def reverse_step_(
     """
     _check_step(x, out, table, out_uncond, guidance, clip, learned_variance, history)
     _check("a tensor or None", (Tensor, NoneType), x0_hat=x0_hat)
-    _without_gradient("reverse_step_", x=x, out=out, out_uncond=out_uncond, history=history, x0_hat=x0_hat)
+    tensors = dict(x=x, out=out, table=table, out_uncond=out_uncond, history=history, x0_hat=x0_hat)
+    _without_gradient("reverse_step_", **tensors)
     step, seeds = _as_index("step", step, x.device), as_seeds(seeds, x.device)
-    _ops.reverse_step_(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, x0_hat)
+    if not _in_place("reverse_step_", **tensors):
+        options = (out_uncond, guidance, clip, learned_variance, history)
+        _run(_ops.reverse_step_, x, out, table, step, seeds, *options, x0_hat)
+        transforms.mark_written(x, x0_hat)
+        return
+    options = dict(out_uncond=out_uncond, guidance=guidance, clip=clip, learned_variance=learned_variance)
+    x_next, predicted = composites.reverse_step(x, out, table, step, seeds, **options, history=history, return_x0=True)
+    x.copy_(x_next)
+    if x0_hat is not None:
+        x0_hat.copy_(predicted)
 
 
-@torch.library.register_fake("diffkern::reverse_step")
+@_fake("reverse_step")
 def _(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, return_x0):
     _same_device(x, out=out, table=table, step=step, seeds=seeds, out_uncond=out_uncond)
     for h in history:
@@ -303,7 +402,7 @@ def _(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, 
     return torch.empty_like(x), torch.empty_like(x) if return_x0 else x.new_empty(0)
 
 
-@torch.library.register_fake("diffkern::reverse_step_")
+@_fake("reverse_step_")
 def _(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, x0_hat):
     _same_device(x, out=out, table=table, step=step, seeds=seeds, out_uncond=out_uncond, x0_hat=x0_hat)
     for h in history:
@@ -337,17 +436,20 @@ def noise_loss(out: Tensor, seeds: Seeds, t: int | Tensor, weights: Tensor | Non
     """
     _check("a tensor", Tensor, out=out)
     _check("a tensor or None", (Tensor, NoneType), weights=weights)
-    _without_gradient("noise_loss", weights=weights)
-    return _ops.noise_loss(out, as_seeds(seeds, out.device), _as_index("t", t, out.device), weights)
+    seeds, t = as_seeds(seeds, out.device), _as_index("t", t, out.device)
+    if transforms.by_torch(out, weights):
+        return composites.noise_loss(out, seeds, t, weights)
+    _without_gradient("noise_loss outside of diffkern.torch_ops()", weights=weights)
+    return _run(_ops.noise_loss, out, seeds, t, weights)
 
 
-@torch.library.register_fake("diffkern::noise_loss")
+@_fake("noise_loss", differentiable=True)
 def _(out, seeds, t, weights):
     _same_device(out, seeds=seeds, t=t, weights=weights)
     return out.new_empty(out.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("diffkern::noise_loss_backward")
+@_fake("noise_loss_backward")
 def _(grad_loss, out, seeds, t, weights):
     _same_device(out, grad_loss=grad_loss, seeds=seeds, t=t, weights=weights)
     return torch.empty_like(out)
@@ -362,7 +464,7 @@ def _noise_loss_gradient(ctx, grad_loss):
     return _ops.noise_loss_backward(grad_loss.contiguous(), *ctx.saved_tensors), None, None, None
 
 
-torch.library.register_autograd("diffkern::noise_loss", _noise_loss_gradient, setup_context=_noise_loss_save)
+_gradient("noise_loss", _noise_loss_gradient, _noise_loss_save)
 
 # --- attention ---------------------------------------------------------------------------------------------------
 
@@ -387,7 +489,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
         raise TypeError(f"scale: expected a finite number, got {scale!r}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    out, _ = _ops.attention(q, k, v, scale)
+    if transforms.by_torch(q, k, v):
+        return composites.attention(q, k, v, scale=scale)
+    out, _ = _run(_ops.attention, q, k, v, scale)
     return out
 
 
@@ -396,18 +500,18 @@ def _empty_heads(like: Tensor) -> Tensor:
     return like.new_empty(n, tokens, heads, d).transpose(1, 2)
 
 
-@torch.library.register_fake("diffkern::attention")
+@_fake("attention", differentiable=True)
 def _(q, k, v, scale):
     _same_device(q, k=k, v=v)
     return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.register_fake("diffkern::attention_out")
+@_fake("attention_out")
 def _(out, q, k, v, scale, terms):
     _same_device(q, out=out, k=k, v=v)
 
 
-@torch.library.register_fake("diffkern::attention_backward")
+@_fake("attention_backward")
 def _(grad_out, q, k, v, out, lse, scale):
     _same_device(q, k=k, v=v, grad_out=grad_out, out=out, lse=lse)
     return _empty_heads(q), _empty_heads(k), _empty_heads(v)
@@ -425,7 +529,7 @@ def _attention_gradient(ctx, grad_out, _):
     return *_ops.attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
 
 
-torch.library.register_autograd("diffkern::attention", _attention_gradient, setup_context=_attention_save)
+_gradient("attention", _attention_gradient, _attention_save)
 
 # --- convolution -------------------------------------------------------------------------------------------------
 
@@ -516,7 +620,7 @@ def pack_taps(weight: Tensor) -> PackedConv:
     return _packed(_ops.pack_taps(weight.detach()), weight)
 
 
-@torch.library.register_fake("diffkern::pack_taps")
+@_fake("pack_taps")
 def _(weight):
     return weight.new_empty(-(-weight.shape[0] // 32), weight.shape[1], 9, 32)
 
@@ -531,7 +635,7 @@ def expand_taps(taps: PackedConv) -> PackedConv:
     return dataclasses.replace(taps, tensor=_ops.expand_taps(taps.tensor))
 
 
-@torch.library.register_fake("diffkern::expand_taps")
+@_fake("expand_taps")
 def _(taps):
     return taps.new_empty(36, -(-taps.shape[0] // 2), taps.shape[1], 64)
 
@@ -601,7 +705,7 @@ def _channels_last(name: str, image: Tensor | None) -> Tensor | None:
     return _dense(name, image, memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("diffkern::conv2d_out")
+@_fake("conv2d_out")
 def _(y, x, skip, packed, in_channels, out_channels, bias, add, residual, stride, padding, upsample):
     _same_device(x, y=y, skip=skip, packed=packed, bias=bias, add=add, residual=residual)
 
@@ -623,20 +727,22 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     _check("a tensor", Tensor, x=x, weight=weight)
     _check("a tensor or None", (Tensor, NoneType), bias=bias)
-    return _ops.conv3x3(x, weight, _dense("bias", bias))
+    if transforms.by_torch(x, weight, bias):
+        return composites.conv3x3(x, weight, bias)
+    return _run(_ops.conv3x3, x, weight, _dense("bias", bias))
 
 
 def _empty_channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("diffkern::conv3x3")
+@_fake("conv3x3", differentiable=True)
 def _(x, weight, bias):
     _same_device(x, weight=weight, bias=bias)
     return _empty_channels_last(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
 
 
-@torch.library.register_fake("diffkern::conv3x3_backward")
+@_fake("conv3x3_backward")
 def _(grad_y, x, weight, of_x, of_weight):
     _same_device(x, grad_y=grad_y, weight=weight)
     return tuple(
@@ -658,7 +764,7 @@ def _conv3x3_gradient(ctx, grad_y):
     return grad_x if of_x else None, grad_weight if of_weight else None, grad_bias
 
 
-torch.library.register_autograd("diffkern::conv3x3", _conv3x3_gradient, setup_context=_conv3x3_save)
+_gradient("conv3x3", _conv3x3_gradient, _conv3x3_save)
 
 # --- group norm --------------------------------------------------------------------------------------------------
 
@@ -700,9 +806,13 @@ def group_norm_silu(
         raise TypeError(f"eps: expected a number, got {eps!r}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
+    if transforms.by_torch(x, weight, bias, scale_shift, add, residual):
+        return composites.group_norm_silu(
+            x, weight, bias, groups, eps=eps, scale_shift=scale_shift, add=add, residual=residual, silu=silu
+        )
     coefficients = (("weight", weight), ("bias", bias), ("scale_shift", scale_shift), ("add", add))
     weight, bias, scale_shift, add = (_dense(name, tensor, torch.float32) for name, tensor in coefficients)
-    y, _, _ = _ops.group_norm_silu(x, weight, bias, groups, eps, scale_shift, add, residual, silu)
+    y, _, _ = _run(_ops.group_norm_silu, x, weight, bias, groups, eps, scale_shift, add, residual, silu)
     return y
 
 
@@ -711,19 +821,19 @@ def _empty_like_dense(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-@torch.library.register_fake("diffkern::group_norm_silu")
+@_fake("group_norm_silu", differentiable=True)
 def _(x, weight, bias, groups, eps, scale_shift, add, residual, silu):
     _same_device(x, weight=weight, bias=bias, scale_shift=scale_shift, add=add, residual=residual)
     mean, rstd = (x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2))
     return _empty_like_dense(x), mean, rstd
 
 
-@torch.library.register_fake("diffkern::group_norm_silu_out")
+@_fake("group_norm_silu_out")
 def _(y, x, skip, weight, bias, groups, eps, scale_shift, silu):
     _same_device(y, x=x, skip=skip, weight=weight, bias=bias, scale_shift=scale_shift)
 
 
-@torch.library.register_fake("diffkern::group_norm_silu_backward")
+@_fake("group_norm_silu_backward")
 def _(grad_y, x, mean, rstd, weight, bias, groups, scale_shift, add, silu):
     factors = dict(mean=mean, rstd=rstd, weight=weight, bias=bias, scale_shift=scale_shift, add=add)
     _same_device(x, grad_y=grad_y, **factors)
@@ -756,6 +866,6 @@ def _group_norm_silu_gradient(ctx, grad_y, *_):
     return grad_x, grad_weight.sum(0), grad_bias.sum(0), None, None, grad_scale_shift, grad_add, grad_residual, None
 
 
-torch.library.register_autograd(
-    "diffkern::group_norm_silu", _group_norm_silu_gradient, setup_context=_group_norm_silu_save
-)
+_gradient("group_norm_silu", _group_norm_silu_gradient, _group_norm_silu_save)
+
+flops.register()

@@ -1,10 +1,13 @@
 """Every op once more in plain NumPy and PyTorch, with the same signature: what the kernels are held against.
 
+The ops that have derivatives are the composites (:mod:`diffkern.composites`), with noise and exp in NumPy.
+
 The noise is the standard of ``docs/noise.md`` word for word: float32 additions, multiplications and square roots,
 each rounded once, in the order written here. The kernels give these very bits.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -13,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import composites
+from .composites import COLUMNS as COLUMNS
 from .packing import PackedConv
 
 # --- words -------------------------------------------------------------------------------------------------------
@@ -111,6 +116,7 @@ def noise(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """See :func:`diffkern.noise`."""
+    device = seeds.device if device is None and isinstance(seeds, Tensor) else device
     seeds = np.array([seed % 2**64 for seed in _integers(seeds)], np.uint64)
     step = np.broadcast_to(np.array(_integers(step), np.uint32), seeds.shape)
     elements = int(np.prod(shape))
@@ -123,98 +129,21 @@ def noise(
     return torch.from_numpy(z.copy()).reshape(len(seeds), *shape).to(device=device, dtype=dtype)
 
 
-# --- forward noising and the reverse step ------------------------------------------------------------------------
+# --- the ops that have derivatives -------------------------------------------------------------------------------
 
 
-def q_sample(
-    x_0: Tensor, t: Tensor, seeds: Tensor, table: Tensor, *, return_eps: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See :func:`diffkern.ops.q_sample`."""
-    eps = noise(seeds, x_0.shape[1:], step=t, stream=2, device=x_0.device)
-    a, s = table[t].reshape(-1, 2, *[1] * (x_0.ndim - 1)).unbind(1)
-    x_t = (a * x_0.float() + s * eps).to(x_0.dtype)
-    return (x_t, eps.to(x_0.dtype)) if return_eps else x_t
+def _exp(x: Tensor) -> Tensor:
+    return torch.from_numpy(exp(x.cpu().numpy())).to(x.device)
 
 
-COLUMNS = ("p_x", "p_o", "k_x", "k_o", "k_0", "sigma", "log_var_min", "log_var_max", "t")
-"""What a row of the coefficient table holds; a column for each of the history's tensors follows."""
+q_sample = functools.partial(composites.q_sample, noise=noise)
+reverse_step = functools.partial(composites.reverse_step, noise=noise, exp=_exp)
+noise_loss = functools.partial(composites.noise_loss, noise=noise)
+group_norm_silu = composites.group_norm_silu
+conv3x3 = composites.conv3x3
+attention = composites.attention
 
-
-def reverse_step(
-    x: Tensor,
-    out: Tensor,
-    table: Tensor,
-    step: Tensor,
-    seeds: Tensor,
-    *,
-    out_uncond: Tensor | None = None,
-    guidance: float = 1.0,
-    clip: bool = False,
-    learned_variance: bool = False,
-    history: Sequence[Tensor] = (),
-    return_x0: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See :func:`diffkern.ops.reverse_step`."""
-    n = len(x)
-    rows = table[step.reshape(-1)].expand(n, -1).reshape(n, table.shape[1], *[1] * (x.ndim - 1)).unbind(1)
-    p_x, p_o, k_x, k_o, k_0, sigma, log_var_min, log_var_max, t, *k_h = rows
-
-    def halves(out: Tensor) -> Sequence[Tensor]:
-        return out.float().chunk(2, 1) if learned_variance else (out.float(),)
-
-    o, *second_half = halves(out)
-    if out_uncond is not None:
-        u = halves(out_uncond)[0]
-        o = u + guidance * (o - u)
-    x0 = p_x * x.float() + p_o * o
-    if clip:
-        x0 = x0.clamp(-1, 1)
-    x_next = k_x * x.float() + k_o * o + k_0 * x0
-    for k, h in zip(k_h, history, strict=True):
-        x_next = x_next + k * h.float()
-    std = sigma
-    if learned_variance:
-        v = (second_half[0] + 1) * 0.5
-        log_sigma = 0.5 * (log_var_min + v * (log_var_max - log_var_min))
-        std = sigma * torch.from_numpy(exp(log_sigma.cpu().numpy())).to(x.device)
-    z = noise(seeds, x.shape[1:], step=t.flatten().long(), stream=1, device=x.device)
-    x_next = torch.where(sigma == 0, x_next, x_next + std * z).to(x.dtype)
-    return (x_next, x0.to(x.dtype)) if return_x0 else x_next
-
-
-def noise_loss(out: Tensor, seeds: Tensor, t: Tensor, weights: Tensor | None = None) -> Tensor:
-    """See :func:`diffkern.ops.noise_loss`."""
-    eps = noise(seeds, out.shape[1:], step=t, stream=2, device=out.device)
-    loss = (out.float() - eps).square().unsqueeze(-1).flatten(1).mean(1)
-    return loss if weights is None else loss * weights
-
-
-# --- the network -------------------------------------------------------------------------------------------------
-
-
-def group_norm_silu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    *,
-    eps: float = 1e-5,
-    scale_shift: Tensor | None = None,
-    add: Tensor | None = None,
-    residual: Tensor | None = None,
-    silu: bool = True,
-) -> Tensor:
-    """See :func:`diffkern.ops.group_norm_silu`."""
-    if add is not None:
-        x = x + add.to(x.dtype).view(*add.shape, *[1] * (x.ndim - 2))
-    y = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
-    if scale_shift is not None:
-        scale, shift = scale_shift.to(x.dtype).view(*scale_shift.shape, *[1] * (x.ndim - 2)).chunk(2, dim=1)
-        y = y * (1 + scale) + shift
-    if silu:
-        y = F.silu(y)
-    return y if residual is None else y + residual
-
+# --- convolution for inference -----------------------------------------------------------------------------------
 
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.625, -0.625, 1.25, -1.25)}
 """Where Winograd's polynomials are evaluated, and at infinity; for tiles of 4 these make half the error of 1 and 2."""
@@ -296,13 +225,3 @@ def conv2d(
     if add is not None:
         y = y + add[:, :, None, None]
     return y if residual is None else y + residual
-
-
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See :func:`diffkern.ops.conv3x3`."""
-    return F.conv2d(x, weight, bias, padding=1)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    """See :func:`diffkern.ops.attention`."""
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import ops
+from . import ops, transforms
 from .schedule import checked_float, checked_int
 
 Image = TypeVar("Image")
@@ -22,11 +22,13 @@ Image = TypeVar("Image")
 def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> Tensor:
     """Sinusoids of the time step at ``dim // 2`` frequencies from 1 down to 1/10000 (Vaswani et al. 2017, section 3.5).
 
-    t: [N], any number type. Returns [N, dim] in float32: (cos, sin), or (sin, cos) without ``flip_sin_to_cos``.
+    t: [N], any number type. Returns [N, dim], (cos, sin), or (sin, cos) without ``flip_sin_to_cos``: in float32, or in
+    float64 for a t that is float64.
     """
     half = dim // 2
-    index = torch.arange(half, dtype=torch.float32, device=t.device)
-    angle = t.float()[:, None] * torch.exp(-math.log(10000) / (half - freq_shift) * index)
+    t = t if t.dtype == torch.float64 else t.float()
+    index = torch.arange(half, dtype=t.dtype, device=t.device)
+    angle = t[:, None] * torch.exp(-math.log(10000) / (half - freq_shift) * index)
     sin, cos = angle.sin(), angle.cos()
     return torch.cat((cos, sin) if flip_sin_to_cos else (sin, cos), dim=-1)
 
@@ -44,16 +46,21 @@ class TimestepEmbedding(nn.Module):
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that keeps the resolution: by ``ops.conv3x3`` where that has a kernel, float32 on a CPU."""
+    """A ``Conv2d``, run by ``ops.conv3x3`` where that computes the same and has a kernel, in float32 on a CPU.
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1)
+    It computes the same for kernels of 3x3 with stride 1 and padding 1. Other settings are torch's.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         native = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in (x, self.weight))
-        if native and not torch.is_autocast_enabled("cpu"):
+        if native and self._keeps_size() and not torch.is_autocast_enabled("cpu"):
             return ops.conv3x3(x, self.weight, self.bias)
         return super().forward(x)
+
+    def _keeps_size(self) -> bool:
+        """Is it what ``ops.conv3x3`` computes?"""
+        settings = self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
+        return settings == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
 class Downsample(nn.Module):
@@ -72,7 +79,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = Conv3x3(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -96,11 +103,11 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-        self.conv1 = Conv3x3(in_channels, out_channels)
+        self.conv1 = Conv3x3(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(emb_dim, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = Conv3x3(out_channels, out_channels)
+        self.conv2 = Conv3x3(out_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -137,11 +144,10 @@ class AttentionBlock(nn.Module):
         n, c, h, w = x.shape
         tokens = group_norm_silu(self.group_norm, x, silu=False).permute(0, 2, 3, 1).reshape(n, h * w, c)
         q, k, v = (
-            to(tokens).view(n, h * w, self.heads, c // self.heads).transpose(1, 2)
-            for to in (self.to_q, self.to_k, self.to_v)
+            to(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
         )  # [N, heads, H*W, C/heads]
         out = self.to_out[0](ops.attention(q, k, v).transpose(1, 2).reshape(n, h * w, c))
-        return x + out.view(n, h, w, c).permute(0, 3, 1, 2)
+        return x + out.unflatten(1, (h, w)).permute(0, 3, 1, 2)
 
 
 def group_norm_silu(norm: nn.GroupNorm, x: Tensor, **options) -> Tensor:
@@ -248,7 +254,7 @@ class UNet(nn.Module):
         def attention(c: int) -> AttentionBlock:
             return AttentionBlock(c, head_dim=head_dim, groups=groups, eps=norm_eps)
 
-        self.conv_in = Conv3x3(in_channels, channels)
+        self.conv_in = Conv3x3(in_channels, channels, 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels, emb_dim)
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + 1, emb_dim)  # the last row is the null class
@@ -286,7 +292,7 @@ class UNet(nn.Module):
             self.up_blocks.append(Level(resnets, attentions, resampler))
 
         self.conv_norm_out = nn.GroupNorm(groups, c, norm_eps)
-        self.conv_out = Conv3x3(c, out_channels * (2 if learned_variance else 1))
+        self.conv_out = Conv3x3(c, out_channels * (2 if learned_variance else 1), 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
         self.to(memory_format=torch.channels_last)
@@ -294,7 +300,8 @@ class UNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x_t: [N, C, H, W]; t: [N] int64, 0-based; labels: [N] int64, -1 for the null class, None for all null.
 
-        Returns [N, out_channels, H, W], twice the channels with a learned variance.
+        Returns [N, out_channels, H, W], twice the channels with a learned variance. ValueError for other shapes, and
+        for labels out of range, which give NaN on other devices than the CPU, when compiled and in ``torch.func``.
         """
         self.check(x_t, t, labels)
         emb = self.embedding(t, labels)
@@ -302,7 +309,9 @@ class UNet(nn.Module):
         def run(block: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
             return block(x if skip is None else torch.cat([x, skip], dim=1), emb)
 
-        x = self.walk(self.conv_in(x_t.contiguous(memory_format=torch.channels_last)), run)
+        if not transforms.by_torch(x_t):  # torch.vmap has no channels_last
+            x_t = x_t.contiguous(memory_format=torch.channels_last)
+        x = self.walk(self.conv_in(x_t), run)
         return self.conv_out(group_norm_silu(self.conv_norm_out, x))
 
     def walk(self, x: Image, run: Callable[..., Image]) -> Image:
@@ -335,14 +344,18 @@ class UNet(nn.Module):
     def embedding(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """What conditions the residual blocks: [N, 4 channels] of t [N] and labels [N] or None."""
         config, num_classes = self.config, self.config["num_classes"]
+        dtype = self.conv_in.weight.dtype
+        t = t if dtype == torch.float64 else t.float()
         emb = timestep_embedding(
             t, config["channels"], flip_sin_to_cos=config["flip_sin_to_cos"], freq_shift=config["freq_shift"]
         )
-        emb = self.time_embedding(emb.to(self.conv_in.weight.dtype))
+        emb = self.time_embedding(emb.to(dtype))
         if num_classes is None:
             return emb
-        labels = torch.full_like(t, -1) if labels is None else labels
-        return emb + self.class_embedding(torch.where(labels < 0, num_classes, labels))
+        labels = torch.full_like(t, -1, dtype=torch.int64) if labels is None else labels
+        inside = (labels >= 0) & (labels < num_classes)
+        rows = self.class_embedding(torch.where(inside, labels, num_classes))
+        return emb + torch.where((inside | (labels == -1))[:, None], rows, torch.nan)
 
     def check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> None:
         """ValueError unless these are inputs of ``forward``."""
@@ -359,6 +372,11 @@ class UNet(nn.Module):
             raise ValueError("labels: expected None, this network has no classes (num_classes is None)")
         if labels.shape != t.shape:
             raise ValueError(f"labels: expected shape {tuple(t.shape)}, got {tuple(labels.shape)}")
+        if transforms.readable(labels):
+            classes = self.config["num_classes"]
+            for label in labels.tolist():
+                if not -1 <= label < classes:
+                    raise ValueError(f"labels: expected values in -1..{classes - 1}, got {label}")
 
 
 def _check_config(c: dict[str, Any]) -> None:

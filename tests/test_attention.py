@@ -296,7 +296,7 @@ BAD = {
     "q in float64": (
         lambda: ops.attention(Q.double(), K, V),
         RuntimeError,
-        "q: expected float32, bfloat16 or float16, got float64",
+        "q: expected float32, bfloat16 or float16, got float64, which diffkern.torch_ops() takes",
     ),
     "q in integers": (lambda: ops.attention(Q.long(), K, V), RuntimeError, "q: expected float32, bfloat16 or float16"),
     "k in another dtype": (

@@ -212,7 +212,7 @@ def test_the_networks_gradients_are_those_of_diffusers_network():
 
 def test_the_module_is_a_conv2d_that_chooses(monkeypatch):
     """By the kernel on a CPU in float32; else, under autocast too, as every ``Conv2d``."""
-    module, x = Conv3x3(5, 7), values((2, 5, 6, 6))
+    module, x = Conv3x3(5, 7, 3, padding=1), values((2, 5, 6, 6))
     twin = nn.Conv2d(5, 7, 3, padding=1)
     twin.load_state_dict(module.state_dict())
     assert torch.equal(module(x), ops.conv3x3(x, module.weight, module.bias))

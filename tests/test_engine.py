@@ -180,7 +180,7 @@ def average_through_data(network: UNet) -> None:
 
 
 def other_layer(network: UNet) -> None:
-    network.mid_block.resnets[0].conv1 = with_random_weights(Conv3x3(64, 64)).requires_grad_(False)
+    network.mid_block.resnets[0].conv1 = with_random_weights(Conv3x3(64, 64, 3, padding=1)).requires_grad_(False)
 
 
 def assigned_state(network: UNet) -> None:

@@ -376,7 +376,11 @@ def backward(grad_y=X, mean=MEAN, rstd=MEAN, scale_shift=None):
 BAD = {
     "one dimension": (lambda: norm(X[0, 0, 0]), RuntimeError, "x: expected [N, C, ...], got shape (5,)"),
     "no channels": (lambda: norm(X[:, :0]), RuntimeError, "x: expected at least one channel, got shape (2, 0, 3, 5)"),
-    "float64": (lambda: norm(X.double()), RuntimeError, "x: expected float32, bfloat16 or float16, got float64"),
+    "float64": (
+        lambda: norm(X.double()),
+        RuntimeError,
+        "x: expected float32, bfloat16 or float16, got float64, which diffkern.torch_ops() takes",
+    ),
     "integers": (lambda: norm(X.long()), RuntimeError, "x: expected float32, bfloat16 or float16, got int64"),
     "x not a tensor": (lambda: norm([1.0]), TypeError, "x: expected a tensor, got list"),
     "weight not a tensor": (lambda: norm(weight=None), TypeError, "weight: expected a tensor, got NoneType"),

@@ -1,0 +1,131 @@
+"""When torch's own ops run in place of a kernel, and what a kernel refuses.
+
+A kernel computes values and, where it has one, a first derivative backwards. All else that torch does with a function
+works on the composites (:mod:`diffkern.composites`): derivatives forwards and of higher order, ``torch.func``, float64.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+class _Mode(threading.local):  # and no context variable, whose value torch.compile could not guard
+    depth = 0
+
+
+_mode = _Mode()
+
+
+class torch_ops(contextlib.ContextDecorator):
+    """Run every op by torch's own ops, in this thread: a context manager or a decorator, that may be nested.
+
+    Within it, networks and ops take float64 tensors and have derivatives of any order: ``create_graph=True``,
+    ``torch.autograd.gradcheck``, gradients through :func:`q_sample` and :func:`reverse_step`. Noise still comes from
+    its kernel, with the same bits, and is a constant to every derivative. Slower than the kernels, with more memory.
+    """
+
+    def __enter__(self) -> None:
+        _mode.depth += 1
+
+    def __exit__(self, *exception: object) -> None:
+        _mode.depth -= 1
+
+
+def named(tensors: dict[Any, Tensor | Sequence[Tensor] | None]) -> Iterator[tuple[Any, Tensor]]:
+    """Every tensor with its argument's name, also those of a list."""
+    for name, value in tensors.items():
+        for tensor in (value,) if isinstance(value, Tensor) else value or ():
+            yield name, tensor
+
+
+def is_dual(tensor: Tensor) -> bool:
+    """Does it have a tangent, at the current level of forward-mode AD?"""
+    return tensor.is_floating_point() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def by_torch(*tensors: Tensor | Sequence[Tensor] | None) -> bool:
+    """Must torch's own ops run: in ``torch_ops``, in a transform of ``torch.func``, or as an argument has a tangent?"""
+    if _mode.depth > 0 or torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return torch.compiler.is_compiling() or any(is_dual(tensor) for _, tensor in named(dict(enumerate(tensors))))
+
+
+def recorded() -> bool:
+    """Does torch record what runs: to compile it, to trace it, or by a dispatch mode (fake tensors, FLOP counters)?"""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def unseen(*tensors: Tensor) -> bool:
+    """May work on these plain tensors be done where torch does not see it?"""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    return plain and not (_mode.depth > 0 or transformed or recorded())
+
+
+def readable(tensor: Tensor) -> bool:
+    """May its numbers be looked at, without waiting for a device, or ending a graph?"""
+    plain = tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
+    return plain and not (torch._C._are_functorch_transforms_active() or recorded())
+
+
+def mark_written(*tensors: Tensor | None) -> None:
+    """Tells autograd that these were changed in place, so that it refuses to use them for a gradient."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
+
+
+# --- what the registered ops refuse ------------------------------------------------------------------------------
+
+
+class Library(torch.library.Library):
+    """Where gradients are registered: its ops refuse tensors with a tangent, which a kernel would drop in silence."""
+
+    def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
+        names = _argument_names(op_name)
+
+        def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+            if forward_ad._current_level >= 0:
+                for name, tensor in _tensors(names, args):
+                    if is_dual(tensor):
+                        raise RuntimeError(
+                            f"{name}: expected no tangent, for the kernel of {op_name} has no forward-mode derivative "
+                            f"(jvp), which the differentiable functions of diffkern.ops have, got a dual tensor"
+                        )
+            return fn(keyset, *args)
+
+        super().impl(op_name, kernel, dispatch_key, **options)
+
+    def without_gradient(self, op_name: str) -> None:
+        """For an op that has none: it refuses tensors that require one, too."""
+        names, op = _argument_names(op_name), getattr(torch.ops.diffkern, op_name).default
+        written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+        def below(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+            if torch.is_grad_enabled():
+                for name, tensor in _tensors(names, args):
+                    if tensor.requires_grad:
+                        raise RuntimeError(
+                            f"{name}: expected no gradient through {op_name}, got a tensor that requires grad"
+                        )
+            with torch._C._AutoDispatchBelowAutograd():
+                result = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            mark_written(*(args[i] for i in written if i < len(args)))
+            return result
+
+        self.impl(op_name, below, "Autograd", with_keyset=True)
+
+
+def _argument_names(op_name: str) -> list[str]:
+    return [argument.name for argument in getattr(torch.ops.diffkern, op_name).default._schema.arguments]
+
+
+def _tensors(names: list[str], args: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+    lists = {name: value for name, value in zip(names, args, strict=False) if isinstance(value, (Tensor, list))}
+    return ((name, tensor) for name, tensor in named(lists) if isinstance(tensor, Tensor))
