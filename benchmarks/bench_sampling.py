@@ -34,7 +34,7 @@ def test_sampling(compare, monkeypatch):
         f"sampling, DDIM {STEPS} steps, {IMAGES} x 32x32",
         ours,
         {
-            "torch loop": peers.torch_ddim(twin, schedule, schedule.timesteps(STEPS, "trailing"), x_T),
+            "torch loop": peers.torch_ddim(peers.noise_of(twin), schedule, schedule.timesteps(STEPS, "trailing"), x_T),
             "diffusers pipeline": peers.diffusers_ddim(twin, STEPS, x_T, monkeypatch),
         },
         tolerance=2e-3,

@@ -263,12 +263,16 @@ def count(case: Case, interpreter: Any) -> dict[str, Any]:
 @functools.cache
 def counted() -> dict[int, list[dict[str, Any]]]:
     """Of each architecture, of each of its cases: a process interprets one architecture, and all run at once."""
+    from tests import interpreted
+
     command = [sys.executable, "-m", "benchmarks.cuda_on_paper", "--count"]
+    for architecture in ARCHITECTURES:
+        interpreted.build(architecture)
     processes = {
         architecture: subprocess.Popen(
             [*command, str(architecture)],
             cwd=ROOT,
-            env=os.environ | {"PTXEMU_SM": str(architecture)},
+            env=os.environ | {"PTXEMU_SM": str(architecture), interpreted.COMPILED_FOR: str(architecture)},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -366,7 +370,7 @@ def missing() -> str:
         return missing()
     wanted = {card.architecture for card in CARDS.values()} | set(ARCHITECTURES)
     if not wanted <= {architecture for architecture, _ in resources()}:
-        return "build/kernels holds no reports of ptxas: diffkern was built without its CUDA kernels"
+        return f"build/kernels holds no reports of ptxas for {sorted(wanted)}: diffkern was not built for all of them"
     return ""
 
 
@@ -382,9 +386,6 @@ def main() -> None:
 
         json.dump([count(case, load_interpreter()) for case in cases(arguments.count)], sys.stdout)
         return
-    from tests.interpreted import build
-
-    build()  # once, before several processes want it
     head = (*HEAD, *(f"{name} us" for name in CARDS))
     rows = [
         row(case, counts, architecture)

@@ -1,12 +1,13 @@
 """The peers at their best settings: buffers made once, in place, nothing computed twice.
 
 Each function makes what it needs and returns a call without arguments; calls that draw noise draw new noise each time.
+Those that are diffusers' import it, which takes seconds: where ``has_diffusers`` is false they cannot be called.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 
-import diffusers
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,13 @@ from diffkern.schedule import Schedule
 from diffkern.unet import UNet
 
 Call = Callable[[], object]
+
+
+def has_diffusers() -> bool:
+    try:
+        return importlib.util.find_spec("diffusers") is not None
+    except ValueError:  # it is None in sys.modules: somebody forbade it
+        return False
 
 
 def row_of(table: Tensor, step: int) -> dict[str, float]:
@@ -71,6 +79,8 @@ def torch_compiled_q_sample(x_0: Tensor, t: Tensor, table: Tensor) -> Call:
 
 
 def diffusers_add_noise(x_0: Tensor, t: Tensor) -> Call:
+    import diffusers
+
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     return lambda: scheduler.add_noise(x_0, torch.randn_like(x_0), t)
 
@@ -102,6 +112,8 @@ def torch_compiled_reverse_step(x: Tensor, out: Tensor, row: dict[str, float]) -
 
 
 def diffusers_ddpm_step(x: Tensor, out: Tensor, t: int) -> Call:
+    import diffusers
+
     scheduler = diffusers.DDPMScheduler(
         num_train_timesteps=1000, beta_schedule="linear", variance_type="fixed_small", clip_sample=True
     )
@@ -128,6 +140,8 @@ def torch_noise_loss(out: Tensor, eps: Tensor) -> Call:
 
 def diffusers_unet(unet: UNet) -> nn.Module:
     """The same network with the same weights, for 32x32 images and the options that the benchmarks use."""
+    import diffusers
+
     c = unet.config
     levels = range(len(c["channel_mult"]))
     kinds = ["Attn{}Block2D" if level in c["attention_levels"] else "{}Block2D" for level in levels]
@@ -150,8 +164,15 @@ def diffusers_unet(unet: UNet) -> nn.Module:
     return twin.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def torch_ddim(network: nn.Module, schedule: Schedule, timesteps: Sequence[int], x_T: Tensor) -> Call:
-    """The loop in plain PyTorch: eta = 0, clipped, coefficients ready, in place."""
+def noise_of(twin: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """diffusers' network as a function (x, t) -> its noise."""
+    return lambda x, t: twin(x, t).sample
+
+
+def torch_ddim(
+    network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, timesteps: Sequence[int], x_T: Tensor
+) -> Call:
+    """The loop in plain PyTorch: eta = 0, clipped, coefficients ready, in place. network(x, t) is the noise."""
     alpha_bar = [schedule.alpha_bar[t].item() for t in timesteps] + [1.0]
 
     @torch.inference_mode()
@@ -159,7 +180,7 @@ def torch_ddim(network: nn.Module, schedule: Schedule, timesteps: Sequence[int],
         x, x0_hat = x_T.clone(), torch.empty_like(x_T)
         for i, t in enumerate(timesteps):
             ab, prev = alpha_bar[i], alpha_bar[i + 1]
-            eps = network(x, torch.full((len(x),), t, device=x.device)).sample
+            eps = network(x, torch.full((len(x),), t, device=x.device))
             torch.mul(x, ab**-0.5, out=x0_hat).add_(eps, alpha=-((1 / ab - 1) ** 0.5)).clamp_(-1, 1)
             k_x = ((1 - prev) / (1 - ab)) ** 0.5
             x.mul_(k_x).add_(x0_hat, alpha=prev**0.5 - k_x * ab**0.5)
@@ -170,6 +191,8 @@ def torch_ddim(network: nn.Module, schedule: Schedule, timesteps: Sequence[int],
 
 def diffusers_ddim(network: nn.Module, steps: int, x_T: Tensor, monkeypatch) -> Call:
     """The pipeline as it is, but for where it starts."""
+    import diffusers
+
     scheduler = diffusers.DDIMScheduler(
         num_train_timesteps=1000, beta_schedule="linear", timestep_spacing="trailing", clip_sample=True
     )

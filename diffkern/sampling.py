@@ -241,20 +241,23 @@ class _Loop:
             tick()
 
     def replay(self, tick: Callable[[], Any]) -> None:
-        """``run`` by a CUDA graph of one step, which the first batch records."""
-        if self.graph is None:
-            x_T, aside = self.x.clone(), torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                self.step()  # libraries set themselves up at their first call, which a graph cannot hold
-            torch.cuda.current_stream().wait_stream(aside)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.step()
-            self.begin(x_T, self.seeds, self.labels)
-        for _ in range(len(self.table)):
-            self.graph.replay()
-            tick()
+        """``run`` by a CUDA graph of one step, which the first batch records. All of it happens on the device of x,
+        whichever is current: a stream of another one would record nothing.
+        """
+        with torch.cuda.device(self.x.device):
+            if self.graph is None:
+                x_T, aside = self.x.clone(), torch.cuda.Stream()
+                aside.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(aside):
+                    self.step()  # libraries set themselves up at their first call, which a graph cannot hold
+                torch.cuda.current_stream().wait_stream(aside)
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.step()
+                self.begin(x_T, self.seeds, self.labels)
+            for _ in range(len(self.table)):
+                self.graph.replay()
+                tick()
 
 
 def _report(callback: Callable[[Step], Any], images: slice, index: int, t: int, x_t: Tensor, x0_hat: Tensor) -> None:

@@ -1,11 +1,13 @@
 """The CUDA kernels without a card: csrc/bindings/ built once more, with kernels in PTX alone, over a CUDA runtime
 that interprets them and checks every access. Its ops take CPU tensors and go through the very launchers.
+
+Environment: PTXEMU_SM is the architecture of the interpreted card (80 unless given), DIFFKERN_TEST_PTX the one that the
+kernels are compiled for (80 unless given), which may be older.
 """
 
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import json
 import os
 import shutil
@@ -17,8 +19,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-BUILD, BUILT = ROOT / "build" / "emulated", "DIFFKERN_EMULATED_BUILT"
-ARCHITECTURES = (75, 80, 90)  # a process interprets one of them: PTXEMU_SM, 80 unless given
+COMPILED_FOR, BUILT = "DIFFKERN_TEST_PTX", "DIFFKERN_TEST_BUILT"
 
 # Data races in shared and in global memory, and reads of memory that nobody wrote. That accesses are in bounds and
 # copies waited for is always looked at; copies arrive as late as they may.
@@ -30,16 +31,13 @@ class Interpreter:
 
     def __init__(self, folder: Path):
         """Build and load the ops over the runtime in that folder of a built ptxemu."""
-        build()
+        self.module = build()
         self.runtime = ctypes.CDLL(str(folder / "cudart" / "libcudart.so.13"), mode=ctypes.RTLD_GLOBAL)
         self.runtime.ptx_runtime_device.restype = ctypes.c_void_p
         for name in ("ptx_reports", "ptx_stats", "ptx_error"):
             getattr(self.runtime, name).restype = ctypes.c_char_p
         self.device = ctypes.c_void_p(self.runtime.ptx_runtime_device())
-        (self.module,) = (BUILD / "diffkern").glob("_C_emulated.*.so")
-        spec = importlib.util.spec_from_file_location("_C_emulated", self.module)
-        self.binding = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.binding)
+        self.binding = ctypes.CDLL(str(self.module))
         self.ops = torch.ops.diffkern_emulated
         self.set(**DEFAULTS)
 
@@ -69,14 +67,16 @@ class Interpreter:
                 arguments = [ctypes.c_uint64(tensor.data_ptr()), ctypes.c_uint64(tensor.nbytes), b"a tensor", 1, 0]
                 self.runtime.ptx_memory_add(self.device, *arguments)
             assert self.runtime.cudaGraphLaunch(recorded, stream) == 0, self.reports()
+            for tensor in (*tensors, *results):  # others may get the memory, and lend it in other pieces
+                self.runtime.ptx_memory_remove(self.device, ctypes.c_uint64(tensor.data_ptr()))
 
         assert self.runtime.cudaStreamCreate(ctypes.byref(stream)) == 0
         assert self.runtime.cudaStreamBeginCapture(stream, 0) == 0
-        self.binding.set_stream(stream.value)
+        self.binding.diffkern_set_stream(stream)
         try:
             yield replay
         finally:
-            self.binding.set_stream(0)
+            self.binding.diffkern_set_stream(ctypes.c_void_p())
             assert self.runtime.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0
             assert self.runtime.cudaGraphInstantiate(ctypes.byref(recorded), graph, ctypes.c_uint64(0)) == 0
 
@@ -93,25 +93,27 @@ class Interpreter:
         self.runtime.cudaDeviceReset()  # a fault stops all launches after it
 
 
-def build() -> None:
-    """Once: processes that this one starts know of it."""
-    if BUILT in os.environ:
-        return
-    tools = str(Path(sys.executable).parent)
-    options = {
-        "DIFFKERN_CUDART": "shared",
-        "DIFFKERN_CUDA_ARCHITECTURES": ";".join(map(str, ARCHITECTURES)),
-        "PATH": tools + os.pathsep + os.environ["PATH"],
-    }
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", BUILD],
-        cwd=ROOT,
-        env=os.environ | options,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    os.environ[BUILT] = "yes"
+def architecture() -> int:
+    """That this process has the kernels of."""
+    return int(os.environ.get(COMPILED_FOR, 80))
+
+
+def build(compiled_for: int | None = None) -> Path:
+    """The module with the kernels of that architecture (this process's). Made once: what has not changed is kept, and
+    processes that this one starts know of it.
+    """
+    compiled_for = compiled_for or architecture()
+    folder, known = ROOT / "build" / "emulated" / str(compiled_for), os.environ.get(BUILT, "").split()
+    if str(compiled_for) not in known:
+        environment = os.environ | {"PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]}
+        values = {"TORCH": Path(torch.__file__).parent, "ARCHITECTURE": compiled_for, "CMAKE_BUILD_TYPE": "None"}
+        configure = ["cmake", "-G", "Ninja", "-S", ROOT / "tests" / "emulated", "-B", folder]
+        configure += [f"-D{name}={value}" for name, value in values.items()]
+        for command in (configure, ["cmake", "--build", folder]):
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        os.environ[BUILT] = " ".join([*known, str(compiled_for)])
+    return folder / "libdiffkern_emulated.so"
 
 
 def missing() -> str:

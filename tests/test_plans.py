@@ -61,6 +61,16 @@ def test_a_plan_of_group_norm_covers_channels_and_pixels_once_in_shared_memory_o
         assert vector == 1 or (vector == 16 // element_size and along % vector == 0)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_every_card_has_the_shared_memory_for_group_norm_of_every_width(element_size, channels_last):
+    """Up to the 512 channels of a group that ``diffkern.ops`` promises."""
+    card = min(SHARED_BYTES.values()) - DECLARED
+    for width, groups, pixels in itertools.product(range(1, 513), (1, 2, 3, 4, 8, 32), (16, 4096)):
+        (launch, *_), _ = _C.plan_group_norm_silu(1, width * groups, groups, pixels, element_size, channels_last)
+        assert launch.shared_bytes <= card, (width, groups, pixels)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("architecture", SHARED_BYTES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -141,7 +141,7 @@ void group_norm_silu_out(const Tensor& y, const Tensor& x, const std::optional<T
   params.skip = skip ? memory<const void>("skip", *skip) : nullptr;
   params.skip_channels = skip_channels;
   params.y = memory<void>("y", y);
-  if (y.numel() > 0) run_group_norm_silu(y, params, cpu::level().kernels.group_norm_silu, nullptr);
+  if (y.numel() > 0) run_group_norm_silu(y, params, cpu::level().kernels.group_norm_silu, {});
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(const Tensor& grad_y, const Tensor& x, const Tensor& mean,

@@ -4,8 +4,11 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <optional>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "../ops.h"
 #include "checks.h"
@@ -29,27 +32,45 @@ class Lent {
   void make(const Tensor& tensor) { unwritten_.push_back(tensor); }
   void add(const Tensor& tensor, bool readonly) { asked_.emplace_back(tensor, readonly); }
   void open() {
-    for (const uint64_t address : open_) ptx_memory_remove(ptx_runtime_device(), address);
+    for (const Piece& piece : open_) ptx_memory_remove(ptx_runtime_device(), piece.begin);
     open_.clear();
     for (const auto& [tensor, readonly] : asked_) {
       int64_t elements = tensor.numel() > 0;
       for (int64_t d = 0; d < tensor.dim() && elements > 0; ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
       if (elements == 0) continue;
       const auto same = [data = tensor.data_ptr()](const Tensor& other) { return other.data_ptr() == data; };
-      const bool written = std::none_of(unwritten_.begin(), unwritten_.end(), same);
-      open_.push_back(reinterpret_cast<uint64_t>(tensor.data_ptr()));
-      const uint64_t bytes = elements * tensor.element_size();
-      ptx_memory_add(ptx_runtime_device(), open_.back(), bytes, "a tensor", written, readonly);
+      const uint64_t begin = reinterpret_cast<uint64_t>(tensor.data_ptr());
+      join({begin, begin + elements * tensor.element_size(),
+            std::none_of(unwritten_.begin(), unwritten_.end(), same), readonly});
     }
+    for (const Piece& piece : open_)
+      ptx_memory_add(ptx_runtime_device(), piece.begin, piece.end - piece.begin, "a tensor", piece.written,
+                     piece.readonly);
     kept_ = std::move(asked_);
     asked_.clear();
     unwritten_.clear();
   }
 
  private:
+  struct Piece {
+    uint64_t begin, end;
+    bool written, readonly;
+  };
+
+  // Tensors that share memory, as one does that lies in another's half, are lent as one piece.
+  void join(Piece piece) {
+    const auto apart = [&](const Piece& other) { return other.end <= piece.begin || piece.end <= other.begin; };
+    const auto shared = std::stable_partition(open_.begin(), open_.end(), apart);
+    for (auto other = shared; other != open_.end(); ++other)
+      piece = {std::min(piece.begin, other->begin), std::max(piece.end, other->end), piece.written && other->written,
+               piece.readonly && other->readonly};
+    open_.erase(shared, open_.end());
+    open_.push_back(piece);
+  }
+
   std::vector<Tensor> unwritten_;
   std::vector<std::pair<Tensor, bool>> asked_, kept_;  // kept: no other tensor gets memory that is still lent
-  std::vector<uint64_t> open_;
+  std::vector<Piece> open_;
 };
 inline thread_local Lent lent;
 inline uint64_t emulated_stream = 0;  // on which ops launch

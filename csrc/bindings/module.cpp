@@ -75,9 +75,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("word_hash", &word_hash, arg("function"), arg("first_run") = 0,
              arg("last_run") = (int64_t(1) << 32) / kCodesPerHash,
              pybind11::call_guard<pybind11::gil_scoped_release>());
-#ifdef DIFFKERN_EMULATED_CUDA
-  module.def("set_stream", [](uint64_t stream) { emulated_stream = stream; }, arg("stream"));
-#endif
   add_program(module);
   add_plans(module);
 }

@@ -21,9 +21,9 @@
 #include "run.h"
 #ifdef DIFFKERN_CUDA
 #include "../cuda/kernels.h"
-#define DIFFKERN_CUDA_LAUNCHER(name) cuda::name
+#define DIFFKERN_CUDA_LAUNCHER(name) {#name, cuda::name}
 #else
-#define DIFFKERN_CUDA_LAUNCHER(name) nullptr
+#define DIFFKERN_CUDA_LAUNCHER(name) {#name, nullptr}
 #endif
 
 #ifdef DIFFKERN_EMULATED_CUDA

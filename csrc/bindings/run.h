@@ -32,7 +32,12 @@ inline void* current_stream(int32_t device) {
 template <class Params>
 using CpuKernel = std::type_identity_t<void (*)(const Params&, int64_t begin, int64_t end)>;
 template <class Params>
-using CudaLauncher = std::type_identity_t<const char* (*)(const Params&, void* stream)>;
+struct OpLauncher {
+  const char* op = nullptr;
+  const char* (*launch)(const Params&, void* stream) = nullptr;
+};
+template <class Params>
+using CudaLauncher = std::type_identity_t<OpLauncher<Params>>;
 
 template <class Params>
 void run_cpu(const Params& params, CpuKernel<Params> kernel, int64_t items, int64_t grain) {
@@ -44,18 +49,18 @@ void run_cpu(const Params& params, CpuKernel<Params> kernel, int64_t items, int6
 }
 
 template <class Params>
-void run_cuda(const Tensor& where, const Params& params, CudaLauncher<Params> launch) {
+void run_cuda(const Tensor& where, const Params& params, CudaLauncher<Params> cuda) {
   check(!recording, "a CUDA tensor came while a program of CPU kernels was being recorded");
-  check(launch != nullptr, "a CUDA tensor came, but diffkern was built without CUDA kernels: no nvcc was found");
+  check(cuda.launch != nullptr, "a CUDA tensor came, but diffkern was built without CUDA kernels: no nvcc was found");
   const char* error;
 #ifdef DIFFKERN_EMULATED_CUDA
   lent.open();
-  error = launch(params, reinterpret_cast<void*>(emulated_stream));
+  error = cuda.launch(params, reinterpret_cast<void*>(emulated_stream));
 #else
   const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
-  error = launch(params, current_stream(where.get_device_index()));
+  error = cuda.launch(params, current_stream(where.get_device_index()));
 #endif
-  check(error == nullptr, "CUDA: ", error ? error : "");
+  check(error == nullptr, cuda.op, ": expected its CUDA kernels to launch, got: ", error ? error : "");
 }
 
 constexpr int64_t kChunkGrain = 16;  // chunks a thread must have to be worth waking: about 10 us

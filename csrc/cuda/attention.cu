@@ -24,11 +24,11 @@ namespace diffkern::cuda {
 
 namespace {
 
-// Of each query of a warp, over the keys so far. Everything is in powers of two: `slope` is scale log2 e.
+// Of each query of a warp, over the keys so far.
 template <class Tiling>
 struct Softmax {
   float max[Tiling::row_tiles][2];  // of its scores
-  float sum[Tiling::row_tiles][2];  // of 2^(score - max), of the lane's keys
+  float sum[Tiling::row_tiles][2];  // of exp(score - max), of the lane's keys
 
   __device__ __forceinline__ Softmax() {
 #pragma unroll
@@ -57,9 +57,9 @@ DIFFKERN_FN void combine_over_row(float (&value)[Tiling::row_tiles][2], float* s
   }
 }
 
-// s <- 2^(slope s - max), for so many keys more; shrink is what the sums over the keys before must be multiplied by.
+// s <- exp(scale s - max), for so many keys more; shrink is what the sums over the keys before must be multiplied by.
 template <class Tiling>
-DIFFKERN_FN void online_softmax(Softmax<Tiling>& state, Scores<Tiling>& s, float slope, int keys, float* shared,
+DIFFKERN_FN void online_softmax(Softmax<Tiling>& state, Scores<Tiling>& s, float scale, int keys, float* shared,
                                 float (&shrink)[Tiling::row_tiles][2]) {
   const Warp<Tiling> warp;
   float largest[Tiling::row_tiles][2];
@@ -70,20 +70,20 @@ DIFFKERN_FN void online_softmax(Softmax<Tiling>& state, Scores<Tiling>& s, float
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
         const int key = warp.column_warp * kShare<Tiling> + n * 8 + warp.q * 2 + i % 2;
-        s[m][n][i] = key < keys ? s[m][n][i] * slope : -infinity();
+        s[m][n][i] = key < keys ? __fmul_rn(s[m][n][i], scale) : -infinity();
         largest[m][half] = fmaxf(largest[m][half], s[m][n][i]);
       }
   });
   combine_over_row<Tiling>(largest, shared, [](float a, float b) { return fmaxf(a, b); });
   for_each_row<Tiling>([&](int m, int, int half) {
-    shrink[m][half] = exp2_approx(state.max[m][half] - largest[m][half]);
+    shrink[m][half] = exp_approx(state.max[m][half] - largest[m][half]);
     state.max[m][half] = largest[m][half];
     float sum = 0;
 #pragma unroll
     for (int n = 0; n < kShare<Tiling> / 8; ++n)
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        s[m][n][i] = exp2_approx(s[m][n][i] - largest[m][half]);
+        s[m][n][i] = exp_approx(s[m][n][i] - largest[m][half]);
         sum += s[m][n][i];
       }
     state.sum[m][half] = state.sum[m][half] * shrink[m][half] + sum;
@@ -110,7 +110,6 @@ DIFFKERN_FN void attend(const AttentionParams& p) {
   float* const row_values = reinterpret_cast<float*>(shared + Tiling::owned + Tiling::ring + Tiling::scores);
   const Place place = place_of(blockIdx.x, p.heads, p.queries, Tiling::rows);
   const int channels = int(p.channels);
-  const float slope = p.scale * kLog2e;
 
   fetch_owned<Tiling>(q_chunks, rows_of<const T>(p.q, place.sample, place.head, p.queries), place.first, channels);
   Ring<Tiling, const T, 2, 0b10> ring(slots, rows_of<const T>(p.k, place.sample, place.head, p.keys),
@@ -125,7 +124,7 @@ DIFFKERN_FN void attend(const AttentionParams& p) {
       multiply_transposed<T, Tiling>(s, owned_chunk<Tiling>(q_chunks, channel), k_chunk, channels - channel);
     }
     float shrink[Tiling::row_tiles][2];
-    online_softmax<Tiling>(state, s, slope, int(p.keys) - key, row_values, shrink);
+    online_softmax<Tiling>(state, s, p.scale, int(p.keys) - key, row_values, shrink);
     scale_rows<Tiling>(out, shrink);
     Operand<T, Tiling> probabilities;
     as_operand<T, Tiling>(probabilities, s, exchange);
@@ -144,7 +143,7 @@ DIFFKERN_FN void attend(const AttentionParams& p) {
   for_each_row<Tiling>([&](int m, int row, int half) {
     inverse[m][half] = 1.0f / state.sum[m][half];
     if (warp.q == 0 && warp.column_warp == 0 && place.first + row < p.queries)
-      lse[row] = state.max[m][half] * kLn2 + logf(state.sum[m][half]);
+      lse[row] = state.max[m][half] + logf(state.sum[m][half]);
   });
   scale_rows<Tiling>(out, inverse);
 #pragma unroll
@@ -154,7 +153,10 @@ DIFFKERN_FN void attend(const AttentionParams& p) {
 
 template <class T, class Tiling, bool turing>
 __global__ void __launch_bounds__(Tiling::threads, 1) attention_kernel(const __grid_constant__ AttentionParams p) {
-  if constexpr (turing == kTuring) attend<T, Tiling>(p);
+  if constexpr (turing == kTuring)
+    attend<T, Tiling>(p);
+  else
+    __trap();  // never launched: tensor_cores_for knows for which architecture this was compiled
 }
 
 template <class T, TensorCores cores>
@@ -170,7 +172,8 @@ const char* launch(const AttentionParams& p, Stream stream) {
 }  // namespace
 
 const char* attention(const AttentionParams& p, Stream stream) {
-  switch (tensor_cores_for(p.dtype, in_pieces(p, {p.q, p.k, p.v, p.out}))) {
+  const bool pieces = in_pieces(p, {p.q, p.k, p.v, p.out});
+  switch (tensor_cores_for(p.dtype, pieces, attention_kernel<__half, Tiling<64, 4, 1, 1, 1>, true>)) {
     case TensorCores::f16_turing: return launch<__half, TensorCores::f16_turing>(p, stream);
     case TensorCores::f16: return launch<__half, TensorCores::f16>(p, stream);
     case TensorCores::bf16: return launch<__nv_bfloat16, TensorCores::bf16>(p, stream);

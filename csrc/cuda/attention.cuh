@@ -278,13 +278,13 @@ DIFFKERN_FN void write_rows(const Rows<T>& rows, uint32_t owned, int first, int 
   }
 }
 
-DIFFKERN_FN float exp2_approx(float x) {
+// By a power of two. Only differences of scores come here: what large ones would lose as powers of two, they lose not.
+DIFFKERN_FN float exp_approx(float x) {
+  constexpr float kLog2e = 1.44269504f;
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * kLog2e));
   return y;
 }
-
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 DIFFKERN_FN float infinity() { return __int_as_float(0x7F800000); }
 
@@ -298,22 +298,19 @@ inline bool in_pieces(const AttentionParams& p, std::initializer_list<HeadsView>
   return holds;
 }
 
-// Of the current device.
-inline TensorCores tensor_cores_for(DType dtype, bool pieces) {
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return tensor_cores_for(dtype, pieces, major);
+// What this kernel can use on the current device: the architecture that it was compiled for there decides, which may be
+// an older one. One that cannot be asked cannot be launched either, with any tensor cores.
+inline TensorCores tensor_cores_for(DType dtype, bool pieces, void (*kernel)(AttentionParams)) {
+  cudaFuncAttributes attributes{};
+  report(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  return tensor_cores_for(dtype, pieces, attributes.ptxVersion / 10);
 }
 
-// Launches a kernel, which may want more shared memory than the 48 KiB that need no asking for.
 inline const char* launch_planned(void (*kernel)(AttentionParams), const AttentionPlan& plan, const AttentionParams& p,
                                   Stream stream) {
-  if (plan.blocks > INT32_MAX || plan.slices > 65535) return "attention: more blocks than one launch can have";
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  if (plan.blocks > INT32_MAX || plan.slices > 65535) return "more blocks than one launch can have";
   const dim3 grid(uint32_t(plan.blocks), uint32_t(plan.slices));
-  kernel<<<grid, plan.threads, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(p);
-  return launch_error();
+  return launch_kernel(kernel, grid, plan.threads, plan.shared_bytes, stream, p);
 }
 
 }  // namespace diffkern::cuda

@@ -164,7 +164,7 @@ DIFFKERN_FN void online_softmax(Square& s, float scale, int tokens, float (&max)
     float largest = max[i];
 #pragma unroll
     for (int j = 0; j < kPer; ++j) {
-      s[i][j] = thread.x + j * kSide < tokens ? s[i][j] * scale : -infinity();
+      s[i][j] = thread.x + j * kSide < tokens ? __fmul_rn(s[i][j], scale) : -infinity();
       largest = fmaxf(largest, s[i][j]);
     }
     largest = over_row(largest, [](float a, float b) { return fmaxf(a, b); });
@@ -190,7 +190,7 @@ DIFFKERN_FN void gradient_weights(const AttentionParams& p, const Place& place, 
       const int row = place.first + thread.y + i * kSide, token = first_token + thread.x + j * kSide;
       const int query = kKeyRows ? token : row, key = kKeyRows ? row : token;
       const bool inside = query < p.queries && key < p.keys;
-      s[i][j] = inside ? expf(s[i][j] * p.scale - p.lse[of_head + query]) : 0.0f;
+      s[i][j] = inside ? expf(__fmul_rn(s[i][j], p.scale) - p.lse[of_head + query]) : 0.0f;  // as forward
       if (dp && inside) s[i][j] *= (*dp)[i][j] - p.delta[of_head + query];
     }
 }

@@ -10,7 +10,7 @@
 //     dk, dv    k    v     q      grad_out  keys     queries    dk += ds first, dv += p second
 //     dq        q    grad_out  k  v         queries  keys       dq += ds first
 //
-//   s = a first^T, dp = b second^T, p = 2^(slope s - lse log2 e), ds = p (dp - delta); dq and dk times scale at the end
+//   s = a first^T, dp = b second^T, p = exp(scale s - lse), ds = p (dp - delta); dq and dk times scale at the end
 //
 // so both make s and dp again: 4 + 3 products where one kernel with atomics, or with parts of dq to add up, needs 5.
 // Up to 64 channels a chunk of first and second stays in shared memory for both of its uses; beyond it comes twice, the
@@ -44,18 +44,18 @@ __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(const __grid_const
 
 // Of a query. Where there is none, no score has a probability.
 struct Statistics {
-  float lse, delta;  // lse in powers of two
+  float lse, delta;
 };
 
 DIFFKERN_FN Statistics statistics_of(const AttentionParams& p, const Place& place, int64_t query) {
   if (query >= p.queries) return {infinity(), 0.0f};
   const int64_t i = (place.sample * p.heads + place.head) * p.queries + query;
-  return {p.lse[i] * kLog2e, p.delta[i]};
+  return {p.lse[i], p.delta[i]};
 }
 
 // s <- p and dp <- ds. Statistics are the rows', or in shared memory the columns'; only so many columns are there.
 template <class Tiling, bool kKeyRows>
-DIFFKERN_FN void probabilities(Scores<Tiling>& s, Scores<Tiling>& dp, float slope, int columns,
+DIFFKERN_FN void probabilities(Scores<Tiling>& s, Scores<Tiling>& dp, float scale, int columns,
                                const Statistics (&of_row)[Tiling::row_tiles][2], const Statistics* of_column) {
   const Warp<Tiling> warp;
 #pragma unroll
@@ -69,7 +69,7 @@ DIFFKERN_FN void probabilities(Scores<Tiling>& s, Scores<Tiling>& dp, float slop
         const Statistics at_row = kKeyRows ? at_column : of_row[m][half];
         float& score = s[m][n][2 * half + i];
         float& grad = dp[m][n][2 * half + i];
-        score = exp2_approx(score * slope - at_row.lse);
+        score = exp_approx(__fmul_rn(score, scale) - at_row.lse);  // rounded as forward
         if (!kKeyRows && column >= columns) score = 0;
         grad = score * (grad - at_row.delta);
       });
@@ -125,7 +125,7 @@ DIFFKERN_FN void differentiate(const AttentionParams& p) {
       first = ring.next();
       multiply_transposed<T, Tiling>(s, owned_chunk<Tiling>(a_chunks, channel), first, channels - channel);
     }
-    probabilities<Tiling, kKeyRows>(s, dp, p.scale * kLog2e, columns - token, of_row, of_column);
+    probabilities<Tiling, kKeyRows>(s, dp, p.scale, columns - token, of_row, of_column);
     Operand<T, Tiling> operand;
     as_operand<T, Tiling>(operand, dp, exchange);
 #pragma unroll
@@ -156,7 +156,10 @@ DIFFKERN_FN void differentiate(const AttentionParams& p) {
 template <class T, class Tiling, bool turing, bool kKeyRows>
 __global__ void __launch_bounds__(Tiling::threads, 1)
     attention_backward_kernel(const __grid_constant__ AttentionParams p) {
-  if constexpr (turing == kTuring) differentiate<T, Tiling, kKeyRows>(p);
+  if constexpr (turing == kTuring)
+    differentiate<T, Tiling, kKeyRows>(p);
+  else
+    __trap();  // never launched: tensor_cores_for knows for which architecture this was compiled
 }
 
 template <class T, TensorCores cores>
@@ -179,7 +182,7 @@ const char* launch(const AttentionParams& p, Stream stream) {
 
 const char* attention_backward(const AttentionParams& p, Stream stream) {
   const bool pieces = in_pieces(p, {p.q, p.k, p.v, p.out, p.grad_out, p.grad_q, p.grad_k, p.grad_v});
-  switch (tensor_cores_for(p.dtype, pieces)) {
+  switch (tensor_cores_for(p.dtype, pieces, delta_kernel<float>)) {
     case TensorCores::f16_turing: return launch<__half, TensorCores::f16_turing>(p, stream);
     case TensorCores::f16: return launch<__half, TensorCores::f16>(p, stream);
     case TensorCores::bf16: return launch<__nv_bfloat16, TensorCores::bf16>(p, stream);

@@ -25,7 +25,7 @@ constexpr bool whole_pieces(DType dtype, int64_t channels) {
 
 enum class TensorCores { none, tf32, bf16, f16, f16_turing };
 
-// What a card of that major compute capability has for such rows; pieces: they are of aligned 16-byte pieces.
+// What code for that major compute capability has for such rows; pieces: they are of aligned 16-byte pieces.
 inline TensorCores tensor_cores_for(DType dtype, bool pieces, int major) {
   if (!pieces) return TensorCores::none;
   if (major < 8) return dtype == DType::f16 ? TensorCores::f16_turing : TensorCores::none;

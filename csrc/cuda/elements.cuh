@@ -141,15 +141,39 @@ DIFFKERN_FN void for_each_vector(int64_t samples, int64_t elements, Visit visit)
     for (int64_t first = start; first < elements; first += stride) visit(sample, first);
 }
 
-inline const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 template <class T>
 struct Type {
   using type = T;
 };
+
+// Null, or the text of a failed call of the runtime, which would keep that error for the next one who asks for its last.
+inline const char* report(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+// Enqueues a kernel, for whose blocks as much shared memory is allowed as they want. The error that it returns is this
+// launch's own.
+template <class... Params>
+const char* launch_kernel(void (*kernel)(Params...), dim3 grid, unsigned threads, int shared_bytes, Stream stream,
+                          const typename Type<Params>::type&... params) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > 0) {
+    constexpr auto kAttribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (const char* error = report(cudaFuncSetAttribute(function, kAttribute, shared_bytes))) return error;
+  }
+  void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))...};
+  return report(
+      cudaLaunchKernel(function, grid, dim3(threads), arguments, shared_bytes, static_cast<cudaStream_t>(stream)));
+}
+
+// One that wants no shared memory beside what it declares, on an elementwise plan.
+template <class... Params>
+const char* launch_kernel(void (*kernel)(Params...), const Plan& plan, Stream stream,
+                          const typename Type<Params>::type&... params) {
+  return launch_kernel(kernel, dim3(plan.grid_x, plan.grid_y), plan.threads, 0, stream, params...);
+}
 
 // Calls run(Type<T>) for the element type of that dtype.
 template <class Run>

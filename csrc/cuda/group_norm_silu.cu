@@ -113,14 +113,24 @@ DIFFKERN_FN F warp_sum(F a) {
   return a;
 }
 
-// shared.sums[j][channel] = the sum over the tile's pixels of what add(channel, pixel, a, b) adds to a (j = 0), b (1).
-template <class T, int n, bool last, class Add>
-DIFFKERN_FN void channel_sums(const Tile& tile, const Shared& shared, Add add) {
+// k numbers of each of an access's channels.
+template <int k, int lanes>
+struct Coefficients {
+  float of[k][lanes];
+};
+
+// shared.sums[j][channel] = the sum over the tile's pixels of what add(own, channel, pixel, a, b) adds to a (j = 0), b
+// (1). `own` is prepare(channel): what a column needs at all of its pixels.
+template <class T, int n, bool last, class Prepare, class Add>
+DIFFKERN_FN void channel_sums(const Tile& tile, const Shared& shared, Prepare prepare, Add add) {
   constexpr int lanes = Layout<T, n, last>::lanes;
   for_each_column<n, last>(tile, [&](const Column& column) {
     float sum[2][lanes] = {};
-    for (int pixel = column.first; pixel < tile.pixels; pixel += column.step)
-      add(column.channel, pixel, sum[0], sum[1]);
+    if (column.first < tile.pixels) {
+      const auto own = prepare(column.channel);
+      for (int pixel = column.first; pixel < tile.pixels; pixel += column.step)
+        add(own, column.channel, pixel, sum[0], sum[1]);
+    }
     if (last) {  // a tree over the threads of a column
       float* own = shared.staging + threadIdx.x;
 #pragma unroll
@@ -188,13 +198,15 @@ DIFFKERN_FN Affine affine(const GroupNormSiluParams& p, const Tile& tile, int ch
   return {float(center), slope, bias + float(double(float(center)) - center) * slope};
 }
 
-// The k coefficients of an access's channels, from shared memory.
-template <int k, int lanes>
-DIFFKERN_FN void coefficients_of(const Shared& shared, const Tile& tile, int channel, float (&to)[k][lanes]) {
+// center, slope and offset of an access's channels, from shared memory.
+template <int lanes>
+DIFFKERN_FN Coefficients<3, lanes> coefficients_of(const Shared& shared, const Tile& tile, int channel) {
+  Coefficients<3, lanes> to;
 #pragma unroll
-  for (int j = 0; j < k; ++j)
+  for (int j = 0; j < 3; ++j)
 #pragma unroll
-    for (int l = 0; l < lanes; ++l) to[j][l] = shared.coefficient[j * tile.channels + channel + l];
+    for (int l = 0; l < lanes; ++l) to.of[j][l] = shared.coefficient[j * tile.channels + channel + l];
+  return to;
 }
 
 // --- forward --------------------------------------------------------------------------------------------------------
@@ -203,42 +215,70 @@ struct Moments {
   double mean, squares;  // squares: the sum of squared distances from the mean
 };
 
-// Of the tile's groups: reads x into the slab, takes its mean as a pivot, and sums the distances from that, so that
-// no sum is large beside what it is for, however far the mean from 0.
+// Of the tile's groups: reads x into the slab, and sums its distances from the group's first element; their mean is a
+// pivot, from which distances are summed up again. So no sum is large beside what it is for, however far the mean is
+// from 0, and that of equal elements is 0.
 template <class T, int n, bool last>
 DIFFKERN_FN void moments_of(const GroupNormSiluParams& p, const GroupNormPlan& plan, const Tile& tile,
                             const Shared& shared, Moments* moments) {
   using L = Layout<T, n, last>;
-  __shared__ float pivot[kMaxGroups];
+  __shared__ float origin[kMaxGroups], pivot[kMaxGroups];  // pivot: from the origin on
   const int row = last ? tile.channels : plan.chunk_pixels;
   auto in_slab = [&](int channel, int pixel) { return last ? pixel * row + channel : channel * row + pixel; };
-  channel_sums<T, n, last>(tile, shared, [&](int channel, int pixel, float(&a)[L::lanes], float(&)[L::lanes]) {
-    float x[n];
-    L::load(p.x, L::at(p, tile, channel, pixel), x);
-    L::store(shared.slab, in_slab(channel, pixel), x);
+  for (int group = int(threadIdx.x); group < tile.groups; group += kThreads) {
+    const int64_t at = Layout<T, 1, last>::at(p, tile, group * tile.width, 0);
+    origin[group] = to_f32(static_cast<const T*>(p.x)[at]);
+  }
+  __syncthreads();
+  using Sum = float[L::lanes];
+  channel_sums<T, n, last>(
+      tile, shared,
+      [&](int channel) {
+        Coefficients<1, L::lanes> own;
 #pragma unroll
-    for (int i = 0; i < n; ++i) a[last ? i : 0] += x[i] + added(p, tile, channel + (last ? i : 0));
-  });
-  const float per_element = __fdividef(1.0f, float(tile.width) * float(tile.pixels));
+        for (int l = 0; l < L::lanes; ++l) own.of[0][l] = origin[(channel + l) / tile.width];
+        return own;
+      },
+      [&](const auto& own, int channel, int pixel, Sum& a, Sum&) {
+        float x[n];
+        L::load(p.x, L::at(p, tile, channel, pixel), x);
+        L::store(shared.slab, in_slab(channel, pixel), x);
+#pragma unroll
+        for (int i = 0; i < n; ++i) a[last ? i : 0] += x[i] - own.of[0][last ? i : 0];
+      });
+  const float pixels = float(tile.pixels), per_element = __fdividef(1.0f, float(tile.width) * pixels);
   group_sums(
-      tile, [&](int c, int) { return float2{shared.sums[c], 0.0f}; },
+      tile, [&](int c, int) { return float2{shared.sums[c] + pixels * added(p, tile, c), 0.0f}; },
       [&](int group, float sum, float) { pivot[group] = sum * per_element; });
-  channel_sums<T, n, last>(tile, shared, [&](int channel, int pixel, float(&a)[L::lanes], float(&b)[L::lanes]) {
-    float x[n];
-    L::load(shared.slab, in_slab(channel, pixel), x);
+  channel_sums<T, n, last>(
+      tile, shared,
+      [&](int channel) {
+        Coefficients<2, L::lanes> own;
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-      const int c = channel + (last ? i : 0);
-      const float distance = x[i] + added(p, tile, c) - pivot[c / tile.width];
-      a[last ? i : 0] += distance;
-      b[last ? i : 0] += distance * distance;
-    }
-  });
+        for (int l = 0; l < L::lanes; ++l) {
+          const int group = (channel + l) / tile.width;
+          own.of[0][l] = origin[group];
+          own.of[1][l] = added(p, tile, channel + l) - pivot[group];
+        }
+        return own;
+      },
+      [&](const auto& own, int channel, int pixel, Sum& a, Sum& b) {
+        float x[n];
+        L::load(shared.slab, in_slab(channel, pixel), x);
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+          const int l = last ? i : 0;
+          const float distance = x[i] - own.of[0][l] + own.of[1][l];
+          a[l] += distance;
+          b[l] += distance * distance;
+        }
+      });
   group_sums(
       tile, [&](int c, int) { return float2{shared.sums[c], shared.sums[tile.channels + c]}; },
       [&](int group, float distance, float square) {
-        const float apart = distance * per_element;
-        if (threadIdx.x % 32 == 0) moments[group] = {double(pivot[group]) + apart, square - apart * distance};
+        const float apart = distance * per_element, squares = square - apart * distance;
+        if (threadIdx.x % 32 == 0)
+          moments[group] = {double(origin[group]) + double(pivot[group]) + apart, squares < 0 ? 0 : squares};
       });
 }
 
@@ -253,8 +293,8 @@ DIFFKERN_FN void join_chunks(const GroupNormSiluParams& p, const GroupNormPlan& 
       return double(::min(int64_t(plan.chunk_pixels), p.pixels - int64_t(chunk) * plan.chunk_pixels));
     };
     double mean = 0, squares = 0;
-    for (int chunk = lane; chunk < plan.chunks; chunk += 32) mean += pixels(chunk) * partial[2 * chunk];
-    mean = warp_sum(mean) * plan.per_pixel;
+    for (int chunk = lane; chunk < plan.chunks; chunk += 32) mean += pixels(chunk) * (partial[2 * chunk] - partial[0]);
+    mean = partial[0] + warp_sum(mean) * plan.per_pixel;
     for (int chunk = lane; chunk < plan.chunks; chunk += 32) {
       const double apart = partial[2 * chunk] - mean;
       squares += partial[2 * chunk + 1] + pixels(chunk) * tile.width * apart * apart;
@@ -271,8 +311,7 @@ DIFFKERN_FN void normalise(const GroupNormSiluParams& p, const GroupNormPlan& pl
   using L = Layout<T, n, last>;
   const int row = last ? tile.channels : plan.chunk_pixels;
   for_each_column<n, last>(tile, [&](const Column& column) {
-    float coefficient[3][L::lanes];
-    coefficients_of(shared, tile, column.channel, coefficient);
+    const auto own = coefficients_of<L::lanes>(shared, tile, column.channel);
     for (int pixel = column.first; pixel < tile.pixels; pixel += column.step) {
       const int64_t at = L::at(p, tile, column.channel, pixel);
       float z[n], residual[n];
@@ -284,7 +323,7 @@ DIFFKERN_FN void normalise(const GroupNormSiluParams& p, const GroupNormPlan& pl
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         const int l = last ? i : 0;
-        z[i] = multiply_add(z[i] - coefficient[0][l], coefficient[1][l], coefficient[2][l]);
+        z[i] = multiply_add(z[i] - own.of[0][l], own.of[1][l], own.of[2][l]);
         if (p.silu) z[i] = silu(z[i]);
         if (p.residual) z[i] += residual[i];
       }
@@ -339,9 +378,9 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_const
 // --- backward -------------------------------------------------------------------------------------------------------
 
 // Calls visit(i, lane, x - center, grad_z) for each element of an access.
-template <class T, int n, bool last, int k, class Visit>
+template <class T, int n, bool last, class Visit>
 DIFFKERN_FN void for_each_gradient(const GroupNormSiluParams& p, int64_t at,
-                                   const float (&coefficient)[k][Layout<T, n, last>::lanes], Visit visit) {
+                                   const Coefficients<3, Layout<T, n, last>::lanes>& own, Visit visit) {
   using L = Layout<T, n, last>;
   float x[n], grad_y[n];
   L::load(p.x, at, x);
@@ -349,8 +388,8 @@ DIFFKERN_FN void for_each_gradient(const GroupNormSiluParams& p, int64_t at,
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     const int l = last ? i : 0;
-    const float distance = x[i] - coefficient[0][l];
-    const float z = multiply_add(distance, coefficient[1][l], coefficient[2][l]);
+    const float distance = x[i] - own.of[0][l];
+    const float z = multiply_add(distance, own.of[1][l], own.of[2][l]);
     visit(i, l, distance, p.silu ? grad_y[i] * silu_slope(z) : grad_y[i]);
   }
 }
@@ -377,15 +416,15 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
     __syncthreads();
 
     if (phase != Phase::rest)
-      channel_sums<T, n, last>(tile, shared, [&](int channel, int pixel, float(&a)[L::lanes], float(&b)[L::lanes]) {
-        float coefficient[3][L::lanes];
-        coefficients_of(shared, tile, channel, coefficient);
-        for_each_gradient<T, n, last>(p, L::at(p, tile, channel, pixel), coefficient,
-                                      [&](int, int l, float distance, float grad_z) {
-                                        a[l] += grad_z;
-                                        b[l] += grad_z * distance;
-                                      });
-      });
+      channel_sums<T, n, last>(
+          tile, shared, [&](int channel) { return coefficients_of<L::lanes>(shared, tile, channel); },
+          [&](const auto& own, int channel, int pixel, float(&a)[L::lanes], float(&b)[L::lanes]) {
+            for_each_gradient<T, n, last>(p, L::at(p, tile, channel, pixel), own,
+                                          [&](int, int l, float distance, float grad_z) {
+                                            a[l] += grad_z;
+                                            b[l] += grad_z * distance;
+                                          });
+          });
     float* partial = p.partial_sums + sample * plan.chunks * 2 * p.channels + tile.first_channel;  // of chunk 0
     if (phase == Phase::sums) {
       for (int c = int(threadIdx.x); c < 2 * channels; c += kThreads)
@@ -418,8 +457,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
             }
           });
       for_each_column<n, last>(tile, [&](const Column& column) {
-        float coefficient[3][L::lanes], by_distance[L::lanes], constant[L::lanes];
-        coefficients_of(shared, tile, column.channel, coefficient);
+        const auto own = coefficients_of<L::lanes>(shared, tile, column.channel);
+        float by_distance[L::lanes], constant[L::lanes];
 #pragma unroll
         for (int l = 0; l < L::lanes; ++l) {
           const int group = (column.channel + l) / tile.width;
@@ -429,8 +468,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
         for (int pixel = column.first; pixel < tile.pixels; pixel += column.step) {
           const int64_t at = L::at(p, tile, column.channel, pixel);
           float grad_x[n];
-          for_each_gradient<T, n, last>(p, at, coefficient, [&](int i, int l, float distance, float grad_z) {
-            grad_x[i] = multiply_add(coefficient[1][l], grad_z, multiply_add(by_distance[l], distance, constant[l]));
+          for_each_gradient<T, n, last>(p, at, own, [&](int i, int l, float distance, float grad_z) {
+            grad_x[i] = multiply_add(own.of[1][l], grad_z, multiply_add(by_distance[l], distance, constant[l]));
           });
           L::store(p.grad_x, at, grad_x);
         }
@@ -469,20 +508,13 @@ Kernels kernels_of(const GroupNormPlan& plan, DType dtype, bool channels_last) {
 
 const char* launch(Kernel kernel, const GroupNormSiluParams& p, const GroupNormPlan& plan, Stream stream) {
   if (p.channels / p.groups > GroupNormPlan::kMaxWidth) return "groups: expected at most 512 channels a group";
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
   const dim3 grid(plan.grid_x(), plan.grid_y(p.samples));
-  auto enqueue = [&](Phase phase) {
-    kernel<<<grid, kThreads, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(p, plan, phase);
+  const auto enqueue = [&](Phase phase) {
+    return launch_kernel(kernel, grid, kThreads, plan.shared_bytes, stream, p, plan, phase);
   };
-  if (plan.chunks == 1) {
-    enqueue(Phase::whole);
-  } else {
-    enqueue(Phase::sums);
-    enqueue(Phase::rest);
-  }
-  return launch_error();
+  if (plan.chunks == 1) return enqueue(Phase::whole);
+  const char* error = enqueue(Phase::sums);
+  return error != nullptr ? error : enqueue(Phase::rest);
 }
 
 }  // namespace

@@ -21,9 +21,7 @@ const char* noise(const NoiseParams& p, Stream stream) {
   return with_type(p.z.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Plan plan = plan_vectors<T>(p.samples, p.elements);
-    noise_kernel<T><<<dim3(plan.grid_x, plan.grid_y), plan.threads, 0, static_cast<cudaStream_t>(stream)>>>(
-        p, Access<T>(p.z, p.elements));
-    return launch_error();
+    return launch_kernel(noise_kernel<T>, plan, stream, p, Access<T>(p.z, p.elements));
   });
 }
 

@@ -70,26 +70,21 @@ __global__ void backward_kernel(const __grid_constant__ NoiseLossParams p, const
 }  // namespace
 
 const char* noise_loss(const NoiseLossParams& p, Stream stream) {
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
   const char* error = with_type(p.out.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Plan plan = plan_noise_loss(p.samples, p.elements);
-    partial_kernel<T><<<dim3(plan.grid_x, plan.grid_y), plan.threads, 0, s>>>(p, Access<T>(p.out, p.elements));
-    return launch_error();
+    return launch_kernel(partial_kernel<T>, plan, stream, p, Access<T>(p.out, p.elements));
   });
   if (error != nullptr) return error;
-  const Plan plan = plan_elementwise(1, p.samples);
-  total_kernel<<<plan.grid_x, plan.threads, 0, s>>>(p);
-  return launch_error();
+  return launch_kernel(total_kernel, plan_elementwise(1, p.samples), stream, p);
 }
 
 const char* noise_loss_backward(const NoiseLossParams& p, Stream stream) {
   return with_type(p.out.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Plan plan = plan_vectors<T>(p.samples, p.elements);
-    backward_kernel<T><<<dim3(plan.grid_x, plan.grid_y), plan.threads, 0, static_cast<cudaStream_t>(stream)>>>(
-        p, Access<T>(p.out, p.elements), Access<T>(p.grad_out, p.elements));
-    return launch_error();
+    return launch_kernel(backward_kernel<T>, plan, stream, p, Access<T>(p.out, p.elements),
+                         Access<T>(p.grad_out, p.elements));
   });
 }
 

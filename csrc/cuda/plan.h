@@ -30,6 +30,7 @@ constexpr Plan plan_noise_loss(int64_t samples, int64_t elements) {
 struct GroupNormPlan {
   static constexpr int kThreads = 256, kMaxGroups = 16, kMaxWidth = 512;  // of a set, of a group
   static constexpr int kSlabBytes = 32768, kStagingFloats = 2 * 8 * kThreads;
+  static constexpr int kMaxChannels = 768;  // of a set: what the smallest card, of sm_75, has room for beside the slab
 
   int32_t vector;                    // elements of an access: 16 bytes of them, or 1
   int32_t set_groups, set_channels;  // of a set
@@ -51,8 +52,9 @@ inline GroupNormPlan plan_group_norm(const GroupNormSiluParams& p) {
     return p.channels_last ? bytes >= 32 && bytes % 16 == 0 : set * width >= 8;
   };
   while (set < p.groups && !wide_enough()) ++set;
+  if (set * width > GroupNormPlan::kMaxChannels) set = 1;  // odd widths: an element at a time
   const int64_t channels = set * width, capacity = GroupNormPlan::kSlabBytes / (channels * size) / 8 * 8;
-  const int64_t fewest = capacity > 0 ? (p.pixels + capacity - 1) / capacity : 1;
+  const int64_t fewest = (p.pixels + capacity - 1) / capacity;
   const int64_t chunk = ((p.pixels + fewest - 1) / fewest + 7) / 8 * 8, slab = chunk * channels * size;
   bool vectors = p.channels_last ? p.channels % vector == 0 && channels % vector == 0 : p.pixels % vector == 0;
   const void* const tensors[] = {p.x, p.residual, p.y, p.grad_y, p.grad_x};

@@ -30,9 +30,8 @@ const char* q_sample(const QSampleParams& p, Stream stream) {
   return with_type(p.x_0.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Plan plan = plan_vectors<T>(p.samples, p.elements);
-    q_sample_kernel<T><<<dim3(plan.grid_x, plan.grid_y), plan.threads, 0, static_cast<cudaStream_t>(stream)>>>(
-        p, Access<T>(p.x_0, p.elements), Access<T>(p.x_t, p.elements), Access<T>(p.eps, p.elements));
-    return launch_error();
+    return launch_kernel(q_sample_kernel<T>, plan, stream, p, Access<T>(p.x_0, p.elements),
+                         Access<T>(p.x_t, p.elements), Access<T>(p.eps, p.elements));
   });
 }
 

@@ -82,9 +82,7 @@ const char* launch(const ReverseStepParams& p, Stream stream) {
   at.x0_hat = Access<T>(p.x0_hat, p.elements);
   for (int h = 0; h < p.history_count; ++h) at.history[h] = Access<T>(p.history[h], p.elements);
   const Plan plan = plan_vectors<T>(p.samples, p.elements);
-  reverse_step_kernel<T, kGuided, kLearned>
-      <<<dim3(plan.grid_x, plan.grid_y), plan.threads, 0, static_cast<cudaStream_t>(stream)>>>(p, at);
-  return launch_error();
+  return launch_kernel(reverse_step_kernel<T, kGuided, kLearned>, plan, stream, p, at);
 }
 
 }  // namespace

@@ -120,6 +120,18 @@ def test_x0_hat_may_take_the_place_of_the_history(cuda, dtype):
         same_bits(ours, theirs)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_x_may_lie_in_the_first_half_of_an_output_with_learned_variance(cuda, dtype, layout):
+    seeds, step = seeds_and_steps()
+    out = random((6, 5, 7), dtype, 4, layout).to(cuda.device)
+    arguments = [a.to(cuda.device) for a in (table(), step, seeds)]
+    expected, _ = cuda.ops.reverse_step(out[:, :3], out, *arguments, None, 1.0, True, True, [], True)
+    rest = out[:, 3:].clone()
+    cuda.ops.reverse_step_(out[:, :3], out, *arguments, None, 1.0, True, True, [], None)
+    assert torch.equal(out[:, :3], expected) and torch.equal(out[:, 3:], rest)
+
+
 def test_a_row_outside_the_table_gives_nan_in_its_sample_alone(cuda):
     seeds, _ = seeds_and_steps()
     x, out = random((3, 8, 8), torch.float32, 3), random((3, 8, 8), torch.float32, 4)

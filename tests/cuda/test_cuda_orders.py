@@ -6,7 +6,11 @@ from cases import CASES
 
 pytestmark = pytest.mark.cuda
 
-ORDERS = (1, 2, 3)  # beside that of their numbers
+ORDERS = (
+    1,
+    pytest.param(2, marks=pytest.mark.slow),
+    pytest.param(3, marks=pytest.mark.slow),
+)  # beside that of their numbers
 
 
 @pytest.mark.parametrize("order", ORDERS)
