@@ -366,7 +366,7 @@ def missing() -> str:
         return missing()
     wanted = {card.architecture for card in CARDS.values()} | set(ARCHITECTURES)
     if not wanted <= {architecture for architecture, _ in resources()}:
-        return "build/kernels holds no reports of ptxas: diffkern was built without its CUDA kernels"
+        return "build/kernels holds no reports of ptxas for these cards: build with DIFFKERN_CUDA_ARCHITECTURES=all"
     return ""
 
 
