@@ -370,7 +370,9 @@ def missing() -> str:
         return missing()
     wanted = {card.architecture for card in CARDS.values()} | set(ARCHITECTURES)
     if not wanted <= {architecture for architecture, _ in resources()}:
-        return f"build/kernels holds no reports of ptxas for {sorted(wanted)}: diffkern was not built for all of them"
+        return (
+            f"build/kernels holds no reports of ptxas for {sorted(wanted)}: build with DIFFKERN_CUDA_ARCHITECTURES=all"
+        )
     return ""
 
 

@@ -10,8 +10,9 @@ try:
     from .ops import attention, group_norm_silu, noise, noise_loss, q_sample, reverse_step
     from .transforms import torch_ops
 except (ImportError, RuntimeError) as error:  # absent, or older than ops.py
-    message = f"diffkern: the kernels are not built, or not anew ({error}): run pip install -e . in its source"
-    raise ImportError(message) from None
+    from .unbuilt import explain
+
+    raise ImportError(explain(error)) from None
 
 from .engine import optimize
 from .model import Model, load, save
