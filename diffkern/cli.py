@@ -17,16 +17,17 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import evaluate, images, ops, parallel, training
-from .data import FASHION_MNIST, fashion_mnist, load_dataset
+from . import evaluate, images, ops, train_command, training
+from .data import FASHION_MNIST, fashion_mnist
 from .files import check_writable, is_checkpoint
 from .model import Model, find, load, save
+from .progress import tell
 from .samplers import SAMPLERS, VARIANCES, default_sampler
 from .sampling import Step, sample
-from .schedule import Schedule
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GIF_FRAMES = 50
+MOST_THREADS = 1024  # OpenMP ends the process where the system gives it no more
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return status
         except KeyboardInterrupt:
-            _tell("diffkern: interrupted")
+            tell("diffkern: interrupted")
             return 130
         except BrokenPipeError:
             return 141
         except (ImportError, MemoryError, OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             message, *_ = str(error).strip().splitlines() or [type(error).__name__]
-            _tell(f"diffkern: error: {message}")
+            tell(f"diffkern: error: {message}")
             return 2
 
 
@@ -74,11 +75,6 @@ def _streams() -> Iterator[None]:
                     stream.flush()
                 except OSError:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _tell(message: str) -> None:
-    with contextlib.suppress(OSError):  # nobody may be there to read it
-        print(message, file=sys.stderr, flush=True)
 
 
 # --- sample ------------------------------------------------------------------------------------------------------
@@ -238,54 +234,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-# --- train, export -----------------------------------------------------------------------------------------------
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    with parallel.joined(arguments.device) as device:
-        return _train_on(device, arguments)
-
-
-def _train_on(device: str, arguments: argparse.Namespace) -> int:
-    given = {f.name: getattr(arguments, f.name) for f in training.config_fields() if hasattr(arguments, f.name)}
-    if arguments.network is not None:
-        given["network"] = _json_object("network", arguments.network)
-    if arguments.schedule is not None:
-        given["schedule"] = getattr(Schedule, arguments.schedule)(arguments.timesteps).config()
-    preset = training.PRESETS[arguments.preset] if arguments.preset else training.Config()
-    checkpoint = Path(arguments.out) / training.CHECKPOINT
-    channels = (preset.network | given.get("network", {})).get("in_channels", 3)
-    progress = arguments.progress and parallel.rank() == 0
-    dataset = load_dataset(arguments.data, size=arguments.size, channels=channels, progress=progress)
-    if checkpoint.exists():
-        trainer = training.Trainer.resume(checkpoint, dataset, device=device, **given)
-        if parallel.rank() == 0:
-            print(f"resuming {checkpoint} at step {trainer.steps}", file=sys.stderr)
-    else:
-        given["network"] = preset.network | given.get("network", {})
-        config = dataclasses.replace(preset, **given)
-        model = training.new_model(dataset, config, name=arguments.preset or Path(arguments.out).name)
-        trainer = training.Trainer(model, dataset, config, device=device)
-    if parallel.rank() == 0:
-        print(trainer.dataset.summary, file=sys.stderr)
-    stopped = trainer.run(arguments.out, progress=arguments.progress)
-    if parallel.rank() > 0:
-        return 128 + stopped if stopped else 0
-    if stopped is None:
-        print(checkpoint)
-        return 0
-    print(f"diffkern: {stopped.name} at step {trainer.steps}: saved {checkpoint}; run again to resume", file=sys.stderr)
-    return 128 + stopped
-
-
-def _json_object(name: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: expected a JSON object, got {text!r} ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}: expected a JSON object, got {text!r}")
-    return value
+# --- export -----------------------------------------------------------------------------------------------
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -321,7 +270,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         net = evaluate.train_classifier(train, progress=arguments.progress)
         evaluate.save_classifier(net, arguments.classifier, evaluate.accuracy(net, test.images, test.labels))
         net, accuracy = evaluate.load_classifier(arguments.classifier)
-    print(f"training {train.summary}", f"test {test.summary}", sep="\n", file=sys.stderr)
+    tell(f"training {train.summary}")
+    tell(f"test {test.summary}")
 
     losses = evaluate.eps_loss(model, test, n=arguments.loss_n)
     T, width = model.schedule.T, len(losses)
@@ -375,7 +325,23 @@ class Parser(argparse.ArgumentParser):
     """Lets :func:`main` say what is wrong, in one line; ``--help`` has the rest."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+EXAMPLES = {
+    "sample": """\
+  diffkern sample --model fashion-mnist --n 40 --steps 50
+  diffkern sample --model run --labels cat --guidance 2 --seeds 100:116 --out cats.png""",
+    "train": """\
+  diffkern train --data photos --size 64 --out run --network '{"channels": 64}'
+  diffkern train --data photos --out run --steps 200000     # resume it, and go on for longer
+  diffkern train --data digits --out run --init fashion-mnist --lr 1e-4
+  torchrun --nproc-per-node 8 -m diffkern train --device cuda --data photos --out run""",
+    "export": """\
+  diffkern export run --out photos.safetensors""",
+    "evaluate": """\
+  diffkern evaluate --model run --steps ddim:50 dpmpp_2m:20""",
+}
 
 
 def _count(text: str) -> int:
@@ -388,22 +354,40 @@ def _count(text: str) -> int:
 _count.__name__ = "count"  # argparse's "invalid count value"
 
 
+def _threads(text: str) -> int:
+    if _count(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS}, got {text}")
+    return int(text)
+
+
+_threads.__name__ = "count"
+
+
 def _parser() -> Parser:
     parser = Parser("diffkern", description="Denoising diffusion: sample, train and evaluate.")
     parser.add_argument("--version", action="version", version=f"diffkern {_version('diffkern')}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    parser.set_defaults(run=lambda _: parser.error(f"expected a command: {', '.join(commands.choices)}"), threads=None)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--threads", type=_count, help="CPU threads (default: torch's choice)")
-    runs = argparse.ArgumentParser(add_help=False, parents=[common])
-    runs.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cpu)")
-    runs.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
+    common.add_argument("--threads", type=_threads, help="CPU threads (default: torch's choice)")
+    long = argparse.ArgumentParser(add_help=False, parents=[common])
+    long.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    long.add_argument("--no-progress", dest="progress", action="store_false", help="neither a progress bar nor lines")
 
     def command(name: str, run, text: str, parent=common) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, parents=[parent], allow_abbrev=False)
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"examples:\n{EXAMPLES[name]}" if name in EXAMPLES else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[parent],
+            allow_abbrev=False,
+        )
         sub.set_defaults(run=run)
         return sub
 
-    p = command("sample", _sample, "Draw images from a model into a labelled grid.", runs)
+    p = command("sample", _sample, "Draw images from a model into a labelled grid.", long)
     p.add_argument("--model", required=True, help="a shipped model's name, a model file, a run's checkpoint or folder")
     p.add_argument("--n", type=_count, help="how many images, of the seeds 0..n-1 (default: 16)")
     p.add_argument("--seeds", nargs="+", metavar="SEED", help="the seed of each image; a:b is a range without b")
@@ -427,7 +411,7 @@ def _parser() -> Parser:
     p.add_argument("--columns", type=_count, help="of the grid")
     p.add_argument("--scale", type=_count, help="screen pixels a pixel")
 
-    p = command("train", _train, "Train a model, or resume the run in --out.", runs)
+    p = command("train", train_command.train, "Train a model, or resume the run in --out.", long)
     p.add_argument(
         "--data",
         required=True,
@@ -436,10 +420,13 @@ def _parser() -> Parser:
     )
     p.add_argument("--out", required=True, metavar="DIR", help="checkpoint.safetensors, log.csv and samples-*.png")
     p.add_argument("--preset", choices=training.PRESETS, help="a recipe; what follows changes it")
-    p.add_argument("--size", type=_count, default=32, help="of an image folder's images, in pixels (default: 32)")
+    p.add_argument("--init", metavar="MODEL", help="begin with the weights and the network of this model: fine-tune it")
+    p.add_argument(
+        "--size", type=_count, help="of an image folder's images, in pixels (default: that of --init, or 32)"
+    )
     p.add_argument("--network", metavar="JSON", help='arguments of the U-Net, as {"channels": 64}')
     p.add_argument("--schedule", choices=("linear", "cosine", "sigmoid", "scaled_linear"), help="(default: linear)")
-    p.add_argument("--timesteps", type=_count, default=1000, metavar="T", help="of --schedule (default: 1000)")
+    p.add_argument("--timesteps", type=_count, metavar="T", help="steps of the schedule (default: 1000)")
     for f in training.config_fields():
         _add_config_option(p, f)
 
@@ -449,7 +436,7 @@ def _parser() -> Parser:
     p.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: float16)")
     p.add_argument("--name", help="the model's name (default: the file's)")
 
-    p = command("evaluate", _evaluate, "Frechet distances and held-out loss of a model of Fashion-MNIST.", runs)
+    p = command("evaluate", _evaluate, "Frechet distances and held-out loss of a model of Fashion-MNIST.", long)
     p.add_argument("--model", required=True, help="a shipped model's name, a model file, a run's checkpoint or folder")
     p.add_argument("--data", default=FASHION_MNIST, metavar="DIR", help=f"of the IDX files (default: {FASHION_MNIST})")
     p.add_argument("--n", type=_count, default=10_000, help="images a sampler (default: 10000)")

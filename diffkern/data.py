@@ -167,7 +167,7 @@ def image_folder(root: str | Path, *, size: int = 32, channels: int = 3, progres
     that Pillow decodes is read. Transparent pixels are composited over white. Grey of 16 bits is divided by 257 and
     rounded; floats and integers of 32 bits are refused, because their range is not known. Hidden files and folders
     (``.name``) and those of systems are left out; links to folders are followed. Numbers in the names of classes
-    sort as numbers: label 2 of the classes 0 to 11 is "2". ``progress`` shows a bar on a terminal.
+    sort as numbers: label 2 of the classes 0 to 11 is "2". ``progress`` shows a bar on a terminal, and lines elsewhere.
     """
     root = Path(root)
     if size < 1:

@@ -20,6 +20,7 @@ from .data import Dataset, epoch_order, words
 from .files import Blueprint, fill, floating, read, write
 from .images import to_uint8
 from .model import Model
+from .progress import bar as progress_bar
 from .sampling import sample
 from .schedule import checked_float
 
@@ -63,8 +64,6 @@ def train_classifier(
     train: Dataset, *, epochs: int = 10, batch_size: int = 128, lr: float = 4e-3, seed: int = 0, progress: bool = True
 ) -> Classifier:
     """A :class:`Classifier` of labelled 32x32 images: AdamW, one cycle, bf16 autocast, shifts by up to two pixels."""
-    from tqdm import tqdm
-
     if train.labels is None or train.shape[1:] != (32, 32):
         raise ValueError(f"data: expected labelled 32x32 images, got {train.shape}, labels {train.labels is not None}")
     with torch.random.fork_rng(devices=[]):
@@ -73,8 +72,7 @@ def train_classifier(
         optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.05, fused=True)
         batches = -(-len(train) // batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * batches, pct_start=0.2)
-        bar = tqdm(total=epochs * batches, desc="classifier", dynamic_ncols=True, disable=not progress)
-        with bar:
+        with progress_bar(epochs * batches, "classifier", "step", progress) as bar:
             for epoch in range(epochs):
                 for index in epoch_order(len(train), epoch, seed).split(batch_size):
                     down, right = torch.randint(-2, 3, (2,)).tolist()  # the border is black: rolling is shifting

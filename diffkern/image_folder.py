@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile
-from tqdm import tqdm
 
 from .image_file import fault, read_square
+from .progress import bar as progress_bar
 
 SYSTEM_NAMES = frozenset(
     {"#recycle", "$recycle.bin", "@eadir", "__macosx", "desktop.ini", "ehthumbs.db", "lost+found", "thumbs.db"}
@@ -193,8 +193,8 @@ def read_images(folder: Folder, size: int, channels: int, progress: bool = False
 
 
 def _in_threads(function: Callable[[int], str | None], length: int, doing: str, progress: bool) -> list[str | None]:
-    """``function(k)`` of each k below ``length``, in order. The bar shows on terminals, if it takes a second."""
-    bar = tqdm(total=length, desc=doing, unit="img", dynamic_ncols=True, delay=1, disable=None if progress else True)
+    """``function(k)`` of each k below ``length``, in order."""
+    bar = progress_bar(length, doing, "img", progress)
     pool = ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0))))
     results = []
     try:

@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,12 @@ from torch import distributed as dist
 @contextmanager
 def joined(device: torch.device | str | None) -> Iterator[torch.device | str | None]:
     """Within, the processes of ``torchrun`` are joined. Gives this one's device: for "cuda", a card of its own."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if _environment("WORLD_SIZE", "the number of processes", low=1, default=1) == 1:
         yield device
         return
     on_cuda = device is not None and torch.device(device).type == "cuda"
     if on_cuda and torch.device(device).index is None:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{_environment('LOCAL_RANK', 'the number of this process on its machine', low=0)}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
@@ -26,6 +27,16 @@ def joined(device: torch.device | str | None) -> Iterator[torch.device | str | N
     finally:
         gc.collect()  # what averages gradients holds itself and the group, whose threads must end before the process
         dist.destroy_process_group()
+
+
+def _environment(name: str, meaning: str, low: int, default: int | None = None) -> int:
+    """A number that ``torchrun`` has put into the environment."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal() or int(text) < low:
+        raise ValueError(f"{name}: expected {meaning} from torchrun, an int >= {low}, got {text!r}")
+    return int(text)
 
 
 def rank() -> int:
@@ -58,3 +69,39 @@ def largest(value: int, device: torch.device) -> int:
     values = torch.tensor(value, device=device)
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return int(values)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """If the block raises in some of the processes, end all of them: the first that failed raises its error, and the
+    others SystemExit. Every process must come here; the block itself holds nothing that they wait for each other in."""
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    failed = _gathered(error is not None)
+    if not any(failed):
+        return
+    if error is not None and failed.index(True) == rank():
+        raise error
+    raise SystemExit(2)
+
+
+def check_same(name: str, value: str | None) -> None:
+    """Raise ValueError in the first process and SystemExit in the others unless all have the same ``value``."""
+    values = _gathered(value)
+    odd = [(rank, other) for rank, other in enumerate(values) if other != values[0]]
+    with together():
+        if odd:
+            raise ValueError(
+                f"{name}: expected the same in every process, got {values[0]} in process 0, {odd[0][1]} in {odd[0][0]}"
+            )
+
+
+def _gathered(value: Any) -> list:
+    """Of all processes, by rank."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values

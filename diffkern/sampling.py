@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from . import ops
 from .engine import Engine
 from .model import Model, checked_device, load, unwrapped
+from .progress import bar as progress_bar
 from .samplers import PREDICTIONS, SAMPLERS, ddim, ddpm, default_sampler, dpmpp_2m, fold_x0
 from .schedule import Schedule, checked_float, checked_int
 from .unet import UNet
@@ -94,7 +94,7 @@ def sample(
     engine      run a U-Net on a CPU by :func:`diffkern.optimize`, which is faster and rounds otherwise
     cuda_graph  on a CUDA device, record one step, network and update, and replay it for all: no step waits for the
                 host. The network must be one that a CUDA graph can hold; there is no ``callback``
-    progress    show a progress bar on stderr
+    progress    show a progress bar on stderr, or now and then a line where that is no terminal
     callback    called with a :class:`Step` in every step
 
     The network runs in eval and inference mode, and gets its training flags back however this ends.
@@ -142,7 +142,7 @@ def sample(
 
     images = torch.empty((n, *source.shape), device=device)
     batches = range(0, n, batch_size)
-    bar = tqdm(total=len(batches) * len(timesteps), desc="sampling", unit="step", disable=not progress)
+    bar = progress_bar(len(batches) * len(timesteps), "sampling", "step", progress)
     with bar, _evaluating(source.network), torch.inference_mode():
         for start in batches:
             rows = torch.arange(start, start + batch_size).clamp(max=n - 1)  # the last image pads the last batch

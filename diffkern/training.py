@@ -6,16 +6,15 @@ k and the run's seed: there is no generator to save, and a resumed run continues
 order in which a gradient is summed.
 """
 
+import contextlib
 import copy
 import json
 import math
 import os
 import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,96 +22,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import images, ops, parallel
+from . import images, ops, parallel, runs
 from .data import EXAMPLE_STREAM, Dataset, epoch_order, words
-from .description import checked_training
+from .description import check_model, checked_training
 from .files import CHECKPOINT, read, restore, write
 from .model import Model, build, checked_device
+from .progress import bar as progress_bar
+from .recipes import PRESETS, Config, config_fields, recipe
+from .runs import Log, Unlogged
 from .sampling import sample
-from .schedule import Schedule, checked_float, checked_int
+from .schedule import Schedule
 from .unet import UNet
 
-LR_SCHEDULES = ("constant", "cosine")
-
-
-def option(default: Any, text: str, **kwargs) -> Any:
-    """A field of :class:`Config`; the command line makes its options from these."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: copy.deepcopy(default), metadata={"help": text, **kwargs})
-    return field(default=default, metadata={"help": text, **kwargs})
-
-
-@dataclass(frozen=True)
-class Config:
-    """A training run but for its data. ``network`` and ``schedule`` hold a UNet's and a Schedule's arguments."""
-
-    steps: int = option(100_000, "optimizer steps in all")
-    batch_size: int = option(64, "images a step, of all processes together")
-    lr: float = option(2e-4, "learning rate of AdamW")
-    lr_schedule: str = option("constant", "after the warm-up", choices=LR_SCHEDULES)
-    warmup: int = option(500, "steps over which the learning rate rises from 0")
-    betas: tuple[float, float] = option((0.9, 0.99), "of AdamW")
-    weight_decay: float = option(0.0, "of AdamW")
-    grad_clip: float = option(1.0, "largest norm of the gradient (0: no limit)")
-    ema: float = option(0.999, "decay of the weights' average; min(ema, (1 + step) / (10 + step)) early on")
-    label_dropout: float = option(0.1, "share of labels replaced by the null class, for classifier-free guidance")
-    flip: bool = option(False, "mirror half of the images")
-    bf16: bool = option(False, "autocast to bfloat16")
-    seed: int = option(0, "of all that is drawn")
-    checkpoint_every: int = option(1000, "steps between checkpoints")
-    sample_every: int = option(5000, "steps between sample grids (0: none)")
-    log_every: int = option(100, "steps between the lines of log.csv")
-    network: dict = option({}, "arguments of diffkern.unet.UNet")
-    schedule: dict = option(Schedule.linear(1000).config(), "a diffkern.Schedule's config()")
-
-    def __post_init__(self):
-        for name, low in dict(steps=1, batch_size=1, checkpoint_every=1, log_every=1, warmup=0, sample_every=0).items():
-            if checked_int(name, getattr(self, name), f"an int >= {low}") < low:
-                raise ValueError(f"{name}: expected an int >= {low}, got {getattr(self, name)}")
-        seed = checked_int("seed", self.seed, "an int in [-2^63, 2^64)")
-        if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed: expected an int in [-2^63, 2^64), got {seed}")
-        checked_float("lr", self.lr, "a number > 0", lambda value: value > 0)
-        checked_float("weight_decay", self.weight_decay, "a number >= 0", lambda value: value >= 0)
-        checked_float("grad_clip", self.grad_clip, "a number >= 0", lambda value: value >= 0)
-        checked_float("ema", self.ema, "a number in [0, 1)", lambda value: 0 <= value < 1)
-        checked_float("label_dropout", self.label_dropout, "a probability", lambda value: 0 <= value <= 1)
-        object.__setattr__(self, "betas", tuple(self.betas))  # a list, from JSON
-        if len(self.betas) != 2:
-            raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
-        for beta in self.betas:
-            checked_float("betas", beta, "two numbers in [0, 1)", lambda value: 0 <= value < 1)
-        if self.lr_schedule not in LR_SCHEDULES:
-            raise ValueError(f"lr_schedule: expected one of {LR_SCHEDULES}, got {self.lr_schedule!r}")
-        for name in ("network", "schedule"):
-            if not isinstance(getattr(self, name), dict):
-                raise TypeError(f"{name}: expected a dict, got {type(getattr(self, name)).__name__}")
-
-    def learning_rate(self, step: int) -> float:
-        """Of the 0-based ``step``: linear warm-up, then constant or half a cosine down to 0 at ``steps``."""
-        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps))) if self.lr_schedule == "cosine" else 1.0
-        return self.lr * rise * fall
-
-
-PRESETS = {
-    "fashion-mnist": Config(
-        steps=60_000,
-        lr=4e-4,
-        bf16=True,
-        network={
-            "channels": 32,
-            "channel_mult": (1, 2, 4),
-            "attention_levels": (2,),
-            "groups": 8,
-            "norm_eps": 1e-5,
-            "downsample_padding": 1,
-            "flip_sin_to_cos": True,
-            "freq_shift": 0.0,
-        },
-    ),
-}
-"""Recipes by name. ``fashion-mnist`` is the shipped model's, of 3.9 million parameters."""
+__all__ = [
+    "CHECKPOINT",
+    "PRESETS",
+    "Config",
+    "Diverged",
+    "Draws",
+    "Log",
+    "Trainer",
+    "config_fields",
+    "draw",
+    "ema_decay",
+    "new_model",
+    "read_checkpoint",
+    "recipe",
+]
 
 
 class Diverged(RuntimeError):
@@ -145,13 +81,38 @@ def ema_decay(decay: float, step: int) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-def new_model(dataset: Dataset, config: Config, name: str = "model") -> Model:
-    """The untrained eps-predicting model that ``config`` asks for, with the data's shape and classes."""
-    classes = dataset.classes
+def new_model(dataset: Dataset, config: Config, name: str = "model", *, init: Model | None = None) -> Model:
+    """The eps-predicting model that ``config`` asks for, with the data's shape and classes, to be trained.
+
+    Its weights are random, or those of ``init``, a model to fine-tune: all of them, but only the null class's of the
+    embedding of the classes where the data have another number of those. ``groups`` is the largest divisor of 32 that
+    divides ``channels``, unless it is given.
+    Raises ValueError for options of which no network can be made, or a network that ``init`` does not fit.
+    """
+    classes, channels = dataset.classes, config.network.get("channels")
+    options = {"in_channels": dataset.shape[0], "num_classes": classes and len(classes)}
+    if isinstance(channels, int) and channels > 0:
+        options["groups"] = math.gcd(32, channels)  # UNet's own 32 where that divides every width
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = UNet(**{"in_channels": dataset.shape[0], "num_classes": classes and len(classes), **config.network})
+        network = UNet(**{**options, **config.network})
+    if init is not None:
+        _copy_weights(network, init)
     return Model(network, Schedule.from_config(config.schedule), "eps", dataset.shape, classes, name=name)
+
+
+def _copy_weights(network: UNet, init: Model) -> None:
+    if init.prediction != "eps":
+        raise ValueError(
+            f"init: expected a model that predicts 'eps', which Algorithm 1 trains, got {init.prediction!r}"
+        )
+    live, stored = network.state_dict(), init.network.state_dict()
+    classes = "class_embedding.weight"
+    if live.get(classes, torch.empty(0)).shape != stored.get(classes, torch.empty(0)).shape:
+        theirs, ours = stored.pop(classes, None), live.pop(classes, None)
+        if theirs is not None and ours is not None and theirs.shape[1:] == ours.shape[1:]:
+            ours[-1] = theirs[-1]
+    restore(live, stored, f"init: {init.name}")
 
 
 class Trainer:
@@ -159,15 +120,24 @@ class Trainer:
 
     ``model`` holds the averaged network, and is what to sample from. ``steps`` optimizer steps have been taken and
     ``examples`` images seen; ``step()`` takes the next one.
+
+    The network that is given is trained in place: it is moved to ``device``, put into training mode, and its parameters
+    change. Those that are frozen (``requires_grad`` is False) stay so, unless all are, as ``load`` leaves them: then
+    all are trained. Raises TypeError or ValueError for a model, data and config that do not fit each other.
     """
 
     def __init__(self, model: Model, dataset: Dataset, config: Config, *, device: torch.device | str | None = None):
+        options = getattr(model.network, "config", None)
+        if not isinstance(options, Mapping) or not {"learned_variance", "channel_mult"} <= options.keys():
+            name = type(model.network).__name__
+            raise TypeError(f"network: expected a diffkern.unet.UNet, whose options a checkpoint holds, got {name}")
         if dataset.shape != model.shape:
             raise ValueError(f"data: expected images of shape {model.shape}, got {dataset.shape}")
         dataset = dataset.in_order_of(model.classes)
         if dataset.classes != model.classes:
             raise ValueError(f"data: expected the classes {model.classes}, got {dataset.classes}")
-        if model.network.config["learned_variance"]:
+        _check_size(dataset.shape, len(options["channel_mult"]))
+        if options["learned_variance"]:
             raise ValueError("learned_variance: expected False, the loss of Algorithm 1 does not train a variance")
         if model.prediction != "eps":
             raise ValueError(f"prediction: expected 'eps', which Algorithm 1 trains, got {model.prediction!r}")
@@ -176,14 +146,19 @@ class Trainer:
                 f"batch_size: expected a multiple of the {parallel.world()} processes, got {config.batch_size}"
             )
         self.dataset, self.config, self.steps, self.examples = dataset, config, 0, 0
-        self.network: nn.Module = model.network.to(checked_device(device)).train().requires_grad_(True)
+        self.data = {"images": len(dataset), "fingerprint": dataset.fingerprint}
+        self.unlogged = Unlogged()
+        self.network: nn.Module = model.network.to(checked_device(device)).train()
+        if not any(parameter.requires_grad for parameter in self.network.parameters()):
+            self.network.requires_grad_(True)
+        self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         self.model = replace(model, network=copy.deepcopy(self.network).eval().requires_grad_(False))
         self.predict = parallel.averaging(self.network)
         self.table = model.schedule.q_table(self.model.device)
         self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True
+            self.trained.values(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True
         )
-        for parameter in self.network.parameters():  # the state exists from the start: restoring is copying
+        for parameter in self.trained.values():  # the state exists from the start: restoring is copying
             self.optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
@@ -197,38 +172,63 @@ class Trainer:
     ) -> "Trainer":
         """Continue the run of a checkpoint. ``changes`` are fields of its :class:`Config` that shall differ.
 
-        Weights, moments, average, counters and data order continue to the bit, on the same kind of machine.
+        Weights, moments, average, counters and data order continue to the bit, on the same kind of machine. Warns of
+        other images than the run has seen. Raises ValueError for a change of the network, the schedule or the seed, and
+        for fewer ``steps`` than have been taken.
         """
-        description, tensors = read(path)
-        config = checked_training(description, path, Config)
+        description, tensors, config = read_checkpoint(path)
+        state = description["training"]
         for name in changes.keys() & {"network", "schedule", "seed"}:
             stored = getattr(config, name)
             wanted = {**stored, **changes[name]} if isinstance(stored, dict) else changes[name]
             if json.dumps(wanted) != json.dumps(stored):
                 raise ValueError(f"{name}: expected that of {path}, {stored}, got {changes[name]}")
         config = replace(config, **{**changes, "network": config.network, "schedule": config.schedule})
+        if "steps" in changes and config.steps < state["steps"]:
+            raise ValueError(f"steps: expected at least the {state['steps']} that {path} has taken, got {config.steps}")
         model = build(description, tensors, path, prefix="network.", device=checked_device(device))
+        for name, parameter in model.network.named_parameters():
+            parameter.requires_grad_(name not in (state.get("frozen") or ()))
         self = cls(model, dataset, config, device=device)
+        self._compare_data(state.get("data"), path)
         restore(self.tensors(), tensors, path)
-        state = description["training"]
         self.steps, self.examples = state["steps"], state["examples"]
+        self.unlogged = Unlogged(**(state.get("log") or {}))
         for moments in self.optimizer.state.values():
             moments["step"].fill_(self.steps)
         return self
 
+    def _compare_data(self, stored: dict[str, Any] | None, path: str | os.PathLike) -> None:
+        """Warn if the images are not those of the checkpoint's run; an older checkpoint does not tell."""
+        known = {name: value for name, value in (stored or {}).items() if None not in (value, self.data.get(name))}
+        if any(value != self.data[name] for name, value in known.items()):
+            warnings.warn(
+                f"data: expected the {stored['images']} images of the run of {path}, got {len(self.dataset)}, and not "
+                "the same ones: it goes on with these",
+                stacklevel=3,
+            )
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a step changes, but for the counters: the live tensors, by their names in a checkpoint."""
-        parameters = dict(self.network.named_parameters())
         return {
             **{f"network.{name}": tensor for name, tensor in self.network.state_dict().items()},
             **{f"ema.{name}": tensor for name, tensor in self.model.network.state_dict().items()},
-            **{f"exp_avg.{name}": self.optimizer.state[p]["exp_avg"] for name, p in parameters.items()},
-            **{f"exp_avg_sq.{name}": self.optimizer.state[p]["exp_avg_sq"] for name, p in parameters.items()},
+            **{f"exp_avg.{name}": self.optimizer.state[p]["exp_avg"] for name, p in self.trained.items()},
+            **{f"exp_avg_sq.{name}": self.optimizer.state[p]["exp_avg_sq"] for name, p in self.trained.items()},
         }
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a checkpoint, atomically. ``diffkern.load`` reads its averaged model."""
-        training = {"config": asdict(self.config), "steps": self.steps, "examples": self.examples}
+        training = {
+            "config": asdict(self.config),
+            "steps": self.steps,
+            "examples": self.examples,
+            "data": self.data,
+            "log": asdict(self.unlogged),
+        }
+        frozen = [name for name, _ in self.network.named_parameters() if name not in self.trained]
+        if frozen:
+            training["frozen"] = frozen
         write(path, {**self.model.description(), "prefix": "ema.", "training": training}, self.tensors())
 
     def index(self, examples: np.ndarray) -> Tensor:
@@ -298,92 +298,75 @@ class Trainer:
         names = None if classes is None else [classes[label] for label in labels]
         return images.grid(x, names, columns=10)
 
-    def run(self, out: str | os.PathLike, *, progress: bool = True) -> signal.Signals | None:
+    def run(self, out: str | os.PathLike, *, progress: bool = True, lock: bool = True) -> signal.Signals | None:
         """Train up to ``config.steps``, into the directory ``out``: checkpoint.safetensors, log.csv, samples-*.png.
 
-        Of several processes the first one writes. SIGINT and SIGTERM, to any of them, end it after the step at hand,
-        with a checkpoint, and are returned; None means finished.
+        The first of several processes writes. SIGINT, SIGTERM and SIGHUP, to any of them, end the run after the step at
+        hand, with a checkpoint, and are returned; None means finished. SIGUSR1 has it write a checkpoint and go on.
+        Raises RuntimeError if another run is at work in ``out``, which ``lock=False`` leaves to the caller to rule out.
         A loss that is not finite raises :class:`Diverged`, and leaves the last checkpoint as it was.
         """
-        from tqdm import tqdm
-
         out, config, writes = Path(out), self.config, parallel.rank() == 0
-        if writes:
-            out.mkdir(parents=True, exist_ok=True)
-        log = Log(out / "log.csv", self.steps) if writes else None
-        bar = tqdm(
-            total=config.steps * config.batch_size,
-            initial=self.steps * config.batch_size,
-            unit="img",
-            dynamic_ncols=True,
-            disable=not (progress and writes),
-        )
-        stop = 0
-        with bar, _signals() as received:
-            while self.steps < config.steps and not stop:
+        heard = 0
+        with contextlib.ExitStack() as stack:
+            if writes:
+                out.mkdir(parents=True, exist_ok=True)
+                if lock:
+                    stack.enter_context(runs.locked(out))
+                log = Log(out / runs.LOG, self.steps, self.unlogged)
+            total, done = (steps * config.batch_size for steps in (config.steps, self.steps))
+            bar = stack.enter_context(progress_bar(total, "training", "img", progress and writes, initial=done))
+            received = stack.enter_context(runs.signals())
+            while self.steps < config.steps and heard not in runs.STOPPING:
                 lr = config.learning_rate(self.steps)
                 loss = self.step()
-                stop = parallel.largest(received[0] if received else 0, self.model.device)
+                heard = parallel.largest(received.take(), self.model.device)
                 if not writes:
                     continue
                 bar.update(config.batch_size)
                 log.add(loss)
                 if self.steps % config.log_every == 0:
-                    bar.set_postfix(step=self.steps, loss=f"{log.write(self.steps, lr, config.batch_size):.4f}")
-                if self.steps % config.checkpoint_every == 0:
+                    bar.report(step=self.steps, loss=f"{log.write(self.steps, lr, config.batch_size):.4f}")
+                if self.steps % config.checkpoint_every == 0 or heard == runs.SAVING:
                     self.save(out / CHECKPOINT)
                 if config.sample_every and self.steps % config.sample_every == 0:
                     images.save_png(self.grid(), out / f"samples-{self.steps:07d}.png", {"step": self.steps})
             if writes:
                 self.save(out / CHECKPOINT)
-        return signal.Signals(stop) if stop else None
+        return signal.Signals(heard) if self.steps < config.steps else None
 
 
-class Log:
-    """log.csv: the mean loss since the line before. Lines later than the checkpoint that is resumed are dropped."""
-
-    HEADER = "step,loss,lr,images_per_second\n"
-
-    def __init__(self, path: Path, steps: int):
-        lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
-        path.write_text(self.HEADER + "".join(line for line in lines if int(line.split(",")[0]) <= steps))
-        self.path, self.losses, self.since = path, [], time.monotonic()
-
-    def add(self, loss: float) -> None:
-        self.losses.append(loss)
-
-    def write(self, step: int, lr: float, batch_size: int) -> float:
-        now = time.monotonic()
-        mean, rate = sum(self.losses) / len(self.losses), len(self.losses) * batch_size / (now - self.since)
-        with self.path.open("a") as file:
-            file.write(f"{step},{mean:.6f},{lr:.6g},{rate:.1f}\n")
-        self.losses, self.since = [], now
-        return mean
-
-
-@contextmanager
-def _signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGINT and SIGTERM instead of dying; a second one of a kind acts as it did before."""
-    received: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python delivers signals to the main thread alone
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def receive(number, frame):
-        received.append(signal.Signals(number))
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, receive)
+def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor], Config]:
+    """The description, the tensors and the settings of a checkpoint; ValueError for a file that is none."""
+    description, tensors = read(path)
+    config = checked_training(description, path, Config)
     try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        check_model(description, len(tensors))
+        _check_optional(**{key: description["training"].get(key) for key in ("data", "log", "frozen")})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return description, tensors, config
 
 
-@contextmanager
+def _check_optional(data: Any, log: Any, frozen: Any) -> None:
+    """What earlier versions did not write."""
+    if not isinstance(data, dict | None) or (data and type(data.get("images")) is not int):
+        raise TypeError(f"data: expected an object with a number of images, got {data!r:.80}")
+    if not isinstance(frozen, list | None):
+        raise TypeError(f"frozen: expected a list of names, got {frozen!r:.80}")
+    Unlogged(**(log or {}))
+
+
+def _check_size(shape: tuple[int, int, int], levels: int) -> None:
+    factor = 2 ** (levels - 1)
+    if shape[1] % factor or shape[2] % factor:
+        raise ValueError(
+            f"size: expected a multiple of {factor} for a network of {levels} levels, "
+            f"got images of {shape[1]} x {shape[2]}"
+        )
+
+
+@contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """What torch draws on ``device`` is drawn from ``seed``; its generator is left as it was."""
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
@@ -393,8 +376,3 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         generator.set_state(state)
-
-
-def config_fields() -> list:
-    """The fields of :class:`Config` that are single values: what the command line offers as options."""
-    return [f for f in fields(Config) if f.name not in ("network", "schedule")]

@@ -19,9 +19,12 @@ from tiny import one_thread  # noqa: F401
 from diffkern import cli, training
 from diffkern.cli import main
 from diffkern.images import read_settings, to_uint8
-from diffkern.model import load, read, save
+from diffkern.model import Model, load, read, save
+from diffkern.runs import locked
 from diffkern.sampling import sample
+from diffkern.schedule import Schedule
 from diffkern.training import CHECKPOINT
+from diffkern.unet import UNet
 
 
 def environment() -> dict[str, str]:
@@ -168,13 +171,103 @@ def test_train_tells_what_it_read_and_what_it_left_out(folder, pictures, capsys)
 def test_a_preset_is_the_recipe_and_options_change_it(folder, monkeypatch):
     tiny.write_fashion_mnist(folder / "idx")
     runs = []
-    monkeypatch.setattr(training.Trainer, "run", lambda run, out, progress: runs.append(run))
+    monkeypatch.setattr(training.Trainer, "run", lambda run, out, **options: runs.append(run))
     command = ["train", "--data", "idx", "--preset", "fashion-mnist", "--out", "run", "--lr", "1e-3", "--no-bf16"]
     assert main([*command, "--betas", "0.8", "0.9", "--network", '{"channels": 16}']) == 0
     config, preset = runs[0].config, training.PRESETS["fashion-mnist"]
     assert (config.lr, config.bf16, config.betas, config.steps) == (1e-3, False, (0.8, 0.9), preset.steps)
     assert config.network == {**preset.network, "channels": 16}
     assert runs[0].model.name == "fashion-mnist" and len(runs[0].model.classes) == 10
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The trainers that ``train`` has made, each of which stops before its first step with a checkpoint."""
+    trainers = []
+
+    def run(trainer, out, **options):
+        trainers.append(trainer)
+        os.makedirs(out, exist_ok=True)
+        trainer.save(f"{out}/{CHECKPOINT}")
+
+    monkeypatch.setattr(training.Trainer, "run", run)
+    return trainers
+
+
+def test_timesteps_alone_are_those_of_the_default_schedule(folder, pictures, begun):
+    command = ["train", "--data", pictures, "--size", "8", *SMALL, *QUIET]
+    for out, options, T in (("a", ["--timesteps", "200"], 200), ("b", ["--schedule", "cosine"], 1000)):
+        assert main([*command, "--out", out, *options]) == 0
+        assert begun[-1].model.schedule.config() == getattr(Schedule, ["linear", "cosine"][out == "b"])(T).config()
+
+
+def test_a_run_is_resumed_without_saying_again_what_it_is(folder, pictures, begun, capsys):
+    grey = '{"in_channels": 1, "channels": 8, "channel_mult": [1, 1], "blocks": 1}'
+    command = ["train", "--data", pictures, "--out", "run", *QUIET]
+    assert main([*command, "--size", "16", "--network", grey, "--timesteps", "20", "--seed", "3"]) == 0
+    assert main([*command, "--lr", "1e-3"]) == 0
+    assert begun[1].dataset.shape == (1, 16, 16) and begun[1].config.lr == 1e-3
+    assert dataclasses.replace(begun[1].config, lr=begun[0].config.lr) == begun[0].config
+    assert f"resuming run/{CHECKPOINT} at step 0, lr 0.0002 -> 0.001\n" in capsys.readouterr().err
+    assert main([*command, "--size", "16", "--timesteps", "20", "--schedule", "linear"]) == 0  # what it is
+
+
+ANOTHER_RUN = {
+    "preset": (["--preset", "fashion-mnist"], "network: expected that of run/"),
+    "network": (["--network", '{"channels": 16}'], "network: expected that of run/"),
+    "schedule": (["--schedule", "cosine"], "schedule: expected that of run/"),
+    "timesteps": (["--timesteps", "30"], "schedule: expected that of run/"),
+    "seed": (["--seed", "1"], "seed: expected that of run/"),
+    "size": (["--size", "16"], "size: expected that of run/.*, 8, got 16"),
+    "classes": (["--data", "pictures/cats"], "data: expected the classes"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), ANOTHER_RUN.values(), ids=ANOTHER_RUN)
+def test_what_would_make_it_another_run_is_refused(folder, pictures, begun, capsys, options, message):
+    command = ["train", "--data", pictures, "--out", "run", *QUIET]
+    assert main([*command, "--size", "8", *SMALL, "--timesteps", "20"]) == 0
+    assert main([*command, *options]) == 2
+    assert re.search(rf"^diffkern: error: {message}", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_a_preset_is_applied_to_a_run_of_its_network(folder, pictures, begun):
+    network = {**training.PRESETS["fashion-mnist"].network, "in_channels": 3}
+    command = ["train", "--data", pictures, "--out", "run", "--size", "8", *QUIET]
+    assert main([*command, "--network", json.dumps(network), "--batch-size", "4"]) == 0
+    assert main([*command, "--preset", "fashion-mnist"]) == 0
+    config = begun[1].config
+    assert (config.lr, config.bf16, config.steps, config.batch_size) == (4e-4, True, 60_000, 4)
+
+
+def test_a_warning_is_a_line(folder, pictures, begun, capsys):
+    command = ["train", "--data", pictures, "--out", "run", *QUIET]
+    assert main([*command, "--size", "8", *SMALL]) == 0
+    os.remove("pictures/cats/0.png")
+    assert main(command) == 0
+    expected = f"diffkern: warning: data: expected the 6 images of the run of run/{CHECKPOINT}, got 5, and not"
+    assert [line.startswith(expected) for line in capsys.readouterr().err.splitlines()].count(True) == 1
+
+
+def test_a_second_run_in_a_folder_is_one_line(folder, pictures, capsys):
+    os.mkdir("run")
+    with locked("run"):
+        assert main(["train", "--data", "not read", "--out", "run", *QUIET]) == 2
+    message = "out: expected a folder that no other run writes to, got 'run', where one is at work"
+    assert capsys.readouterr().err == f"diffkern: error: {message}\n"
+
+
+def test_init_is_a_model_to_fine_tune(folder, pictures, begun):
+    torch.manual_seed(1)
+    network = UNet(**{**tiny.NETWORK, "in_channels": 3, "num_classes": 3})
+    init = Model(network, tiny.SCHEDULE, "eps", (3, 8, 8), ("a", "b", "c"))
+    save(init, "init.safetensors")
+    assert main(["train", "--data", pictures, "--out", "run", "--init", "init.safetensors", "--lr", "1", *QUIET]) == 0
+    (run,) = begun
+    assert run.model.shape == (3, 8, 8) and run.model.classes == ("cats", "dogs") and run.config.lr == 1
+    assert run.model.schedule.config() == init.schedule.config()
+    assert {**run.network.config, "num_classes": 3} == init.network.config
+    assert torch.equal(run.network.conv_in.weight, init.network.conv_in.weight)
 
 
 def test_sigterm_saves_and_leaves_with_its_status(folder, pictures):
@@ -258,14 +351,18 @@ def test_the_module_is_the_command():
     done = subprocess.run(
         [sys.executable, "-m", "diffkern", "sample"], capture_output=True, text=True, env=environment(), timeout=120
     )
-    assert (done.returncode, done.stderr) == (2, "diffkern: error: the following arguments are required: --model\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "diffkern: error: the following arguments are required: --model (see diffkern sample --help)\n",
+    )
 
 
 SAMPLE = ["sample", "--model", "m.safetensors", "--n", "2", "--steps", "2"]
 FIT = ["train", "--data", "pictures", "--out", "run"]
+SMALL = ["--network", '{"channels": 8, "channel_mult": [1, 1, 1], "blocks": 1}']
 JUDGE = ["evaluate", "--model", "m.safetensors", "--data", "idx"]
 BAD_COMMANDS = {
-    "nothing": ([], "the following arguments are required: COMMAND"),
+    "nothing": ([], "expected a command: sample, train, export, evaluate, doctor .see diffkern --help."),
     "no such command": (["draw"], "argument COMMAND: invalid choice: 'draw'"),
     "no model": (["sample"], "the following arguments are required: --model"),
     "no such option": ([*SAMPLE, "--colour"], "unrecognized arguments: --colour"),
@@ -294,6 +391,7 @@ BAD_COMMANDS = {
     "dtype": ([*SAMPLE, "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     "device": ([*SAMPLE, "--device", "gpu"], "device: expected cpu or cuda, got 'gpu'"),
     "threads": ([*SAMPLE, "--threads", "0"], "argument --threads: expected at least 1, got 0"),
+    "threads too many": ([*SAMPLE, "--threads", "100000"], "argument --threads: expected at most 1024, got 100000"),
     "batch size": ([*SAMPLE, "--batch-size", "0"], "argument --batch-size: expected at least 1, got 0"),
     "out suffix": ([*SAMPLE, "--out", "s.jpg"], "out: expected a file name that ends in .png, got 's.jpg'"),
     "gif suffix": ([*SAMPLE, "--gif", "s.png"], "gif: expected a file name that ends in .gif, got 's.png'"),
@@ -302,6 +400,10 @@ BAD_COMMANDS = {
     "no data": (["train", "--data", "no", "--out", "run"], "data: expected 'fashion-mnist' or an existing directory"),
     "no pictures": (["train", "--data", "empty", "--out", "run"], r"empty: expected images \(.*\), got none"),
     "broken idx": (["train", "--data", "idx", "--out", "run"], "idx: expected train-labels-idx1-ubyte or .*gz, got"),
+    "out is a file": (["train", "--data", "no", "--out", "m.safetensors"], "out: expected a folder to write to, got"),
+    "levels and size": ([*FIT, "--size", "30", *SMALL], "size: expected a multiple of 4 for .* 3 levels, got .* 30"),
+    "init and network": ([*FIT, "--init", "u.safetensors", "--network", '{"channels": 16}'], "init: tiny: .*shape"),
+    "no such init": ([*FIT, "--init", "cats"], r"model: expected a shipped model \(.*\) or an existing"),
     "preset": ([*FIT, "--preset", "cifar"], "argument --preset: invalid choice: 'cifar'"),
     "lr": ([*FIT, "--lr", "-1"], "lr: expected a number > 0, got -1.0"),
     "ema": ([*FIT, "--ema", "1"], r"ema: expected a number in \[0, 1\), got 1.0"),

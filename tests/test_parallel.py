@@ -1,5 +1,6 @@
 """Several processes train the network that one alone would."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,12 +9,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
+import tiny
 import torch
 from test_cli import TRAIN, environment
 from test_cli import folder as folder
 from test_cli import pictures as pictures
 from tolerances import PARALLEL
 
+from diffkern import parallel
 from diffkern.model import load, read
 from diffkern.training import CHECKPOINT
 
@@ -28,6 +32,17 @@ def train(pictures: str, out: str, *options: str, processes: int = 1) -> list[st
 
 def run(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(train(*arguments, **options), env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def wait_for_steps(launcher: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 1):
+        assert launcher.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def test_two_processes_train_the_network_of_one_which_resumes_what_they_began(folder, pictures):
@@ -50,17 +65,55 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(folder, pictures):
     command = train(pictures, "run", "--steps", "1000000", processes=2)
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as launcher:
         try:
-            deadline, log = time.monotonic() + 120, folder / "run" / "log.csv"
-            while not (log.exists() and log.read_text().count("\n") > 1):
-                assert launcher.poll() is None and time.monotonic() < deadline
-                time.sleep(0.05)
-            children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGTERM)
+            wait_for_steps(launcher, folder / "run" / "log.csv")
+            os.kill(children(launcher.pid)[-1], signal.SIGTERM)
             _, message = launcher.communicate(timeout=60)
         finally:
             launcher.kill()
     steps = read(f"run/{CHECKPOINT}")[0]["training"]["steps"]
     assert message.count(f"diffkern: SIGTERM at step {steps}: saved run/{CHECKPOINT}; run again to resume") == 1
+
+
+@pytest.mark.slow
+def test_signals_to_all_processes_and_their_launcher_end_in_a_checkpoint(folder, pictures):
+    """As a scheduler sends them; the launcher then sends its processes another one."""
+    network = {**tiny.NETWORK, "in_channels": 3, "channels": 96, "groups": 32}  # a checkpoint that takes its time
+    command = train(pictures, "run", "--steps", "1000000", "--network", json.dumps(network), processes=2)
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as launcher:
+        try:
+            wait_for_steps(launcher, folder / "run" / "log.csv")
+            for process in (*children(launcher.pid), launcher.pid):
+                os.kill(process, signal.SIGTERM)
+            _, message = launcher.communicate(timeout=120)
+        finally:
+            launcher.kill()
+    steps = read(f"run/{CHECKPOINT}")[0]["training"]["steps"]
+    assert message.count(f"diffkern: SIGTERM at step {steps}: saved run/{CHECKPOINT}; run again to resume") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_see_other_pictures_leave_with_one_line(monkeypatch, rank):
+    pictures = ["10 images", "5 images"]
+    monkeypatch.setattr(parallel, "rank", lambda: rank)
+    monkeypatch.setattr(parallel, "_gathered", lambda value: [True, True] if value is True else pictures)
+    with pytest.raises((ValueError, SystemExit)) as leaving:
+        parallel.check_same("data", pictures[rank])
+    expected = "data: expected the same in every process, got 10 images in process 0, 5 images in 1"
+    assert str(leaving.value) == (expected if rank == 0 else "2")
+
+
+@pytest.mark.parametrize("number", ["", "two", "0", "-1"])
+def test_a_number_of_processes_that_is_none_is_told(monkeypatch, number):
+    monkeypatch.setenv("WORLD_SIZE", number)
+    with pytest.raises(ValueError, match=f"^WORLD_SIZE: expected .* int >= 1, got '{number}'$"), parallel.joined("cpu"):
+        pass
+
+
+def test_a_card_needs_the_number_of_its_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="^LOCAL_RANK: expected .* int >= 0, got None$"), parallel.joined("cuda"):
+        pass
 
 
 def test_processes_must_share_a_batch_evenly(folder, pictures):

@@ -11,9 +11,10 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import one_thread  # noqa: F401
 
-from diffkern import ops, training
+from diffkern import ops, runs, training
 from diffkern.data import Dataset
 from diffkern.model import load, read, save
 from diffkern.training import CHECKPOINT, PRESETS, Config, Diverged, Trainer, draw, ema_decay, new_model
@@ -244,6 +245,91 @@ def test_other_data_than_the_checkpoint_s_are_refused(tmp_path):
         Trainer.resume(tmp_path / CHECKPOINT, tiny.dataset(classes=None))
 
 
+def test_fewer_steps_than_have_been_taken_are_refused(tmp_path):
+    run = trainer(steps=3)
+    run.run(tmp_path, progress=False)
+    with pytest.raises(ValueError, match=f"steps: expected at least the 3 that .*{CHECKPOINT} has taken, got 2"):
+        Trainer.resume(tmp_path / CHECKPOINT, run.dataset, steps=2)
+
+
+def test_other_pictures_than_the_run_has_seen_are_told(tmp_path):
+    run = trainer(tiny.dataset(10))
+    run.save(tmp_path / CHECKPOINT)
+    with pytest.warns(UserWarning, match=f"data: expected the 10 images of the run of .*{CHECKPOINT}, got 9, and not"):
+        Trainer.resume(tmp_path / CHECKPOINT, tiny.dataset(9))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path):
+    """It tells neither the data nor the losses that are not logged yet."""
+    run = trainer()
+    take(run, 2)
+    run.save(tmp_path / CHECKPOINT)
+    description, tensors = read(tmp_path / CHECKPOINT)
+    del description["training"]["data"], description["training"]["log"]
+    save_file(tensors, tmp_path / "old", metadata={"diffkern": json.dumps(description)})
+    for path in (tmp_path / "old", tmp_path / CHECKPOINT):  # nor is the run's own data a reason to warn
+        assert_equal(Trainer.resume(path, run.dataset), run)
+
+
+# --- what the caller gives ---
+
+
+def test_frozen_weights_stay_frozen_in_the_run_and_in_the_one_that_resumes_it(tmp_path):
+    data, config = tiny.dataset(), tiny.config()
+    model = new_model(data, config, init=tiny.model())  # whose last layer is not zero
+    model.network.requires_grad_(False)
+    model.network.conv_in.requires_grad_(True)
+    before = {key: tensor.clone() for key, tensor in model.network.state_dict().items()}
+    run = Trainer(model, data, config)
+    take(run, 2)
+    run.save(tmp_path / CHECKPOINT)
+    resumed = Trainer.resume(tmp_path / CHECKPOINT, data)
+    take(run, 1), take(resumed, 1)
+    assert_equal(resumed, run)
+    for key, tensor in resumed.network.state_dict().items():
+        assert torch.equal(tensor, before[key]) != key.startswith("conv_in."), key
+
+
+def test_a_network_that_is_frozen_throughout_is_trained(tmp_path):
+    data, config = tiny.dataset(), tiny.config()
+    frozen, plain = new_model(data, config), new_model(data, config)
+    frozen.network.requires_grad_(False)
+    runs_of_both = [Trainer(model, data, config) for model in (frozen, plain)]
+    assert take(runs_of_both[0], 2) == take(runs_of_both[1], 2)
+    assert_equal(*runs_of_both)
+
+
+def test_a_network_that_no_checkpoint_could_describe_is_refused():
+    model = new_model(tiny.dataset(), tiny.config())
+    model.network = torch.nn.Identity()
+    with pytest.raises(TypeError, match="^network: expected a diffkern.unet.UNet, .*, got Identity$"):
+        Trainer(model, tiny.dataset(), tiny.config())
+
+
+def test_fine_tuning_begins_with_the_weights_of_its_model_whatever_the_classes():
+    init = tiny.model(classes=3)
+    same, other, none = (new_model(tiny.dataset(classes=n), tiny.config(), init=init) for n in (3, 2, None))
+    expected = init.network.state_dict()
+    for model in (same, other, none):
+        for key, tensor in model.network.state_dict().items():
+            if model is same or key != "class_embedding.weight":
+                assert torch.equal(tensor, expected[key]), key
+    embedding = other.network.class_embedding.weight
+    assert embedding.shape[0] == 3 and torch.equal(embedding[-1], expected["class_embedding.weight"][-1])
+
+
+def test_a_network_that_the_model_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="init: tiny: .*expected shape"):
+        new_model(tiny.dataset(), tiny.config(network={**tiny.NETWORK, "channels": 16}), init=tiny.model())
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(8, 8), (12, 4), (64, 32)])
+def test_groups_divide_the_channels_unless_they_are_given(channels, groups):
+    network = {key: value for key, value in tiny.NETWORK.items() if key != "groups"} | {"channels": channels}
+    assert new_model(tiny.dataset(), tiny.config(network=network)).network.config["groups"] == groups
+
+
 def test_a_checkpoint_of_classes_in_another_order_sees_its_images_under_its_labels(tmp_path):
     """Earlier versions sorted the folders 0 to 11 as text."""
     numbers = Dataset(tiny.dataset(24).images, torch.arange(24) // 2, tuple(map(str, range(12))))
@@ -267,7 +353,7 @@ def test_a_model_without_its_training_is_no_checkpoint(tmp_path):
 def test_a_run_writes_checkpoint_log_and_samples_and_continues(tmp_path):
     run = trainer(log_every=2, checkpoint_every=4, sample_every=6)
     assert run.run(tmp_path, progress=False) is None
-    assert sorted(os.listdir(tmp_path)) == [CHECKPOINT, "log.csv", "samples-0000006.png"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", CHECKPOINT, "log.csv", "samples-0000006.png"]
     with Image.open(tmp_path / "samples-0000006.png") as image:
         assert image.size == (10 * 68 + 4, 4 * 82 + 4)
     header, *lines = (tmp_path / "log.csv").read_text().splitlines()
@@ -290,15 +376,22 @@ def test_the_log_holds_the_mean_loss_and_forgets_what_the_checkpoint_does_not_kn
     assert [float(line[1]) for line in lines] == pytest.approx(means, abs=1e-6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_end_the_run_after_its_step_with_a_checkpoint(tmp_path, number):
+    """Launchers send two: one in the step, and one while the checkpoint is being written."""
     run = trainer(steps=1000)
-    step = run.step
+    step, tensors = run.step, run.tensors
 
     def interrupted_step():
         if run.steps == 2:
             os.kill(os.getpid(), number)
         return step()
+
+    def interrupted_tensors():
+        os.kill(os.getpid(), number)
+        return tensors()
+
+    run.tensors = interrupted_tensors
 
     run.step = interrupted_step
     handler = signal.getsignal(number)
@@ -309,7 +402,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, number
     assert_equal(Trainer.resume(tmp_path / CHECKPOINT, run.dataset), reference)
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path):
+def test_a_later_ctrl_c_does_not_wait(tmp_path, monkeypatch):
     run = trainer(steps=1000)
 
     def impatient():
@@ -317,9 +410,48 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     run.step = impatient
+    monkeypatch.setattr(runs, "IMPATIENCE", -1.0)
     with pytest.raises(KeyboardInterrupt):
         run.run(tmp_path, progress=False)
     assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_sigusr1_saves_and_the_run_goes_on(tmp_path):
+    run, saved = trainer(steps=4, checkpoint_every=100), []
+    step, save_ = run.step, run.save
+
+    def signalled_step():
+        if run.steps == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step()
+
+    run.step, run.save = signalled_step, lambda path: (saved.append(run.steps), save_(path))
+    assert run.run(tmp_path, progress=False) is None
+    assert saved == [2, 4]
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path):
+    run = trainer(steps=1)
+    step = run.step
+    run.step = lambda: (os.kill(os.getpid(), signal.SIGTERM), step())[1]
+    assert run.run(tmp_path, progress=False) is None
+
+
+def test_a_folder_in_which_a_run_is_at_work_is_refused(tmp_path):
+    with runs.locked(tmp_path), pytest.raises(RuntimeError, match="^out: expected a folder that no other run writes"):
+        trainer().run(tmp_path, progress=False)
+    assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_the_log_of_a_resumed_run_is_that_of_the_uninterrupted_one(tmp_path):
+    """Two of the losses are logged by the process that follows the one that took the first of them."""
+    run = trainer(steps=3, log_every=2)
+    run.run(tmp_path / "parts", progress=False)
+    Trainer.resume(tmp_path / "parts" / CHECKPOINT, run.dataset, steps=6).run(tmp_path / "parts", progress=False)
+    trainer(steps=6, log_every=2).run(tmp_path / "whole", progress=False)
+    parts, whole = ((tmp_path / out / "log.csv").read_text().splitlines() for out in ("parts", "whole"))
+    assert [line.split(",")[:3] for line in parts] == [line.split(",")[:3] for line in whole]
+    assert (tmp_path / "parts" / CHECKPOINT).read_bytes() == (tmp_path / "whole" / CHECKPOINT).read_bytes()
 
 
 def test_a_run_outside_the_main_thread_works(tmp_path):
@@ -420,7 +552,7 @@ BAD_RUNS = {
     "variance": (lambda: trainer(network={**tiny.NETWORK, "learned_variance": True}), "variance: expected False"),
     "groups": (lambda: trainer(network={**tiny.NETWORK, "groups": 5}), "groups: expected a divisor of every width"),
     "schedule": (lambda: trainer(schedule={"kind": "none"}), "config: expected a kind among"),
-    "size": (lambda: trainer(tiny.dataset(size=7)).step(), "x_t: expected .* divisible by 2, got"),
+    "size": (lambda: trainer(tiny.dataset(size=7)), "size: expected a multiple of 2 for .* 2 levels, got .* 7 x 7"),
 }  # fmt: skip
 
 

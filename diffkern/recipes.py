@@ -1,0 +1,101 @@
+"""Recipes of training: what may be asked of a run, and recipes by name."""
+
+import copy
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .schedule import Schedule, checked_float, checked_int
+
+LR_SCHEDULES = ("constant", "cosine")
+
+
+def option(default: Any, text: str, **kwargs) -> Any:
+    """A field of :class:`Config`; the command line makes its options from these."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata={"help": text, **kwargs})
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run but for its data. ``network`` and ``schedule`` hold a UNet's and a Schedule's arguments."""
+
+    steps: int = option(100_000, "optimizer steps in all")
+    batch_size: int = option(64, "images a step, of all processes together")
+    lr: float = option(2e-4, "learning rate of AdamW")
+    lr_schedule: str = option("constant", "after the warm-up", choices=LR_SCHEDULES)
+    warmup: int = option(500, "steps over which the learning rate rises from 0")
+    betas: tuple[float, float] = option((0.9, 0.99), "of AdamW")
+    weight_decay: float = option(0.0, "of AdamW")
+    grad_clip: float = option(1.0, "largest norm of the gradient (0: no limit)")
+    ema: float = option(0.999, "decay of the weights' average; min(ema, (1 + step) / (10 + step)) early on")
+    label_dropout: float = option(0.1, "share of labels replaced by the null class, for classifier-free guidance")
+    flip: bool = option(False, "mirror half of the images")
+    bf16: bool = option(False, "autocast to bfloat16")
+    seed: int = option(0, "of all that is drawn")
+    checkpoint_every: int = option(1000, "steps between checkpoints")
+    sample_every: int = option(5000, "steps between sample grids (0: none)")
+    log_every: int = option(100, "steps between the lines of log.csv")
+    network: dict = option({}, "arguments of diffkern.unet.UNet")
+    schedule: dict = option(Schedule.linear(1000).config(), "a diffkern.Schedule's config()")
+
+    def __post_init__(self):
+        for name, low in dict(steps=1, batch_size=1, checkpoint_every=1, log_every=1, warmup=0, sample_every=0).items():
+            if checked_int(name, getattr(self, name), f"an int >= {low}") < low:
+                raise ValueError(f"{name}: expected an int >= {low}, got {getattr(self, name)}")
+        seed = checked_int("seed", self.seed, "an int in [-2^63, 2^64)")
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed: expected an int in [-2^63, 2^64), got {seed}")
+        checked_float("lr", self.lr, "a number > 0", lambda value: value > 0)
+        checked_float("weight_decay", self.weight_decay, "a number >= 0", lambda value: value >= 0)
+        checked_float("grad_clip", self.grad_clip, "a number >= 0", lambda value: value >= 0)
+        checked_float("ema", self.ema, "a number in [0, 1)", lambda value: 0 <= value < 1)
+        checked_float("label_dropout", self.label_dropout, "a probability", lambda value: 0 <= value <= 1)
+        object.__setattr__(self, "betas", tuple(self.betas))  # a list, from JSON
+        if len(self.betas) != 2:
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
+        for beta in self.betas:
+            checked_float("betas", beta, "two numbers in [0, 1)", lambda value: 0 <= value < 1)
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise ValueError(f"lr_schedule: expected one of {LR_SCHEDULES}, got {self.lr_schedule!r}")
+        for name in ("network", "schedule"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name}: expected a dict, got {type(getattr(self, name)).__name__}")
+
+    def learning_rate(self, step: int) -> float:
+        """Of the 0-based ``step``: linear warm-up, then constant or half a cosine down to 0 at ``steps``."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps))) if self.lr_schedule == "cosine" else 1.0
+        return self.lr * rise * fall
+
+
+PRESETS = {
+    "fashion-mnist": Config(
+        steps=60_000,
+        lr=4e-4,
+        bf16=True,
+        network={
+            "channels": 32,
+            "channel_mult": (1, 2, 4),
+            "attention_levels": (2,),
+            "groups": 8,
+            "norm_eps": 1e-5,
+            "downsample_padding": 1,
+            "flip_sin_to_cos": True,
+            "freq_shift": 0.0,
+        },
+    ),
+}
+"""Recipes by name. ``fashion-mnist`` is the shipped model's, of 3.9 million parameters."""
+
+
+def recipe(preset: str) -> dict[str, Any]:
+    """What a preset says: its fields that are not a :class:`Config`'s defaults."""
+    default, said = Config(), PRESETS[preset]
+    return {f.name: getattr(said, f.name) for f in fields(Config) if getattr(said, f.name) != getattr(default, f.name)}
+
+
+def config_fields() -> list:
+    """The fields of :class:`Config` that are single values: what the command line offers as options."""
+    return [f for f in fields(Config) if f.name not in ("network", "schedule")]

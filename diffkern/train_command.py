@@ -1,0 +1,143 @@
+"""``diffkern train``: which options make which run, what is checked before it, and what is said of it."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import parallel, training
+from .data import Dataset, load_dataset
+from .model import Model, load
+from .progress import tell
+from .runs import check_folder, ignore_signals, locked
+from .schedule import Schedule
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Run the command; returns its exit status: 0, or 128 + a signal's number."""
+    with parallel.joined(arguments.device) as device, _warnings_as_lines(), contextlib.ExitStack() as held:
+        return _train_on(device, arguments, held)
+
+
+def _train_on(device: str | None, arguments: argparse.Namespace, held: contextlib.ExitStack) -> int:
+    """Check everything against everything else, the quick things first; only then train, and write."""
+    out, first = Path(arguments.out), parallel.rank() == 0
+    checkpoint = out / training.CHECKPOINT
+    begun = init = lock = None
+    with parallel.together():
+        check_folder(out)
+        if first and out.is_dir():
+            lock = held.enter_context(locked(out))
+        if checkpoint.exists():
+            begun = training.read_checkpoint(checkpoint)[0]
+        elif arguments.init is not None:
+            init = load(arguments.init)
+        options = _options(arguments, begun, init)
+        config = training.Config(**options)
+        shape = begun["shape"] if begun else init.shape if init else None
+        dataset = _dataset(arguments, checkpoint if begun else None, shape, config)
+    parallel.check_same("data", f"{len(dataset)} images {dataset.fingerprint}")
+    parallel.check_same("out", f"a checkpoint of step {begun['training']['steps']}" if begun else "no checkpoint")
+    if begun:
+        trainer = training.Trainer.resume(checkpoint, dataset, device=device, **options)
+        if first:
+            tell(f"resuming {checkpoint} at step {trainer.steps}{_changes(begun, trainer.config, arguments.init)}")
+    else:
+        model = training.new_model(dataset, config, name=arguments.preset or out.name, init=init)
+        trainer = training.Trainer(model, dataset, config, device=device)
+    with parallel.together():
+        if first and not lock:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(locked(out))
+            if checkpoint.exists():
+                raise RuntimeError(f"out: expected a new folder, got {str(out)!r}, where a run has begun: resume that")
+    if first:
+        tell(trainer.dataset.summary)
+    stopped = trainer.run(out, progress=arguments.progress, lock=False)
+    if stopped is None:
+        if first:
+            print(checkpoint)
+        return 0
+    ignore_signals()
+    if first:
+        tell(f"diffkern: {stopped.name} at step {trainer.steps}: saved {checkpoint}; run again to resume")
+    return 128 + stopped
+
+
+def _options(arguments: argparse.Namespace, begun: dict[str, Any] | None, init: Model | None) -> dict[str, Any]:
+    """What the preset and the options say, as fields of a Config. Options win over the preset, and that over ``init``.
+
+    A run that has ``begun`` keeps what it has in all that they do not say.
+    """
+    options = training.recipe(arguments.preset) if arguments.preset else {}
+    if init:
+        network = {k: v for k, v in init.network.config.items() if k not in ("out_channels", "num_classes")}
+        options = {"schedule": init.schedule.config(), **options, "network": network | options.get("network", {})}
+    given = {f.name: getattr(arguments, f.name) for f in training.config_fields() if hasattr(arguments, f.name)}
+    if arguments.network is not None:
+        given["network"] = options.get("network", {}) | _json_object("network", arguments.network)
+    if arguments.schedule is not None or arguments.timesteps is not None:
+        base = begun["training"]["config"] if begun and "schedule" not in options else options
+        given["schedule"] = _schedule(arguments, base.get("schedule", training.Config().schedule))
+    return options | given
+
+
+def _schedule(arguments: argparse.Namespace, base: dict[str, Any]) -> dict[str, Any]:
+    """--schedule with --timesteps; either of them alone changes that much of ``base``."""
+    T = arguments.timesteps or Schedule.from_config(base).T
+    if arguments.schedule is not None:
+        return getattr(Schedule, arguments.schedule)(T).config()
+    if "T" not in base:
+        raise ValueError(f"timesteps: expected --schedule with it, for one of kind {base['kind']!r}")
+    return Schedule.from_config({**base, "T": T}).config()
+
+
+def _dataset(
+    arguments: argparse.Namespace, checkpoint: Path | None, shape: Sequence[int] | None, config: training.Config
+) -> Dataset:
+    """The images: of ``shape``, the checkpoint's or that of --init, in all that the options do not say."""
+    channels, size = (3, 32) if shape is None else (shape[0], shape[-1])
+    if checkpoint and arguments.size not in (None, size):
+        raise ValueError(f"size: expected that of {checkpoint}, {size}, got {arguments.size}")
+    channels, size = config.network.get("in_channels", channels), arguments.size or size
+    progress = arguments.progress and parallel.rank() == 0
+    dataset = load_dataset(arguments.data, size=size, channels=channels, progress=progress)
+    if arguments.size is not None and dataset.shape[1:] != (size, size):
+        raise ValueError(f"size: expected that of the images, {dataset.shape[1]} x {dataset.shape[2]}, got {size}")
+    return dataset
+
+
+def _changes(begun: dict[str, Any], config: training.Config, init: str | None) -> str:
+    """What a resumed run does otherwise from here on."""
+    before, after = begun["training"]["config"], json.loads(json.dumps(dataclasses.asdict(config)))
+    changes = [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
+    if init is not None:
+        changes.append("with its own weights, not those of --init")
+    return "".join(f", {change}" for change in changes)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Python's warnings as one line each, of the first process."""
+
+    def show(message, *where, **options):
+        if parallel.rank() == 0:
+            tell(f"diffkern: warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: expected a JSON object, got {text!r} ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: expected a JSON object, got {text!r}")
+    return value
