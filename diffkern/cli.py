@@ -132,7 +132,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     if arguments.npz:
         arrays = {"images": images.to_uint8(x), "seeds": seeds.numpy()}
         if labels is not None:
-            arrays["labels"] = torch.tensor(labels).numpy()
+            arrays["labels"] = torch.tensor(labels, dtype=torch.int64, device="cpu").numpy()
         images.save_npz(arguments.npz, **arrays, settings=json.dumps(settings))
         written.append(arguments.npz)
     print(*written, sep="\n")
@@ -149,7 +149,7 @@ class Film:
     def record(self, step: Step) -> None:
         """The callback of :func:`diffkern.sample`."""
         if step.index not in self.taken:
-            self.taken[step.index] = torch.empty(self.n, *step.x_t.shape[1:], dtype=torch.uint8)
+            self.taken[step.index] = torch.empty(self.n, *step.x_t.shape[1:], dtype=torch.uint8, device="cpu")
         shown = (step.x_t.clamp(-1, 1) + 1) * 127.5
         self.taken[step.index][step.images] = shown.round().byte().cpu()
 

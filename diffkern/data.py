@@ -102,7 +102,8 @@ class Dataset:
         if None in (classes, self.classes) or tuple(classes) == self.classes or sorted(classes) != sorted(self.classes):
             return self
         places = {name: label for label, name in enumerate(classes)}
-        labels = torch.tensor([places[name] for name in self.classes])[self.labels]
+        moved = [places[name] for name in self.classes]
+        labels = torch.tensor(moved, dtype=torch.int64, device="cpu")[self.labels]
         order = labels.argsort(stable=True)
         return replace(self, images=self.images[order], labels=labels[order], classes=tuple(classes))
 
@@ -180,8 +181,9 @@ def image_folder(root: str | Path, *, size: int = 32, channels: int = 3, progres
     images = torch.from_numpy(read_images(folder, size, channels, progress))
     if folder.classes is None:
         return Dataset(images, notes=folder.notes())
-    counts = torch.tensor([len(paths) for paths in folder.files.values()])
-    return Dataset(images, torch.arange(len(counts)).repeat_interleave(counts), folder.classes, folder.notes())
+    counts = torch.tensor([len(paths) for paths in folder.files.values()], dtype=torch.int64, device="cpu")
+    labels = torch.arange(len(counts), dtype=torch.int64, device="cpu").repeat_interleave(counts)
+    return Dataset(images, labels, folder.classes, folder.notes())
 
 
 def words(index: np.ndarray, step: int, stream: int, seed: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _C, __version__, ops, reference
+from .defaults import float32_on
 from .engine import optimize
 from .unet import UNet
 
@@ -152,11 +153,11 @@ def examples() -> dict[str, list[tuple[list, dict]]]:
     """For each op its arguments, in each of DTYPES: sizes that no vector register divides."""
     cases: dict[str, list[tuple[list, dict]]] = {op: [] for op in OPS}
     generator = torch.Generator().manual_seed(0)
-    seeds, t, step = torch.tensor([0, 31337, -1]), torch.tensor([999, 0, 500]), torch.arange(3)
+    seeds, t, step = (_int64(*values) for values in ((0, 31337, -1), (999, 0, 500), (0, 1, 2)))
     for dtype in DTYPES:
 
         def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(shape, generator=generator).to(dtype)
+            return _normal(shape, generator).to(dtype)
 
         def table(*shape: int) -> Tensor:
             return normal(*shape, dtype=torch.float32)
@@ -188,7 +189,7 @@ def _agrees(device: torch.device, op: str, cases: list[tuple[list, dict]]) -> bo
 
 def _convolves() -> bool:
     generator = torch.Generator().manual_seed(0)
-    arguments = [torch.randn(shape, generator=generator) for shape in ((2, 35, 9, 6), (33, 35, 3, 3), (33,))]
+    arguments = [_normal(shape, generator) for shape in ((2, 35, 9, 6), (33, 35, 3, 3), (33,))]
     results = []
     for convolution in (ops.conv3x3, functools.partial(F.conv2d, padding=1)):
         leaves = [tensor.clone().requires_grad_() for tensor in arguments]
@@ -198,15 +199,23 @@ def _convolves() -> bool:
 
 
 def _optimizes(dtype: torch.dtype, tolerance: float) -> bool:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), float32_on("cpu"):
         torch.manual_seed(0)
         network = UNet(1, channels=32, channel_mult=(1, 2), blocks=1, groups=8, num_classes=2)
         network.eval().requires_grad_(False)
         for parameter in network.parameters():
             if parameter.ndim > 1:  # some of them start at zero, and would hide what comes before
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
-        x_t, t, labels = torch.randn(2, 1, 16, 16), torch.tensor([999, 0]), torch.tensor([1, -1])
+        x_t, t, labels = _normal((2, 1, 16, 16), torch.default_generator), _int64(999, 0), _int64(1, -1)
     return _near(optimize(network, dtype=dtype)(x_t, t, labels), network(x_t, t, labels), tolerance)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def _int64(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def _near(got: Tensor, expected: Tensor, tolerance: float) -> bool:

@@ -11,9 +11,11 @@ on any number of threads.
 
 import dataclasses
 import math
+import os
 import threading
 import weakref
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 from . import _C, ops, transforms
 from .model import Model
 from .packing import PackedConv
+from .pipelines import check_same
 from .unet import (
     AttentionBlock,
     Conv3x3,
@@ -62,12 +65,15 @@ def optimize(network: Any, *, dtype: torch.dtype = torch.float32) -> Any:
     sums of two bfloat16 numbers, which have 16 bits.
 
     Returns what is called as ``network`` was: an :class:`Engine`, a ``Model``, or a module with the signature and the
-    attributes of ``UNet2DModel``. It shares the network's weights and notices when they change: at its first call it
-    looks at all their numbers, then at 16 of each weight, which an optimiser or an average does not leave alone. Where
-    there is a gradient to record, on another device, in another dtype, in training with dropout, under autocast, or
-    with hooks or modules that are not ours, the network itself runs; for bfloat16, under autocast.
+    attributes of ``UNet2DModel``. It shares the network's weights and notices when they change: by torch's count of
+    what it writes to them, and by their numbers, all of them at its first call, then 16 of each weight. So a few
+    numbers that are changed through ``.data`` or NumPy may pass unnoticed until the next ``optimize``.
 
-    Raises TypeError for other networks, ValueError for an option of ``UNet2DModel`` that our U-Net has not.
+    Where there is a gradient to record, on another device, in another dtype, in training with dropout, under autocast,
+    or with hooks or modules that are not ours, the network itself runs; for bfloat16, under autocast.
+
+    Raises TypeError for other networks; ValueError for an option of ``UNet2DModel`` that our U-Net has not, and for one
+    that computes something else, which is seen by running both on a small input.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
@@ -79,9 +85,9 @@ def optimize(network: Any, *, dtype: torch.dtype = torch.float32) -> Any:
         return Engine(network, dtype)
     if type(network).__name__ == "UNet2DModel":
         return DiffusersEngine(network, dtype)
-    raise TypeError(
-        f"network: expected a diffkern UNet or Model, or diffusers' UNet2DModel, got {type(network).__name__}"
-    )
+    kind = type(network).__name__
+    hint = ": give it the pipeline's unet" if hasattr(network, "unet") else ""
+    raise TypeError(f"network: expected a diffkern UNet or Model, or diffusers' UNet2DModel, got {kind}{hint}")
 
 
 class Engine(nn.Module):
@@ -155,11 +161,12 @@ class _Compiled:
         return self._packed[key]
 
     def plan(self, network: UNet, shape: torch.Size, dtype: torch.dtype, terms: int | None) -> "_Plan":
+        """The program for these inputs. ``KEPT_PLANS`` are kept, in the order of their last use."""
         key = shape, dtype, terms
-        if key not in self._plans:
-            while len(self._plans) >= KEPT_PLANS:
-                del self._plans[next(iter(self._plans))]
-            self._plans[key] = _Plan(self, network, *key)
+        plan = self._plans.pop(key, None)
+        while len(self._plans) >= KEPT_PLANS:
+            del self._plans[next(iter(self._plans))]
+        self._plans[key] = plan or _Plan(self, network, *key)
         return self._plans[key]
 
     def conditions(self, network: UNet, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -179,10 +186,21 @@ class _Compiled:
 _compiled: weakref.WeakKeyDictionary[UNet, _Compiled] = weakref.WeakKeyDictionary()
 
 
+def _after_fork() -> None:
+    """The child has one thread: whatever another one was at work on stays locked, and is made anew."""
+    for network, compiled in list(_compiled.items()):
+        if compiled.lock.locked():
+            _compiled[network] = _Compiled()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _condition(network: UNet, t: int, label: int) -> Tensor:
     """One row, alone: torch's product for a batch is not that for each of its rows, bit for bit."""
-    emb = network.embedding(torch.tensor([t]), None if network.config["num_classes"] is None else torch.tensor([label]))
-    emb = F.silu(emb)
+    t, label = (torch.tensor([value], dtype=torch.int64, device="cpu") for value in (t, label))
+    emb = F.silu(network.embedding(t, None if network.config["num_classes"] is None else label))
     return torch.cat([block.time_emb_proj(emb)[0] for block in _resblocks(network)])
 
 
@@ -337,10 +355,11 @@ class _Trace:
         if how is None:
             return x
         c = x.shape[1]
-        taps = F.pad(torch.full((2, 2), 0.25), (0, 1, 0, 1)) if how == "down" else torch.ones(1, 1)
-        weight = lambda: torch.eye(c)[:, :, None, None] * taps  # noqa: E731
-        stride = 2 if how == "down" else 1
-        return self._conv((how, c), weight, torch.zeros(c), len(taps), x, None, None, None, stride, 0, how == "up")
+        floats = dict(dtype=torch.float32, device="cpu")
+        taps = F.pad(torch.full((2, 2), 0.25, **floats), (0, 1, 0, 1)) if how == "down" else torch.ones(1, 1, **floats)
+        weight = lambda: torch.eye(c, **floats)[:, :, None, None] * taps  # noqa: E731
+        bias, stride = torch.zeros(c, **floats), 2 if how == "down" else 1
+        return self._conv((how, c), weight, bias, len(taps), x, None, None, None, stride, 0, how == "up")
 
     def resblock(self, block: ResBlock, x: _Value, skip: _Value | None = None) -> _Value:
         condition = self.condition_of[block]
@@ -388,7 +407,7 @@ class _Trace:
 
 
 def _bytes(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.uint8)
+    return torch.empty(count, dtype=torch.uint8, device="cpu")
 
 
 def _buffers(steps: list[_Step], fixed: dict[_Value, Tensor]) -> dict[_Value, Tensor]:
@@ -416,7 +435,7 @@ class _Plan:
 
     def __init__(self, compiled: _Compiled, network: UNet, shape: torch.Size, dtype: torch.dtype, terms: int | None):
         self.widths = [block.time_emb_proj.out_features for block in _resblocks(network)]
-        self.conditions = [torch.zeros(shape[0], width) for width in self.widths]
+        self.conditions = [torch.zeros(shape[0], w, dtype=torch.float32, device="cpu") for w in self.widths]
         trace = _Trace(compiled, network, shape, dtype, terms, self.conditions)
         self.x, self.y = (value.image(_bytes(value.bytes).zero_()) for value in (trace.x, trace.y))
         memory = _buffers(trace.steps, {trace.x: self.x, trace.y: self.y})
@@ -442,20 +461,33 @@ class DiffusersEngine(nn.Module):
         super().__init__()
         self.network, self.dtype = network, dtype
         self._share()
+        self._runs()
 
     def _share(self) -> None:
         """Makes ours of its weights as they are now."""
         self.engine, self._watch = Engine(from_diffusers(self.network), self.dtype), Watch(self.network)
+        self._agrees: bool | None = None  # not compared yet
+
+    def _runs(self) -> bool:
+        """Are there modules alone that the engine knows, as they are written? ValueError if it computes something else,
+        which is looked at once."""
+        kinds = {kind.__module__.split(".")[0] for kind in self._watch.kinds}
+        if not (kinds <= {"diffusers", "torch"} and self._watch.does_as_written()):
+            return False
+        if self._agrees is None:
+            self._agrees = False
+            check_same(self.engine.network, self.network)
+            self._agrees = True
+        return self._agrees
 
     def _same(self) -> bool:
         """Does the engine what the network does now?"""
-        if self._watch.changed_members():
-            try:
+        try:
+            if self._watch.changed_members():
                 self._share()
-            except ValueError:  # it is a U-Net of ours no more
-                return False
-        kinds = {kind.__module__.split(".")[0] for kind in self._watch.kinds}
-        return kinds <= {"diffusers", "torch"} and self._watch.does_as_written()
+            return self._runs()
+        except ValueError:  # it is a U-Net of ours no more
+            return False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -465,12 +497,13 @@ class DiffusersEngine(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, **options) -> Any:
         """As ``UNet2DModel.forward``: ``UNet2DOutput``, or a tuple with ``return_dict=False``."""
-        t = torch.as_tensor(timestep)
-        unlike = t.is_floating_point() or (class_labels is None) != (self.engine.config["num_classes"] is None)
+        t = timestep
+        if isinstance(t, Integral):
+            t = torch.tensor(t, dtype=torch.int64, device=sample.device)
+        whole = isinstance(t, Tensor) and not t.is_floating_point()
+        unlike = not whole or (class_labels is None) != (self.engine.config["num_classes"] is None)
         if unlike or not self._same():
             return self.network(sample, timestep, class_labels, **options)
-        if class_labels is not None:  # our null class is their last
-            class_labels = torch.where(class_labels == self.engine.config["num_classes"], -1, class_labels)
         out = self.engine(sample, t.expand(len(sample)), class_labels)
         if not options.get("return_dict", True):
             return (out,)

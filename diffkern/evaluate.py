@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .data import Dataset, epoch_order, words
+from .defaults import float32_on
 from .files import Blueprint, fill, floating, read, write
 from .images import to_uint8
 from .model import Model
@@ -66,7 +67,7 @@ def train_classifier(
     """A :class:`Classifier` of labelled 32x32 images: AdamW, one cycle, bf16 autocast, shifts by up to two pixels."""
     if train.labels is None or train.shape[1:] != (32, 32):
         raise ValueError(f"data: expected labelled 32x32 images, got {train.shape}, labels {train.labels is not None}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), float32_on("cpu"):
         torch.manual_seed(seed)
         net = Classifier(train.shape[0], len(train.classes)).train()
         optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.05, fused=True)
@@ -75,8 +76,8 @@ def train_classifier(
         with progress_bar(epochs * batches, "classifier", "step", progress) as bar:
             for epoch in range(epochs):
                 for index in epoch_order(len(train), epoch, seed).split(batch_size):
-                    down, right = torch.randint(-2, 3, (2,)).tolist()  # the border is black: rolling is shifting
-                    x = train.x_0(index).roll((down, right), (2, 3))
+                    shift = torch.randint(-2, 3, (2,), dtype=torch.int64, device="cpu")
+                    x = train.x_0(index).roll(shift.tolist(), (2, 3))  # the border is black: rolling is shifting
                     with torch.autocast("cpu", torch.bfloat16):
                         loss = F.cross_entropy(net(x).float(), train.labels[index], label_smoothing=0.05)
                     optimizer.zero_grad()
@@ -140,7 +141,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return max(0.0, distance.item())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def eps_loss(
     model: Model, data: Dataset, *, n: int = 1000, buckets: int = 10, seed: int = 0, batch_size: int = 100
 ) -> list[float]:
@@ -164,7 +165,7 @@ def eps_loss(
         t = torch.from_numpy((low + (w[:, 2] * np.uint64(high - low) >> np.uint64(32))).astype(np.int64))
         seeds = torch.from_numpy((w[:, 0] | w[:, 1] << np.uint64(32)).view(np.int64))
         total = 0.0
-        for index in torch.arange(n).split(batch_size):
+        for index in torch.arange(n, dtype=torch.int64, device="cpu").split(batch_size):
             x_0, labels = data.x_0(index).to(device), data.labels[index].to(device) if known else None
             t_i, seeds_i = t[index].to(device), seeds[index].to(device)
             out = model(ops.q_sample(x_0, t_i, seeds_i, table), t_i, labels)[:, : model.shape[0]]
@@ -209,7 +210,7 @@ def evaluate(
         raise ValueError(f"n: expected 2..{len(test)} (the floor takes as many test images), got {n}")
     real = features(net, train.images)
     floor = frechet_distance(features(net, test.images[:n]), real)
-    labels = None if model.classes is None else torch.arange(n) % len(model.classes)
+    labels = None if model.classes is None else torch.arange(n, dtype=torch.int64, device="cpu") % len(model.classes)
     for sampler, steps in runs:
         start = time.perf_counter()
         x = sample(

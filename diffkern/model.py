@@ -7,20 +7,21 @@ checkpoint (:mod:`diffkern.training`) is such a file with more tensors in it; it
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import pipelines
 from .description import FORMAT, check_model
 from .files import CHECKPOINT, Blueprint, compare, fill, read, write
 from .files import restore as restore
 from .files import write_atomically as write_atomically
 from .samplers import PREDICTIONS
 from .schedule import Schedule
-from .unet import UNet, from_diffusers
+from .unet import UNet
 
 MODELS = Path(__file__).parent / "models"
 """Where the shipped models are, each with its card."""
@@ -76,25 +77,22 @@ class Model:
                 )
 
     @classmethod
-    def from_diffusers(cls, pipeline: Any, name: str = "model") -> "Model":
-        """The model in a pipeline of diffusers' for pixels, as ``DDPMPipeline``: its ``UNet2DModel``, whose parameters
-        it shares, and the betas and the prediction of its scheduler.
+    def from_diffusers(cls, pipeline: Any, name: str = "model", *, ignore: Collection[str] = ()) -> "Model":
+        """The model in a pipeline of diffusers' for pixels, as ``DDPMPipeline``: its ``UNet2DModel``, and the betas and
+        the prediction of its scheduler.
 
-        Raises TypeError for a pipeline of other parts, ValueError for an option of them that diffkern has not.
+        ignore  names of the scheduler's settings to leave aside, as "clip_sample"
+
+        The network shares the parameters that are float32, and has float32 copies of others. Classes are 0..K-1,
+        without a null class. A Model keeps no settings for sampling: a warning says which arguments ``sample`` needs to
+        do what the scheduler is set to, as ``variance="fixed_large"``.
+
+        Raises TypeError for a pipeline of other parts; ValueError for an option of them that diffkern has not, for a
+        network that computes something else than diffkern's U-Net, and for settings without which the images would be
+        others: no clipping, another range of it, thresholding, Karras sigmas.
         """
-        unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
-        if type(unet).__name__ != "UNet2DModel" or not hasattr(scheduler, "betas"):
-            parts = f"{type(unet).__name__} and {type(scheduler).__name__}"
-            raise TypeError(f"pipeline: expected a UNet2DModel as unet and a scheduler with betas, got {parts}")
-        predictions = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-        kind, size = scheduler.config.prediction_type, unet.config.sample_size
-        if kind not in predictions:
-            raise ValueError(f"prediction_type: expected one of {', '.join(predictions)}, got {kind!r}")
-        if size is None:
-            raise ValueError("sample_size: expected the images' size in the UNet2DModel's config, got None")
-        height, width = (size, size) if isinstance(size, int) else size
-        shape, schedule = (unet.config.in_channels, height, width), Schedule(scheduler.betas)
-        return cls(from_diffusers(unet), schedule, predictions[kind], shape, name=name)
+        network, schedule, prediction, shape = pipelines.read(pipeline, ignore)
+        return cls(network, schedule, prediction, shape, name=name)
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.network(x_t, t, labels)

@@ -58,7 +58,7 @@ def as_seeds(seeds: Seeds, device: torch.device | str | None = None) -> Tensor:
         if not -(2**63) <= value < 2**64:
             raise ValueError(f"seeds: expected ints in [-2^63, 2^64), got {value}")
         wrapped.append((value + 2**63) % 2**64 - 2**63)
-    return torch.tensor(wrapped, dtype=torch.int64, device=device)
+    return torch.tensor(wrapped, dtype=torch.int64, device="cpu" if device is None else device)
 
 
 def _range_of_seeds(seeds: range) -> Tensor:
@@ -89,7 +89,7 @@ def _as_index(name: str, index: int | Tensor, device: torch.device) -> Tensor:
 
 def _as_device(device: torch.device | str | int) -> torch.device:
     try:
-        return torch.empty(0, device=device).device  # with its index
+        return torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
     except (AssertionError, RuntimeError, TypeError):
         raise RuntimeError(f"device: expected one that is here, got {device!r}") from None
 
@@ -206,7 +206,8 @@ def noise(
     seeds   int64 tensor [N], or ints in [-2^63, 2^64), as a NumPy array if need be
     shape   of one sample
     step    in [0, 2^32): one for all, or an int64 tensor [N]
-    stream  what the noise is for: 0 the initial x_T, 1 reverse steps, 2 forward noising; others are free
+    stream  what the noise is for: 0 the initial x_T, 1 reverse steps, 2 forward noising. 3 to 5 are draws of training
+            and of evaluation (docs/noise.md); from 6 on they are free
     dtype   float32, or bfloat16 or float16: the float32 value rounded once; in ``torch_ops`` also float64, unrounded
     device  where to; None is the seeds' own
 
@@ -567,7 +568,7 @@ def pack_upsampling(weight: Tensor, *, terms: int) -> PackedConv:
     _check_weight(weight, 3)
     _check_terms(terms)
     _check_memory("weight", weight)
-    even_odd = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
+    even_odd = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device="cpu")
     sums = [rows @ weight.detach().double() @ columns.T for rows in even_odd for columns in even_odd]
     return _packed(torch.cat([_pack_terms(kernel.flatten(2), terms) for kernel in sums]), weight)
 

@@ -66,7 +66,7 @@ def largest(value: int, device: torch.device) -> int:
     """Of the processes' values, the same in each."""
     if world() == 1:
         return value
-    values = torch.tensor(value, device=device)
+    values = torch.tensor(value, dtype=torch.int64, device=device)
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return int(values)
 

@@ -131,7 +131,7 @@ def _table(
 ) -> Tensor:
     """Columns over a respaced schedule, in its ascending order, to rows in the order visited; absent columns are 0."""
     p_x, p_o = _x0_hat(s, prediction)
-    t = torch.tensor([int(t) for t in reversed(timesteps)], dtype=torch.float64)
+    t = torch.tensor([int(t) for t in reversed(timesteps)], dtype=torch.float64, device="cpu")
     columns = {name: torch.zeros_like(t) for name in ops.COLUMNS} | columns | dict(p_x=p_x, p_o=p_o, t=t)
     return torch.stack((*columns.values(), *history), 1).flip(0)
 

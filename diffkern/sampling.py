@@ -1,9 +1,9 @@
 """Sampling: noise in, images out. One loop, over the rows of a table of coefficients."""
 
-import contextlib
+import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import ops
 from .engine import Engine
 from .model import Model, checked_device, load, unwrapped
+from .modes import evaluating
 from .progress import bar as progress_bar
 from .samplers import PREDICTIONS, SAMPLERS, ddim, ddpm, default_sampler, dpmpp_2m, fold_x0
 from .schedule import Schedule, checked_float, checked_int
@@ -74,9 +75,10 @@ def sample(
     model       a shipped model's name, a file, a ``Model``; or any ``model(x_t, t, labels)``, with t int64 [N] in
                 0..T-1, which needs ``schedule``, ``prediction`` ("eps", "x0", "v" or "score") and ``shape`` (C, H, W)
     n, seeds    how many images, which have the seeds 0..n-1; or the seed of each. All noise of an image is a function
-                of its seed: the image depends on its seed, ``batch_size`` and the device, and on no other image
+                of its seed: the image depends on its seed, ``batch_size`` and the device, and on no other image. So
+                ``n`` gives the same images at every call; others come by ``seeds=torch.randint(2**63 - 1, (n,))``
     labels      a class for each image, or one for all, by number, or by a name that the ``Model`` knows; -1 is the null
-                class, and None is null throughout
+                class, and None is null throughout. A network without a null class needs them
     guidance    w of out_null + w (out_label - out_null) (Ho & Salimans 2022): 1 is the conditional model, 0 the
                 unconditional one, each one pass through the network; any other w takes two, and needs labels
     sampler     "ddpm", "ddim" (``eta`` in [0, 1]) or "dpmpp_2m": see :mod:`diffkern.samplers`; None is ddpm for all
@@ -97,12 +99,15 @@ def sample(
     progress    show a progress bar on stderr, or now and then a line where that is no terminal
     callback    called with a :class:`Step` in every step
 
-    The network runs in eval and inference mode, and gets its training flags back however this ends.
+    Network and callback run without gradients (``torch.no_grad``), which they may enable for themselves. The network is
+    in eval mode for every thread until the last call that samples it ends, however it ends; then all its modules have
+    the training flags that they had before the first. To train meanwhile, sample a copy.
     Raises TypeError or ValueError for an argument that does not fit.
     """
     source = _resolve(model, device, schedule, prediction, shape)
     device = source.device
-    _check_options(guidance, clip, dtype, engine, cuda_graph, progress, callback)
+    guidance = checked_float("guidance", guidance, "a finite number", math.isfinite)
+    _check_options(clip, dtype, engine, cuda_graph, progress, callback)
     if cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph: expected False on a device other than CUDA, got True on {str(device)!r}")
     if cuda_graph and callback is not None:
@@ -112,6 +117,10 @@ def sample(
     n, seeds, labels = _rows(n, seeds, labels, x_T, source)
     if labels is None and guidance != 1:
         raise ValueError(f"guidance: expected 1 without labels, got {guidance}")
+    if not source.null_class and guidance != 1:
+        raise ValueError(f"guidance: expected 1 with a network without a null class, got {guidance}")
+    if not source.null_class and labels is None:
+        raise ValueError("labels: expected a class for each image with a network without a null class, got None")
     batch_size = min(n, 16) if batch_size is None else checked_int("batch_size", batch_size, "an int >= 1")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected an int >= 1, got {batch_size}")
@@ -125,6 +134,7 @@ def sample(
     table = _coefficients(sampler, source.schedule, timesteps, source.prediction, variance, eta)
     table = (table if clip else fold_x0(table)).float().to(device)
     network, dtype = source.network, dtype or source.dtype
+    _check_weights(network, dtype)
     if engine and isinstance(network, UNet):
         bf16 = dtype == torch.bfloat16
         network, dtype = (Engine(network, dtype), None) if bf16 else (Engine(network), dtype)
@@ -140,12 +150,13 @@ def sample(
         watched=callback is not None,
     )
 
-    images = torch.empty((n, *source.shape), device=device)
+    images = torch.empty((n, *source.shape), dtype=torch.float32, device=device)
     batches = range(0, n, batch_size)
     bar = progress_bar(len(batches) * len(timesteps), "sampling", "step", progress)
-    with bar, _evaluating(source.network), torch.inference_mode():
+    with bar, evaluating(source.network), torch.no_grad():
         for start in batches:
-            rows = torch.arange(start, start + batch_size).clamp(max=n - 1)  # the last image pads the last batch
+            rows = torch.arange(start, start + batch_size, dtype=torch.int64, device="cpu")
+            rows.clamp_(max=n - 1)  # the last image pads the last batch
             seed = seeds[rows].to(device)
             y = None if labels is None else labels[rows].to(device)
             if x_T is None:
@@ -185,7 +196,7 @@ class _Loop:
         self.guidance, self.clip, self.learned_variance = guidance, clip, learned_variance
         self.t = table[:, ops.COLUMNS.index("t")].long()
         self.row = torch.zeros(1, dtype=torch.int64, device=table.device)
-        self.x = torch.empty(shape, device=table.device)
+        self.x = torch.empty(shape, dtype=torch.float32, device=table.device)
         self.has_history = table.shape[1] > len(ops.COLUMNS)  # which is the x0_hat of the step before
         self.x0_hat = torch.empty_like(self.x) if watched or self.has_history else None
         self.seeds = torch.empty(shape[0], dtype=torch.int64, device=table.device)
@@ -203,9 +214,11 @@ class _Loop:
         self.row.zero_()
 
     def predict(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        """The network's output. It gets copies of what the loop changes in place: a graph of its own may hold them."""
+        labels = None if labels is None else labels.clone()
         with torch.autocast(self.x.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            out = self.network(self.x, t, labels)
-        return _checked_output(out, self.x, self.learned_variance).float()
+            out = self.network(self.x.clone(), t, labels)
+        return _checked_output(out, self.x, self.learned_variance).detach().float()
 
     def step(self) -> None:
         """One row of the table; the host looks at no value."""
@@ -282,19 +295,6 @@ def _coefficients(
     return dpmpp_2m(schedule, timesteps, prediction)
 
 
-@contextlib.contextmanager
-def _evaluating(network: Network) -> Iterator[None]:
-    """Eval mode, and afterwards every submodule's own flag again, which ``network.train()`` would not give."""
-    modes = [(module, module.training) for module in network.modules()] if isinstance(network, nn.Module) else []
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 # --- arguments ---
 
 
@@ -304,6 +304,7 @@ class _Source(NamedTuple):
     prediction: str
     shape: tuple[int, int, int]
     num_classes: int | None  # None where nobody knows
+    null_class: bool  # True where nobody knows
     learned_variance: bool  # False where nobody knows
     label: Callable[[str], int] | None  # of a class's name or number as text; None where nobody knows
     device: torch.device
@@ -317,7 +318,8 @@ def _resolve(
     prediction: str | None,
     shape: Sequence[int] | None,
 ) -> _Source:
-    device = None if device is None else torch.empty(0, device=checked_device(device)).device  # with its index
+    if device is not None:
+        device = torch.empty(0, dtype=torch.uint8, device=checked_device(device)).device  # with its index
     described = dict(schedule=schedule, prediction=prediction, shape=shape)
     if isinstance(model, str | os.PathLike):
         model = load(model, device)
@@ -327,6 +329,9 @@ def _resolve(
                 raise ValueError(f"{name}: expected None, the model brings its own, got {value!r}")
         network, schedule, prediction, shape = model.network, model.schedule, model.prediction, model.shape
         num_classes, label = (None, None) if model.classes is None else (len(model.classes), model.label)
+    elif not isinstance(model, nn.Module) and hasattr(model, "unet") and hasattr(model, "scheduler"):
+        pipeline = type(model).__name__
+        raise TypeError(f"model: expected a Model, as Model.from_diffusers(pipeline) makes of one, got a {pipeline}")
     elif callable(model):
         for name, value in described.items():
             if value is None:
@@ -341,12 +346,37 @@ def _resolve(
     else:
         raise TypeError(f"model: expected a name, a path, a Model or a callable, got {type(model).__name__}")
     dtype = torch.bfloat16 if isinstance(network, Engine) and network.dtype == torch.bfloat16 else None
-    network, learned_variance = unwrapped(network), False
+    network, learned_variance, null_class = unwrapped(network), False, True
+    _check_signature(network)
     if isinstance(network, UNet):
         num_classes = network.config["num_classes"]
+        null_class = num_classes is None or network.config["null_class"]
         learned_variance = network.conv_out.out_channels == 2 * shape[0]
     where = _where(network, device)
-    return _Source(network, schedule, prediction, tuple(shape), num_classes, learned_variance, label, where, dtype)
+    return _Source(
+        network, schedule, prediction, tuple(shape), num_classes, null_class, learned_variance, label, where, dtype
+    )
+
+
+def _check_signature(network: Network) -> None:
+    """TypeError unless it can be called as ``network(x_t, t, labels)``, as far as Python can tell."""
+    function = network.forward if isinstance(network, nn.Module) else network
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a built-in function, which does not tell
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError:
+        called = f"{getattr(network, '__name__', type(network).__name__)}{signature}"
+        raise TypeError(f"model: expected a network that is called as network(x_t, t, labels), got {called}") from None
+
+
+def _check_weights(network: Network, dtype: torch.dtype | None) -> None:
+    """ValueError for a ``UNet`` that does not take the loop's float32."""
+    if isinstance(network, UNet) and dtype is None and network.conv_in.weight.dtype != torch.float32:
+        weights = network.conv_in.weight.dtype
+        raise ValueError(f"model: expected a UNet of float32, or dtype={weights} for autocast, got one of {weights}")
 
 
 def _where(network: Network, device: torch.device | None) -> torch.device:
@@ -368,10 +398,7 @@ def _shape(shape: Sequence[int]) -> tuple[int, ...]:
     return shape
 
 
-def _check_options(
-    guidance: Any, clip: Any, dtype: Any, engine: Any, cuda_graph: Any, progress: Any, callback: Any
-) -> None:
-    checked_float("guidance", guidance, "a finite number", math.isfinite)
+def _check_options(clip: Any, dtype: Any, engine: Any, cuda_graph: Any, progress: Any, callback: Any) -> None:
     for name, value in (("clip", clip), ("engine", engine), ("cuda_graph", cuda_graph), ("progress", progress)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected True or False, got {value!r}")
@@ -408,15 +435,16 @@ def _rows(n: Any, seeds: Any, labels: Any, x_T: Tensor | None, source: _Source) 
     for name, length in lengths.items():
         if length != n:
             raise ValueError(f"{name}: expected {n}, one for each image, got {length}")
-    seeds = torch.arange(n) if seeds is None else seeds
+    seeds = torch.arange(n, dtype=torch.int64, device="cpu") if seeds is None else seeds
     return n, seeds, labels if labels is None else labels.expand(n)
 
 
 def _labels(labels: Any, source: _Source) -> Tensor:
     """int64: [] of one label, [n] of several."""
-    high, expected = 2**63, "ints >= -1"
+    low, high, expected = -1, 2**63, "ints >= -1"
     if source.num_classes is not None:
-        high, expected = source.num_classes, f"ints in -1..{source.num_classes - 1}"
+        low, high = -1 if source.null_class else 0, source.num_classes
+        expected = f"ints in {low}..{high - 1}"
     if isinstance(labels, Tensor):
         if labels.dtype != torch.int64 or labels.ndim > 1:
             got = f"{labels.dtype} of shape {tuple(labels.shape)}"
@@ -428,9 +456,9 @@ def _labels(labels: Any, source: _Source) -> Tensor:
         labels = [source.label(label) if isinstance(label, str) else label for label in labels]
     labels = [checked_int("labels", label, expected) for label in labels]
     for label in labels:
-        if not -1 <= label < high:
+        if not low <= label < high:
             raise ValueError(f"labels: expected {expected}, got {label}")
-    return torch.tensor(labels[0] if lone else labels, dtype=torch.int64)
+    return torch.tensor(labels[0] if lone else labels, dtype=torch.int64, device="cpu")
 
 
 def _checked_output(out: Any, x_t: Tensor, learned_variance: bool) -> Tensor:

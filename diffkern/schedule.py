@@ -42,21 +42,21 @@ class Schedule:
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "Schedule":
         """beta from beta_start to beta_end in equal steps (Ho et al. 2020, section 4)."""
         T, beta_start, beta_end = _length(T), *_ends(beta_start, beta_end)
-        betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+        betas = _equal_steps(beta_start, beta_end, T)
         return cls(betas, _config=dict(kind="linear", T=T, beta_start=beta_start, beta_end=beta_end))
 
     @classmethod
     def scaled_linear(cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> "Schedule":
         """sqrt(beta) from sqrt(beta_start) to sqrt(beta_end) in equal steps (Rombach et al. 2022)."""
         T, beta_start, beta_end = _length(T), *_ends(beta_start, beta_end)
-        betas = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), T, dtype=torch.float64).square()
+        betas = _equal_steps(math.sqrt(beta_start), math.sqrt(beta_end), T).square()
         return cls(betas, _config=dict(kind="scaled_linear", T=T, beta_start=beta_start, beta_end=beta_end))
 
     @classmethod
     def sigmoid(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "Schedule":
         """beta from beta_start to beta_end along a sigmoid on [-6, 6] (Xu et al. 2022, GeoDiff)."""
         T, beta_start, beta_end = _length(T), *_ends(beta_start, beta_end)
-        betas = torch.linspace(-6, 6, T, dtype=torch.float64).sigmoid() * (beta_end - beta_start) + beta_start
+        betas = _equal_steps(-6, 6, T).sigmoid() * (beta_end - beta_start) + beta_start
         return cls(betas, _config=dict(kind="sigmoid", T=T, beta_start=beta_start, beta_end=beta_end))
 
     @classmethod
@@ -66,7 +66,7 @@ class Schedule:
         max_beta = checked_float("max_beta", max_beta, "a number in (0, 1)", lambda value: 0 < value < 1)
         # f(t) = sin^2 u_t with u_t = (T - t) / T / (1 + s) pi/2, and sin^2 a - sin^2 b = sin(a - b) sin(a + b):
         # beta_t = 1 - f(t) / f(t-1) without a cancellation.
-        u = torch.arange(T, -1, -1, dtype=torch.float64) * (math.pi / 2 / (1 + s) / T)
+        u = torch.arange(T, -1, -1, dtype=torch.float64, device="cpu") * (math.pi / 2 / (1 + s) / T)
         betas = (u[:-1] - u[1:]).sin() * (u[:-1] + u[1:]).sin() / u[:-1].sin().square()
         return cls(betas.clamp(max=max_beta), _config=dict(kind="cosine", T=T, s=s, max_beta=max_beta))
 
@@ -95,12 +95,12 @@ class Schedule:
     @cached_property
     def alpha_bar_prev(self) -> Tensor:
         """alpha_bar_{t-1}, 1 at index 0."""
-        return torch.cat((torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]))
+        return torch.cat((self.alpha_bar.new_ones(1), self.alpha_bar[:-1]))
 
     @cached_property
     def one_minus_alpha_bar_prev(self) -> Tensor:
         """1 - alpha_bar_{t-1}, 0 at index 0."""
-        return torch.cat((torch.zeros(1, dtype=torch.float64), self.one_minus_alpha_bar[:-1]))
+        return torch.cat((self.alpha_bar.new_zeros(1), self.one_minus_alpha_bar[:-1]))
 
     @cached_property
     def posterior_variance(self) -> Tensor:
@@ -206,6 +206,10 @@ class Schedule:
         return f"Schedule.{self._config['kind']}({arguments})"
 
 
+def _equal_steps(start: float, end: float, T: int) -> Tensor:
+    return torch.linspace(start, end, T, dtype=torch.float64, device="cpu")
+
+
 _KINDS: dict[str, Callable[..., Schedule]] = {
     "linear": Schedule.linear,
     "scaled_linear": Schedule.scaled_linear,
@@ -247,7 +251,7 @@ _SPACINGS = {"leading": _leading, "linspace": _linspace, "quadratic": _quadratic
 
 def _table(betas: Any) -> Tensor:
     try:
-        table = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
+        table = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"betas: expected numbers, got {type(betas).__name__} ({error})") from None
     if table.ndim != 1 or not len(table):
@@ -282,7 +286,12 @@ def _length(T: Any) -> int:
 
 
 def checked_float(name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> float:
-    """``value`` as a float, finite and such that ``holds(value)``; TypeError or ValueError otherwise."""
+    """``value`` as a float, finite and such that ``holds(value)``; TypeError or ValueError otherwise.
+
+    A tensor or an array of no dimensions is a number too.
+    """
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
     if not (math.isfinite(value) and holds(value)):

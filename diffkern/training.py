@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from . import images, ops, parallel, runs
 from .data import EXAMPLE_STREAM, Dataset, epoch_order, words
+from .defaults import float32_on
 from .description import check_model, checked_training
 from .files import CHECKPOINT, read, restore, write
 from .model import Model, build, checked_device
@@ -93,7 +94,7 @@ def new_model(dataset: Dataset, config: Config, name: str = "model", *, init: Mo
     options = {"in_channels": dataset.shape[0], "num_classes": classes and len(classes)}
     if isinstance(channels, int) and channels > 0:
         options["groups"] = math.gcd(32, channels)  # UNet's own 32 where that divides every width
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), float32_on("cpu"):
         torch.manual_seed(config.seed)
         network = UNet(**{**options, **config.network})
     if init is not None:
@@ -108,7 +109,7 @@ def _copy_weights(network: UNet, init: Model) -> None:
         )
     live, stored = network.state_dict(), init.network.state_dict()
     classes = "class_embedding.weight"
-    if live.get(classes, torch.empty(0)).shape != stored.get(classes, torch.empty(0)).shape:
+    if (classes in live and live[classes].shape) != (classes in stored and stored[classes].shape):
         theirs, ours = stored.pop(classes, None), live.pop(classes, None)
         if theirs is not None and ours is not None and theirs.shape[1:] == ours.shape[1:]:
             ours[-1] = theirs[-1]
@@ -160,11 +161,11 @@ class Trainer:
         )
         for parameter in self.trained.values():  # the state exists from the start: restoring is copying
             self.optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64, device="cpu"))
 
     @classmethod
     def resume(
@@ -233,7 +234,7 @@ class Trainer:
 
     def index(self, examples: np.ndarray) -> Tensor:
         """Which image is seen as the k-th example: epoch after epoch, each in an order of its own."""
-        index = torch.empty(len(examples), dtype=torch.int64)
+        index = torch.empty(len(examples), dtype=torch.int64, device="cpu")
         epochs, places = np.divmod(examples, len(self.dataset))
         for epoch in np.unique(epochs).tolist():
             if self._order[0] != epoch:
@@ -292,7 +293,7 @@ class Trainer:
     def grid(self, n: int = 40, steps: int = 50):
         """A ``PIL.Image`` of n samples of the averaged model, the same seeds and labels each time."""
         classes = self.model.classes
-        labels = None if classes is None else torch.arange(n) % len(classes)
+        labels = None if classes is None else torch.arange(n, dtype=torch.int64, device="cpu") % len(classes)
         steps = min(steps, self.model.schedule.T)
         x = sample(self.model, n, labels=labels, sampler="ddim", steps=steps, progress=False)
         names = None if classes is None else [classes[label] for label in labels]

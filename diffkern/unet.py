@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops, transforms
+from .files import Blueprint
 from .schedule import checked_float, checked_int
 
 Image = TypeVar("Image")
@@ -200,7 +201,9 @@ class UNet(nn.Module):
     mid_attention               self-attention at the bottom of the U
     head_dim                    channels an attention head; None: one head over all channels (Ho et al. 2020)
     groups, norm_eps            of every GroupNorm
+    mid_attention_groups        of the GroupNorm in ``mid_attention``, if not ``groups``
     num_classes                 class-conditional: labels 0..num_classes-1, and -1 for the null class
+    null_class                  False: there is no null class, and every call needs labels
     scale_shift                 time enters as (1 + scale) * norm + shift instead of a sum (Dhariwal & Nichol 2021)
     resample_blocks             resolution changes inside residual blocks (BigGAN's) instead of by one convolution
     downsample_padding          0 pads right and below only; 1 pads all around
@@ -221,9 +224,11 @@ class UNet(nn.Module):
         mid_attention: bool = True,
         head_dim: int | None = None,
         groups: int = 32,
+        mid_attention_groups: int | None = None,
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
         num_classes: int | None = None,
+        null_class: bool = True,
         scale_shift: bool = False,
         resample_blocks: bool = False,
         downsample_padding: int = 0,
@@ -251,13 +256,13 @@ class UNet(nn.Module):
                 resample=resample,
             )
 
-        def attention(c: int) -> AttentionBlock:
+        def attention(c: int, groups: int = groups) -> AttentionBlock:
             return AttentionBlock(c, head_dim=head_dim, groups=groups, eps=norm_eps)
 
         self.conv_in = Conv3x3(in_channels, channels, 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels, emb_dim)
         if num_classes is not None:
-            self.class_embedding = nn.Embedding(num_classes + 1, emb_dim)  # the last row is the null class
+            self.class_embedding = nn.Embedding(num_classes + null_class, emb_dim)  # the last row is the null class
 
         skips = [channels]
         self.down_blocks = nn.ModuleList()
@@ -275,7 +280,8 @@ class UNet(nn.Module):
                 skips.append(c)
             self.down_blocks.append(Level(resnets, attentions, resampler))
 
-        self.mid_block = MidBlock([resblock(c, c), resblock(c, c)], attention(c) if mid_attention else None)
+        mid = attention(c, mid_attention_groups or groups) if mid_attention else None
+        self.mid_block = MidBlock([resblock(c, c), resblock(c, c)], mid)
 
         self.up_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
@@ -299,6 +305,8 @@ class UNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x_t: [N, C, H, W]; t: [N] int64, 0-based; labels: [N] int64, -1 for the null class, None for all null.
+
+        Labels are needed where ``num_classes`` are without a null class.
 
         Returns [N, out_channels, H, W], twice the channels with a learned variance. ValueError for other shapes, and
         for labels out of range, which give NaN on other devices than the CPU, when compiled and in ``torch.func``.
@@ -354,11 +362,15 @@ class UNet(nn.Module):
             return emb
         labels = torch.full_like(t, -1, dtype=torch.int64) if labels is None else labels
         inside = (labels >= 0) & (labels < num_classes)
-        rows = self.class_embedding(torch.where(inside, labels, num_classes))
-        return emb + torch.where((inside | (labels == -1))[:, None], rows, torch.nan)
+        rows = self.class_embedding(torch.where(inside, labels, num_classes if config["null_class"] else 0))
+        known = inside | (labels == -1) if config["null_class"] else inside
+        return emb + torch.where(known[:, None], rows, torch.nan)
 
     def check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> None:
-        """ValueError unless these are inputs of ``forward``."""
+        """TypeError or ValueError unless these are inputs of ``forward``."""
+        for name, value in dict(x_t=x_t, t=t, **({} if labels is None else {"labels": labels})).items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
         in_channels, factor = self.config["in_channels"], 2 ** (len(self.config["channel_mult"]) - 1)
         if x_t.ndim != 4 or x_t.shape[1] != in_channels or x_t.shape[2] % factor or x_t.shape[3] % factor:
             raise ValueError(
@@ -367,16 +379,18 @@ class UNet(nn.Module):
         if t.shape != x_t.shape[:1]:
             raise ValueError(f"t: expected shape {tuple(x_t.shape[:1])}, got {tuple(t.shape)}")
         if labels is None:
+            if self.config["num_classes"] is not None and not self.config["null_class"]:
+                raise ValueError("labels: expected a class for each image, this network has no null class, got None")
             return
         if self.config["num_classes"] is None:
             raise ValueError("labels: expected None, this network has no classes (num_classes is None)")
         if labels.shape != t.shape:
             raise ValueError(f"labels: expected shape {tuple(t.shape)}, got {tuple(labels.shape)}")
         if transforms.readable(labels):
-            classes = self.config["num_classes"]
+            low, classes = -1 if self.config["null_class"] else 0, self.config["num_classes"]
             for label in labels.tolist():
-                if not -1 <= label < classes:
-                    raise ValueError(f"labels: expected values in -1..{classes - 1}, got {label}")
+                if not low <= label < classes:
+                    raise ValueError(f"labels: expected values in {low}..{classes - 1}, got {label}")
 
 
 def _check_config(c: dict[str, Any]) -> None:
@@ -394,7 +408,9 @@ def _check_config(c: dict[str, Any]) -> None:
             raise TypeError(f"{name}: expected a sequence of ints, got {c[name]!r}")
     if not c["channel_mult"]:
         raise ValueError("channel_mult: expected at least one level, got none")
-    optional = [name for name in ("head_dim", "num_classes") if c[name] is not None]
+    optional = [name for name in ("head_dim", "mid_attention_groups", "num_classes") if c[name] is not None]
+    if not isinstance(c["null_class"], bool):
+        raise TypeError(f"null_class: expected True or False, got {c['null_class']!r}")
     for name in ("in_channels", "out_channels", "channels", "channel_mult", "blocks", "groups", *optional):
         check(name, 1)
     widths = [c["channels"] * m for m in c["channel_mult"]]
@@ -409,6 +425,9 @@ def _check_config(c: dict[str, Any]) -> None:
     checked_float("freq_shift", c["freq_shift"], f"a number below channels / 2 = {half}", lambda value: value < half)
     if any(width % c["groups"] for width in (c["channels"], *widths)):
         raise ValueError(f"groups: expected a divisor of every width {widths}, got {c['groups']}")
+    mid_groups = c["mid_attention_groups"] or 1
+    if widths[last] % mid_groups:
+        raise ValueError(f"mid_attention_groups: expected a divisor of the last width {widths[last]}, got {mid_groups}")
     for level in sorted({*c["attention_levels"], *([last] if c["mid_attention"] else [])}):
         if c["head_dim"] is not None and widths[level] % c["head_dim"]:
             raise ValueError(
@@ -420,9 +439,10 @@ DIFFUSERS_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 
 
 def from_diffusers(network: nn.Module) -> UNet:
-    """diffusers' ``UNet2DModel`` as our U-Net, with the very same parameters. Its last class becomes the null class.
+    """diffusers' ``UNet2DModel`` as our U-Net, with the very same parameters; its classes are without a null class.
 
-    Raises ValueError that names an option of it which ours has not.
+    Raises ValueError that names an option of it which ours has not. It looks at the config and at the parameters;
+    :func:`diffkern.pipelines.check_same` looks at what the two compute.
     """
     c = network.config
     down_of_up = tuple(kind.replace("Up", "Down") for kind in reversed(c.up_block_types))
@@ -445,25 +465,28 @@ def from_diffusers(network: nn.Module) -> UNet:
     for name, holds in allowed.items():
         if not holds:
             raise ValueError(f"{name}: expected what diffkern's UNet has, got {c[name]!r}")
-    unet = UNet(
-        c.in_channels,
-        c.out_channels,
-        channels=c.block_out_channels[0],
-        channel_mult=tuple(width // c.block_out_channels[0] for width in c.block_out_channels),
-        blocks=c.layers_per_block,
-        attention_levels=tuple(i for i, kind in enumerate(c.down_block_types) if kind.startswith("Attn")),
-        mid_attention=c.add_attention,
-        head_dim=c.attention_head_dim,
-        groups=c.norm_num_groups,
-        norm_eps=c.norm_eps,
-        dropout=c.dropout,
-        num_classes=None if c.num_class_embeds is None else c.num_class_embeds - 1,
-        scale_shift=c.resnet_time_scale_shift == "scale_shift",
-        resample_blocks=resnets == {True},
-        downsample_padding=c.downsample_padding,
-        flip_sin_to_cos=c.flip_sin_to_cos,
-        freq_shift=c.freq_shift,
-    )
+    with Blueprint():  # every parameter is replaced
+        unet = UNet(
+            c.in_channels,
+            c.out_channels,
+            channels=c.block_out_channels[0],
+            channel_mult=tuple(width // c.block_out_channels[0] for width in c.block_out_channels),
+            blocks=c.layers_per_block,
+            attention_levels=tuple(i for i, kind in enumerate(c.down_block_types) if kind.startswith("Attn")),
+            mid_attention=c.add_attention,
+            head_dim=c.attention_head_dim,
+            groups=c.norm_num_groups,
+            mid_attention_groups=c.attn_norm_num_groups if c.add_attention else None,
+            norm_eps=c.norm_eps,
+            dropout=c.dropout,
+            num_classes=c.num_class_embeds,
+            null_class=c.num_class_embeds is None,
+            scale_shift=c.resnet_time_scale_shift == "scale_shift",
+            resample_blocks=resnets == {True},
+            downsample_padding=c.downsample_padding,
+            flip_sin_to_cos=c.flip_sin_to_cos,
+            freq_shift=c.freq_shift,
+        )
     theirs, ours = network.state_dict(keep_vars=True), unet.state_dict()
     shapes, expected = ({(key, p.shape) for key, p in parameters.items()} for parameters in (theirs, ours))
     if shapes != expected:

@@ -20,18 +20,22 @@ class Watch:
         self._owners = [table[kind] for table in self._tables for kind in ("_modules", "_parameters")]
         self._members = self._find_members()
         self.weights = [member for member in self._members if isinstance(member, nn.Parameter)]
-        self._addresses = self._find_addresses()
+        self._counted = [weight for weight in self.weights if not weight.is_inference()]  # those have no version
+        self._addresses, self._versions = self._find_addresses(), self._find_versions()
         self.native = bool(self.weights) and all(map(_native, self.weights))
-        self._hash = torch.zeros(1, dtype=torch.int64)
+        self._hash = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._hashing = {exact: self._record(exact) for exact in (False, True)} if self.native else {}
         self._seen = {exact: self._look(exact) for exact in (False, True)}
 
     def changed(self, exact: bool = False) -> bool:
-        """Did a module, a weight or its numbers? If not exact, it looks at 16 of each, which no optimiser leaves alone.
+        """Did a module, a weight or its numbers?
 
-        At the numbers themselves, since fused optimisers and ``.data`` write to them behind torch's back.
+        torch counts what it writes to a weight. Fused optimisers, ``.data`` and NumPy write behind its back: hence the
+        numbers themselves, all of them if exact, else 16 of each weight.
         """
         if self.changed_members() or self._find_addresses() != self._addresses:
+            return True
+        if self._find_versions() != self._versions:
             return True
         return self._look(exact) != self._seen[exact]
 
@@ -58,6 +62,9 @@ class Watch:
         with program:
             torch.ops.diffkern.fingerprint(self._hash, self.weights, exact)
         return program
+
+    def _find_versions(self) -> list[int]:
+        return [weight._version for weight in self._counted]
 
     def _look(self, exact: bool) -> int:
         if not self.native:

@@ -16,7 +16,7 @@ CONFIGS = {
     ),
     "scale_shift": dict(scale_shift=True),
     "resample_blocks": dict(resample_blocks=True),
-    "heads": dict(head_dim=8),
+    "heads": dict(head_dim=8, mid_attention_groups=16),
     "one_level_without_attention": dict(channel_mult=(1,), attention_levels=(), mid_attention=False),
     "attention_everywhere": dict(attention_levels=(0, 1), blocks=3),
     "class_labels": dict(num_classes=5),
@@ -63,7 +63,8 @@ def diffusers_twin(unet: UNet) -> nn.Module:
         add_attention=c["mid_attention"],
         attention_head_dim=c["head_dim"],
         norm_num_groups=c["groups"],
-        attn_norm_num_groups=c["groups"],  # or its middle attention would have none beside scale-shift blocks
+        # said, or its middle attention would have no norm beside scale-shift blocks
+        attn_norm_num_groups=c["mid_attention_groups"] or c["groups"],
         norm_eps=c["norm_eps"],
         downsample_padding=c["downsample_padding"],
         downsample_type="resnet" if c["resample_blocks"] else "conv",

@@ -2,10 +2,14 @@
 
 import copy
 import gc
+import os
+import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import exit_code
 from networks import CONFIGS, assert_close, call_twin, config_of, diffusers_twin, inputs, with_random_weights
 from tolerances import ENGINE, ENGINE_HIGH, SAMPLE_ENGINE
 from torch import Tensor, nn
@@ -236,6 +240,40 @@ def test_what_changes_in_the_network_is_noticed(change):
     assert change == "a hook before" or not torch.allclose(engine(x, t), before, atol=1e-3)
 
 
+def one_number(network: UNet) -> None:
+    network.conv_out.weight[0, 0, 0, 1] += 10
+
+
+def one_bias(network: UNet) -> None:
+    network.conv_in.bias[5] += 5
+
+
+def one_filter(network: UNet) -> None:
+    network.conv_in.weight[7] *= 3
+
+
+def step_of_adam_on_one_class(network: UNet) -> None:
+    """Its gradient is 0 for every other class."""
+    weight = network.class_embedding.weight
+    weight.requires_grad_(True).grad = torch.zeros_like(weight)
+    weight.grad[537] = 1
+    torch.optim.Adam([weight], lr=1).step()
+    weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [one_number, one_bias, one_filter, step_of_adam_on_one_class])
+def test_a_weight_that_changes_in_few_places_is_noticed(change):
+    network = network_of("plain", num_classes=1000)
+    x, t, _ = inputs(network)
+    engine, labels = optimize(network), torch.tensor([537, 537, 0])
+    before = engine(x, t, labels)
+    with torch.no_grad():
+        change(network)
+    after = engine(x, t, labels)
+    assert_close(after, network(x, t, labels))
+    assert not torch.allclose(after, before, atol=1e-2)
+
+
 def test_one_number_written_behind_torchs_back_is_noticed_by_the_next_engine():
     network = network_of("plain")
     x, t, _ = inputs(network)
@@ -256,6 +294,17 @@ def test_a_weight_whose_storage_was_freed_raises(layer):
     for run in (engine, network):
         with pytest.raises(RuntimeError, match="storage"):
             run(x, t)
+
+
+def test_weights_made_in_inference_mode_which_have_no_version_are_looked_at():
+    with torch.inference_mode():
+        network = network_of("plain")
+        x, t, _ = inputs(network)
+        engine = optimize(network)
+        before = engine(x, t)
+        network.conv_out.bias.add_(1)
+        assert_close(engine(x, t), network(x, t))
+        assert not torch.allclose(engine(x, t), before, atol=1e-2)
 
 
 @pytest.mark.parametrize("change", ["a fused step", "data", "an assigned state", "a hook", "another parameter"])
@@ -303,6 +352,47 @@ def test_a_network_that_was_run_can_be_copied_and_saved(tmp_path):
         assert torch.equal(optimize(twin)(x, t), expected)
 
 
+def test_the_plan_that_was_used_longest_ago_gives_way():
+    network = network_of("one_level_without_attention")
+    engine, t = optimize(network), torch.tensor([3])
+
+    def run(size: int) -> list[int]:
+        engine(torch.zeros(1, 3, size, size), t)
+        return [shape[2] for shape, *_ in _compiled[network]._plans]
+
+    for size in (4, 6, 8, 10):
+        run(size)
+    kept = dict(_compiled[network]._plans)
+    assert run(4) == [6, 8, 10, 4]
+    assert run(12) == [8, 10, 4, 12]
+    assert all(plan is kept[key] for key, plan in _compiled[network]._plans.items() if key in kept)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_the_child_of_a_fork_runs_an_engine_that_another_thread_was_in():
+    network = network_of("one_level_without_attention")
+    x, t, _ = inputs(network, 4)
+    engine = optimize(network)
+    expected = engine(x, t)
+    held, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with _compiled[network].lock:
+            held.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(60)
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)  # torch's own threads are not in a child
+        os._exit(0 if torch.equal(engine(x, t), expected) else 1)
+    leave.set()
+    thread.join()
+    assert exit_code(child) == 0
+
+
 # --- where the network itself runs ---
 
 
@@ -342,8 +432,13 @@ def test_wrong_inputs_raise_the_networks_messages():
         engine(torch.zeros(1, 3, 7, 8), torch.tensor([1]))
     with pytest.raises(ValueError, match=r"^t: expected shape \(1,\), got \(2,\)"):
         engine(torch.zeros(1, 3, 8, 8), torch.tensor([1, 2]))
-    with pytest.raises(TypeError, match="^network: expected a diffkern UNet or Model, or diffusers' UNet2DModel, got"):
+    with pytest.raises(TypeError, match=r"^t: expected a tensor, got int"):
+        engine(torch.zeros(1, 3, 8, 8), 5)
+    expected = "^network: expected a diffkern UNet or Model, or diffusers' UNet2DModel, got"
+    with pytest.raises(TypeError, match=f"{expected} Conv2d$"):
         optimize(nn.Conv2d(3, 3, 1))
+    with pytest.raises(TypeError, match=f"{expected} SimpleNamespace: give it the pipeline's unet$"):
+        optimize(SimpleNamespace(unet=None))
     with pytest.raises(ValueError, match=r"^dtype: expected torch.float32"):
         optimize(network_of("plain"), dtype=torch.float64)
 

@@ -5,18 +5,15 @@ import json
 import os
 from pathlib import Path
 
-import diffusers
 import pytest
 import tiny
 import torch
-from networks import diffusers_twin
 from safetensors.torch import load_file, save_file
 from tiny import one_thread  # noqa: F401
 
 from diffkern import model as models
 from diffkern.engine import optimize
 from diffkern.model import Model, load, read, save
-from diffkern.sampling import sample
 from diffkern.unet import UNet
 
 X = torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8)
@@ -96,52 +93,6 @@ def test_classes_that_no_name_tells_apart_are_refused(classes):
     network = tiny.model().network
     with pytest.raises(ValueError, match="classes: expected names other than none that differ by more than case, got"):
         Model(network, tiny.SCHEDULE, "eps", (1, 8, 8), classes)
-
-
-def pipeline(**options):
-    """diffusers', with the parameters of ``tiny.model`` but for its classes."""
-    twin = diffusers_twin(tiny.model(classes=None).network)
-    twin.load_state_dict(tiny.model(classes=None).network.state_dict())
-    twin.register_to_config(sample_size=options.pop("sample_size", 8))
-    return diffusers.DDPMPipeline(twin.eval(), diffusers.DDPMScheduler(**{"clip_sample": False, **options}))
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_a_pipeline_of_diffusers_is_a_model(tmp_path, prediction_type):
-    """Which without noise, of one variance, goes from the same x_T to the same image."""
-    theirs = pipeline(prediction_type=prediction_type, beta_schedule="squaredcos_cap_v2", num_train_timesteps=20)
-    model = Model.from_diffusers(theirs, "theirs")
-    assert (model.shape, model.classes, model.name, model.schedule.T) == ((1, 8, 8), None, "theirs", 20)
-    assert model.network.conv_in.weight is theirs.unet.conv_in.weight
-    scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config, set_alpha_to_one=True)
-    scheduler.set_timesteps(20)
-    x = x_T = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            x = scheduler.step(theirs.unet(x, t).sample, t, x).prev_sample
-    options = dict(sampler="ddim", steps=20, x_T=x_T, clip=False, progress=False)
-    images = sample(model, **options)
-    assert (images - x).abs().max() <= 1e-4 * x.abs().max()
-    save(model, tmp_path / "theirs.safetensors")
-    assert torch.equal(sample(tmp_path / "theirs.safetensors", **options), images)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(prediction_type="flow"), "prediction_type: expected one of epsilon, sample, v_prediction, got 'flow'"),
-        (dict(sample_size=None), "sample_size: expected the images' size in the UNet2DModel's config, got None"),
-    ],
-)
-def test_a_pipeline_that_is_no_model_says_why(change, message):
-    with pytest.raises(ValueError, match=message):
-        Model.from_diffusers(pipeline(**change))
-
-
-def test_other_parts_than_a_pixel_pipeline_s_are_refused():
-    expected = "pipeline: expected a UNet2DModel as unet and a scheduler with betas, got NoneType and NoneType"
-    with pytest.raises(TypeError, match=expected):
-        Model.from_diffusers(tiny.model().network)
 
 
 def test_a_run_s_folder_is_the_model_in_it(tmp_path):

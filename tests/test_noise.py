@@ -1,6 +1,8 @@
 """The noise: known answers, the same bits everywhere, and normal."""
 
+import importlib
 import math
+import pkgutil
 import re
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import diffkern
 from diffkern import _C, ops, reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -151,6 +154,17 @@ def page_program() -> dict[str, object]:
     names: dict[str, object] = {}
     exec(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1], names)
     return names
+
+
+def test_the_page_lists_the_streams_that_the_package_draws_from():
+    """0 to 2 are the ops'; modules name the others."""
+    names = [module.name for module in pkgutil.iter_modules(diffkern.__path__) if not module.name.startswith("_")]
+    modules = [importlib.import_module(f"diffkern.{name}") for name in names]
+    named = {value for module in modules for name, value in vars(module).items() if name.endswith("_STREAM")}
+    table = re.search(r"\| stream \| what diffkern draws.*?\n\n", PAGE, re.S).group()
+    listed = [int(number) for number in re.findall(r"^\| (\d+) \|", table, re.M)]
+    assert listed == sorted({0, 1, 2} | named)
+    assert f"any from {len(listed)} on" in PAGE and f"from {len(listed)} on" in ops.noise.__doc__
 
 
 def test_the_program_of_the_page_gives_the_kernels_bits():

@@ -3,6 +3,7 @@
 import math
 import re
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,6 +238,14 @@ def test_guidance_extrapolates_from_the_null_class():
     assert_near(got, run(mixed, steps=10, clip=False))
 
 
+@pytest.mark.parametrize(
+    "w", [torch.tensor(2.5), torch.tensor(2.5, dtype=torch.float64), np.float32(2.5), np.array(2.5)]
+)
+def test_guidance_may_be_a_scalar_of_torch_or_numpy(w):
+    expected = run(by_label, labels=[3, 0, 5], guidance=2.5, steps=3)
+    assert torch.equal(run(by_label, labels=[3, 0, 5], guidance=w, steps=3), expected)
+
+
 def test_guidance_of_one_is_the_conditional_model_and_of_zero_the_unconditional_one():
     labels, conditional, unconditional = torch.tensor([3, 0, 5]), Recorder(by_label), Recorder(by_label)
     one = run(conditional, labels=labels, guidance=1.0, steps=10)
@@ -402,6 +411,59 @@ def test_callback_sees_each_step_of_the_float64_run(clip):
     assert torch.equal(seen[-1].x0_hat, images[2:])
 
 
+def classifier_guided(x_t, t, labels):
+    """Differentiates inside, as classifier guidance does (Dhariwal & Nichol 2021, algorithm 2): 0.5 x_t in the end."""
+    with torch.enable_grad():
+        x = x_t.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(x.square().sum() / 2, x)
+    return 0.5 * gradient
+
+
+@pytest.mark.parametrize("variance", [None, "learned"])
+def test_a_network_may_differentiate_inside(variance):
+    def plain(x_t, t, labels):
+        return torch.cat((0.5 * x_t, x_t), 1) if variance else 0.5 * x_t
+
+    def differentiating(x_t, t, labels):
+        return torch.cat((classifier_guided(x_t, t, labels), x_t), 1) if variance else classifier_guided(x_t, t, labels)
+
+    options = dict(sampler="ddpm", steps=5, variance=variance)
+    assert torch.equal(run(differentiating, **options), run(plain, **options))
+
+
+def test_graphs_that_a_network_keeps_outlive_the_step():
+    weight, outs = torch.ones(2, 1, 1, requires_grad=True), []
+
+    def network(x_t, t, labels):
+        with torch.enable_grad():
+            outs.append((weight * x_t).square() * labels.view(-1, 1, 1, 1))
+        return outs[-1]
+
+    images = run(network, labels=[1, 2, 3], steps=4, batch_size=1)
+    assert not images.requires_grad
+    sum(out.sum() for out in outs).backward()
+    assert weight.grad.isfinite().all() and weight.grad.abs().min() > 0
+
+
+def test_a_network_that_overwrites_its_input_overwrites_no_image():
+    def overwriting(x_t, t, labels):
+        labels.fill_(7)
+        return x_t.mul_(0.5)
+
+    assert torch.equal(run(overwriting, labels=1, steps=5), run(lambda x_t, t, labels: 0.5 * x_t, steps=5))
+
+
+def test_what_a_callback_keeps_is_an_ordinary_tensor():
+    seen = []
+    weight = torch.ones((), requires_grad=True)
+    run(steps=2, callback=seen.append)
+    for step in seen:
+        (weight * step.x_t * step.x0_hat).sum().backward()
+        step.x_t.add_(1)
+        step.x0_hat.add_(1)
+    assert weight.grad.isfinite()
+
+
 def test_ctrl_c_leaves_cleanly(capsys):
     network = nn.Sequential(Recorder(), nn.Dropout())
     network.forward = lambda x_t, t, labels: network[0](x_t, t, labels)
@@ -416,7 +478,7 @@ def test_ctrl_c_leaves_cleanly(capsys):
         run(network, steps=10, callback=interrupt, progress=True)
     assert len(network[0].calls) == 3
     assert [module.training for module in network.modules()] == [True, True, False]
-    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
     assert "sampling" in capsys.readouterr().err
 
 
@@ -499,6 +561,12 @@ def test_a_network_of_diffusers_is_sampled_as_ours():
     assert_near(run(twin, **described), run(unet, engine=False, **described), 1e-4)
 
 
+def test_a_module_may_have_a_unet_and_a_scheduler():
+    module = Recorder(Gaussian().network(LINEAR))
+    module.unet, module.scheduler = module.network, None
+    assert torch.equal(run(module, prediction="eps", steps=2), run(module.network, prediction="eps", steps=2))
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_an_optimized_network_is_sampled_as_the_network_itself(dtype):
     unet, described = small_unet(3, learned_variance=True), dict(prediction="eps", shape=(2, 8, 8))
@@ -517,6 +585,11 @@ UNCONDITIONAL, CONDITIONAL = small_unet(), small_unet(3)
 MODEL = Model(CONDITIONAL, LINEAR, "eps", (2, 8, 8), ("a", "b", "c"))
 UNET = dict(network=CONDITIONAL, shape=(2, 8, 8))
 X_T = torch.zeros(3, *SHAPE)
+
+
+class TwoArguments(nn.Module):
+    def forward(self, x, t):
+        return x
 
 
 def returns(out):
@@ -554,6 +627,31 @@ BAD = [
     (dict(shape=(2, 3, 3.0)), TypeError, "shape: expected three positive sizes (C, H, W), got 3.0"),
     (dict(shape=8), TypeError, "shape: expected three positive sizes (C, H, W), got 8"),
     (dict(shape="283"), TypeError, "shape: expected three positive sizes (C, H, W), got '283'"),
+    (
+        dict(network=SimpleNamespace(unet=zeros, scheduler=None)),
+        TypeError,
+        "model: expected a Model, as Model.from_diffusers(pipeline) makes of one, got a SimpleNamespace",
+    ),
+    (
+        dict(network=TwoArguments()),
+        TypeError,
+        "model: expected a network that is called as network(x_t, t, labels), got TwoArguments(x, t)",
+    ),
+    (
+        dict(network=Model(TwoArguments(), LINEAR), schedule=None, prediction=None, shape=None),
+        TypeError,
+        "model: expected a network that is called as network(x_t, t, labels), got TwoArguments(x, t)",
+    ),
+    (
+        dict(network=lambda x, t: x),
+        TypeError,
+        "model: expected a network that is called as network(x_t, t, labels), got <lambda>(x, t)",
+    ),
+    (
+        dict(network=small_unet().bfloat16(), shape=(2, 8, 8)),
+        ValueError,
+        "model: expected a UNet of float32, or dtype=torch.bfloat16 for autocast, got one of torch.bfloat16",
+    ),
     # n, seeds, labels
     (dict(n=None), ValueError, "n: expected n or seeds, got neither"),
     (dict(n=0), ValueError, "n: expected an int >= 1, got 0"),
@@ -608,6 +706,8 @@ BAD = [
     (dict(guidance=0), ValueError, "guidance: expected 1 without labels, got 0"),
     (dict(labels=0, guidance=float("nan")), ValueError, "guidance: expected a finite number, got nan"),
     (dict(labels=0, guidance="2"), TypeError, "guidance: expected a finite number, got '2'"),
+    (dict(labels=0, guidance=torch.tensor(True)), TypeError, "guidance: expected a finite number, got True"),
+    (dict(labels=0, guidance=torch.ones(3)), TypeError, "guidance: expected a finite number, got tensor([1., 1., 1.])"),
     (dict(sampler="euler"), ValueError, "sampler: expected one of ('ddpm', 'ddim', 'dpmpp_2m'), got 'euler'"),
     (
         dict(steps=5, variance="fixed_large"),

@@ -1,0 +1,166 @@
+"""Pipelines of diffusers': what is read from them, and what is refused because ``sample`` does not do it."""
+
+import inspect
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .modes import evaluating
+from .schedule import Schedule
+from .unet import UNet, from_diffusers
+
+PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+
+# --- settings of a scheduler ---
+
+KEPT = {
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    "prediction_type",
+}
+"""Settings that are in the betas, and the prediction."""
+
+DONE: dict[str, tuple[Any, ...]] = {
+    "clip_sample": (True,),
+    "clip_sample_range": (1,),
+    "set_alpha_to_one": (True,),
+    "steps_offset": (0,),
+    "thresholding": (False,),
+    "timestep_spacing": ("trailing",),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "learned_range"),
+}
+"""The values that ``sample`` acts on by default. It can be told to act on some others:"""
+
+ARGUMENTS = {
+    ("variance_type", "fixed_large"): "variance='fixed_large'",
+    ("timestep_spacing", "leading"): "spacing='leading'",
+    ("timestep_spacing", "linspace"): "spacing='linspace'",
+    ("steps_offset", 1): "steps=scheduler.timesteps.tolist()",
+}
+
+
+def check_settings(scheduler: Any, ignore: Collection[str] = ()) -> None:
+    """Warn of settings that ``sample`` must be told, by its arguments; ValueError for those that it cannot be told.
+
+    Settings named in ``ignore`` are not looked at. A scheduler without ``clip_sample`` does not clip.
+    """
+    if isinstance(ignore, str):
+        raise TypeError(f"ignore: expected a collection of names, got {ignore!r}")
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    set_to = {"clip_sample": False} | {name: config[name] for name in DONE if name in config}
+    set_to |= {name: value for name, value in config.items() if name.startswith("use_") and value}  # use_karras_sigmas
+    if not set_to["clip_sample"]:
+        set_to.pop("clip_sample_range", None)
+    unlike = {k: v for k, v in set_to.items() if k not in ignore and v not in DONE.get(k, ())}
+    refused = {name: value for name, value in unlike.items() if (name, value) not in ARGUMENTS}
+    if refused:
+        clip = " (then sample(clip=False) does not clip)" if "clip_sample" in refused else ""
+        raise ValueError(
+            f"scheduler: expected settings that sample() follows, got {_listed(refused)}; "
+            f"ignore={list(refused)} takes the model without them{clip}"
+        )
+    if "steps_offset" in unlike:
+        unlike.pop("timestep_spacing", None)  # steps that are told one by one have no spacing
+    told = [ARGUMENTS[name, value] for name, value in unlike.items()]
+    defaults = inspect.signature(type(scheduler).__init__).parameters
+    other = {
+        name: value
+        for name, value in config.items()
+        if name not in {*KEPT, *set_to, *ignore} and name in defaults and value != defaults[name].default
+    }
+    told = [f"sample() does what it is set to if given {', '.join(told)}"] if told else []
+    told += [f"sample() has nothing for {_listed(other)}"] if other else []
+    if told:
+        warnings.warn(f"scheduler: {'; '.join(told)}", stacklevel=4)
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
+
+# --- the network ---
+
+
+def check_same(ours: UNet, theirs: nn.Module) -> None:
+    """ValueError unless the two compute the same from a small random input, in eval mode.
+
+    ours    made by ``from_diffusers`` of theirs, with its parameters
+    theirs  a ``UNet2DModel``. Nothing is compared where it has no values (device "meta") or gives none that are finite
+    """
+    weight, classes = ours.conv_in.weight, ours.config["num_classes"]
+    if weight.device.type == "meta":
+        return
+    size = max(8, 2 ** len(ours.config["channel_mult"]))  # 2x2 at the bottom of the U, so that attention has a choice
+    x = torch.randn(
+        (2, ours.config["in_channels"], size, size),
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float32,
+        device="cpu",
+    ).to(weight)
+    t = torch.tensor([10, 900], dtype=torch.int64, device=weight.device)
+    labels = None if classes is None else torch.tensor([0, classes - 1], dtype=torch.int64, device=weight.device)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), evaluating(ours), evaluating(theirs):
+        expected = theirs(x, t, labels).sample
+        if not expected.isfinite().all():
+            return
+        error = (ours(x, t, labels) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+    if not error <= _tolerance(weight):
+        raise ValueError(
+            f"network: expected what diffkern's UNet computes, got a {type(theirs).__name__} whose output differs by "
+            f"{error:.1e} of its largest value: it has an option, a hook or a forward that the UNet does not have"
+        )
+
+
+def _tolerance(weight: Tensor) -> float:
+    """What rounding may make, relative to the largest output. An option that is not honoured makes 1e-2 or more."""
+    if weight.dtype not in (torch.float32, torch.float64) or torch.get_float32_matmul_precision() != "highest":
+        return 0.1  # factors of 8 bits
+    return 1e-3 if weight.device.type == "cpu" else 1e-2  # cuDNN's convolutions have factors of 11 bits
+
+
+def _in_float32(network: UNet) -> UNet:
+    """The network, with copies in place of the parameters that are not float32."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype != torch.float32:
+                setattr(module, name, nn.Parameter(parameter.detach().float(), parameter.requires_grad))
+    return network
+
+
+# --- all of it ---
+
+
+def read(pipeline: Any, ignore: Collection[str] = ()) -> tuple[UNet, Schedule, str, tuple[int, int, int]]:
+    """The network in float32, the schedule, the prediction and the images' shape. See ``Model.from_diffusers``."""
+    unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
+    expected = "pipeline: expected a UNet2DModel as unet and a scheduler with betas"
+    if type(unet).__name__ != "UNet2DModel" or not hasattr(scheduler, "betas"):
+        raise TypeError(f"{expected}, got {type(unet).__name__} and {type(scheduler).__name__}")
+    for name, part in getattr(pipeline, "components", {}).items():
+        if name not in ("unet", "scheduler") and part is not None:
+            raise TypeError(f"{expected} and nothing else, got {type(part).__name__} as {name} too")
+    kind, size = scheduler.config.get("prediction_type"), unet.config.sample_size
+    if kind not in PREDICTION_TYPES:
+        got = repr(kind) if kind else f"a {type(scheduler).__name__}, which has none"
+        raise ValueError(f"prediction_type: expected one of {', '.join(PREDICTION_TYPES)}, got {got}")
+    if size is None:
+        raise ValueError("sample_size: expected the images' size in the UNet2DModel's config, got None")
+    check_settings(scheduler, ignore)
+    schedule = Schedule(scheduler.betas)
+    _check_alpha_bar(schedule, scheduler)
+    network = from_diffusers(unet)
+    check_same(network, unet)
+    height, width = (size, size) if isinstance(size, int) else size
+    return _in_float32(network), schedule, PREDICTION_TYPES[kind], (unet.config.in_channels, height, width)
+
+
+def _check_alpha_bar(schedule: Schedule, scheduler: Any) -> None:
+    """ValueError unless the scheduler's alpha_bar is that of its betas, up to the rounding of a float32 product."""
+    theirs: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
+    if theirs is None:
+        raise ValueError(f"alphas_cumprod: expected those of the betas, got a {type(scheduler).__name__} without any")
+    theirs = theirs.detach().to("cpu", torch.float64)
+    if theirs.shape != schedule.alpha_bar.shape or not torch.allclose(theirs, schedule.alpha_bar, rtol=1e-3, atol=1e-6):
+        raise ValueError(f"alphas_cumprod: expected those of the betas, got others in {type(scheduler).__name__}")
