@@ -34,7 +34,7 @@ def _expect(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
 
 def _rows(name: str, index: int | Tensor, table: Tensor, x: Tensor) -> Sequence[Tensor]:
     """The columns of each sample's row of the table, to be multiplied by x. Out of range as the kernels: see ops."""
-    index, n = torch.as_tensor(index, device=table.device), x.shape[0]
+    index, n = torch.as_tensor(index, dtype=torch.int64, device=table.device), x.shape[0]
     _expect(name, index, (), (1,), (n,))
     index = index.reshape(-1)
     inside = (index >= 0) & (index < table.shape[0])

@@ -109,7 +109,7 @@ def _copy_weights(network: UNet, init: Model) -> None:
         )
     live, stored = network.state_dict(), init.network.state_dict()
     classes = "class_embedding.weight"
-    if live.get(classes, torch.empty(0)).shape != stored.get(classes, torch.empty(0)).shape:
+    if (classes in live and live[classes].shape) != (classes in stored and stored[classes].shape):
         theirs, ours = stored.pop(classes, None), live.pop(classes, None)
         if theirs is not None and ours is not None and theirs.shape[1:] == ours.shape[1:]:
             ours[-1] = theirs[-1]
