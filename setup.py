@@ -1,20 +1,16 @@
 """Builds diffkern._C: CMake makes the kernels, torch's BuildExtension the files that know torch.
 
-Environment: DIFFKERN_CUDA=OFF leaves the CUDA kernels out, DIFFKERN_CUDA_ARCHITECTURES="80;90" chooses for which cards
-they are (default: all), DIFFKERN_CMAKE_ARGS goes to CMake, MAX_JOBS bounds the parallel compilations.
+build_kernels.py and build_cuda.py name the variables that choose what is built.
 DIFFKERN_CUDART=shared builds diffkern._C_emulated instead, for tests of the CUDA half without a card.
 """
 
-import json
 import os
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 from setuptools import setup
 
 import build_backend
+import build_kernels
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -25,26 +21,36 @@ except ModuleNotFoundError:  # enough for metadata and an sdist
 if sys.platform == "win32":
     raise SystemExit("diffkern: expected Linux, got Windows, where it neither builds nor runs: use WSL")
 
-ROOT = Path(__file__).parent.resolve()
+ROOT, BUILD = build_kernels.ROOT, build_kernels.BUILD
 EMULATED = os.environ.get("DIFFKERN_CUDART", "static") == "shared"
-KERNELS = (
-    ROOT / "build" / ("kernels-emulated" if EMULATED else "kernels")
-)  # knows no torch and no Python: every environment's build uses it
+if EMULATED:
+    build_kernels.KERNELS = BUILD / "kernels-emulated"
 STABLE_ABI = "0x{:02x}{:02x}{:012x}".format(*build_backend.OLDEST, 0)  # the oldest torch that can load the module
 
 
 class BuildKernels(BuildExtension):
     """Builds the kernels first, then the binding, linked against them."""
 
+    def run(self) -> None:
+        build_kernels.check()
+        self.for_this_machine = self.inplace or self.editable_mode  # setuptools hides the former while it builds
+        super().run()
+
     def build_extensions(self) -> None:
         import pybind11
 
-        built = build_kernels()
+        torch = build_backend.target_torch()
+        built = build_kernels.build(
+            default_architectures="native" if self.for_this_machine else "all",
+            torch_has_cuda=bool(torch and torch.cuda),
+            runtime="Shared" if EMULATED else "Static",
+        )
         (extension,) = self.extensions
         extension.include_dirs.append(pybind11.get_include())
         extension.extra_objects = [built["library"]]
-        extension.depends += [built["library"], str(KERNELS / "build-info.json")]
-        extension.define_macros.append(("DIFFKERN_CUDA_ARCHITECTURES", f'"{built["cuda_architectures"]}"'))
+        extension.depends += [built["library"], str(build_kernels.KERNELS / "build-info.json")]
+        for name in ("cuda_architectures", "cuda_left_out"):
+            extension.define_macros.append((f"DIFFKERN_{name.upper()}", quoted(built[name])))
         if built["cuda_architectures"]:
             extension.define_macros.append(("DIFFKERN_CUDA", None))
             extension.library_dirs += built["cuda_library_dirs"].split(";")
@@ -52,24 +58,20 @@ class BuildKernels(BuildExtension):
             extension.extra_link_args += runtime
         if EMULATED:
             extension.define_macros.append(("DIFFKERN_EMULATED_CUDA", None))
-        super().build_extensions()
+        if reason := build_kernels.why_failed(super().build_extensions):
+            raise SystemExit(f"diffkern: the binding did not compile: {reason}")
 
 
-def build_kernels() -> dict[str, str]:
-    """Configure and build by CMake; what CMakeLists.txt says of the result."""
-    options = {
-        "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # an isolated build's is another each time
-        "DIFFKERN_CUDA": os.environ.get("DIFFKERN_CUDA", "ON"),
-        "DIFFKERN_CUDA_ARCHITECTURES": os.environ.get("DIFFKERN_CUDA_ARCHITECTURES", "all"),
-        "DIFFKERN_EMULATED": "ON" if EMULATED else "OFF",
-    }
-    arguments = [f"-D{name}={value}" for name, value in options.items()]
-    arguments += os.environ.get("DIFFKERN_CMAKE_ARGS", "").split()
-    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-    subprocess.check_call(["cmake", "-G", "Ninja", "-S", ROOT, "-B", KERNELS, *arguments])
-    subprocess.check_call(["cmake", "--build", KERNELS, *jobs])
-    return json.loads((KERNELS / "build-info.json").read_text())
+def quoted(text: str) -> str:
+    """A string literal of C++ that goes through a shell and Ninja unharmed."""
+    plain = text.replace('"', "'").replace("\\", "/").replace("$", "").encode("ascii", "replace").decode()
+    return f'"{plain}"'
 
+
+options = {"build": {"build_base": str(BUILD)}}
+if BUILD != ROOT / "build":  # the source may be read-only: nothing is written there
+    BUILD.mkdir(parents=True, exist_ok=True)
+    options["egg_info"] = {"egg_base": str(BUILD)}
 
 setup(
     install_requires=[build_backend.torch_requirement(), "numpy", "safetensors", "tqdm", "pillow>=10.1"],
@@ -84,4 +86,5 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildKernels},
+    options=options,
 )

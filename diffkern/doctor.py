@@ -43,7 +43,7 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "torch", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA")
     yield "compiler", _C.COMPILER
     yield "CPU", f"{_processor()}: level {cpu_level()}, {torch.get_num_threads()} threads"
-    yield "CUDA code", " ".join(f"sm_{a}" for a in architectures()) or "none: there was no nvcc, or DIFFKERN_CUDA=OFF"
+    yield "CUDA code", " ".join(architectures()) or f"left out: {_C.CUDA_LEFT_OUT}"
     for device in _cuda_devices():
         properties = torch.cuda.get_device_properties(device)
         yield str(device), f"{properties.name}, sm_{properties.major}{properties.minor}"
@@ -66,9 +66,9 @@ def cpu_level() -> str:
         return f"? ({error})"
 
 
-def architectures() -> list[int]:
-    """Of the cards that the CUDA kernels were compiled for; PTX of the last serves those after it."""
-    return [int(architecture) for architecture in _C.COMPILED_CUDA_ARCHITECTURES.split(";") if architecture]
+def architectures() -> list[str]:
+    """List what the CUDA kernels were compiled to: sm_80 is code for such cards, compute_80 is PTX for later ones too."""
+    return [name for name in _C.COMPILED_CUDA_ARCHITECTURES.split(";") if name]
 
 
 @functools.cache

@@ -103,12 +103,30 @@ def test_the_known_noise_is_box_mullers():
 
 @pytest.mark.parametrize(
     ("compiled", "devices", "native"),
-    [("", 0, "not built"), ("80;90", 0, "native (no card)"), ("80;90", 1, "native"), ("", 1, "not built")],
+    [
+        ("", 0, "not built"),
+        ("sm_80;compute_80", 0, "native (no card)"),
+        ("compute_75;compute_80", 1, "native"),
+        ("", 1, "not built"),
+    ],
 )
 def test_cuda_ops_are_native_where_there_is_a_kernel(monkeypatch, compiled, devices, native):
     monkeypatch.setattr(doctor._C, "COMPILED_CUDA_ARCHITECTURES", compiled)
     monkeypatch.setattr(doctor, "_cuda_devices", lambda: [torch.device("cuda", i) for i in range(devices)])
     assert doctor.cuda_backend("noise") == native
+
+
+@pytest.mark.parametrize(
+    ("compiled", "left_out", "fact"),
+    [
+        ("sm_80;sm_90a;compute_90", "", "sm_80 sm_90a compute_90"),
+        ("", "nvcc: unsupported GNU version", "left out: nvcc: unsupported GNU version"),
+    ],
+)
+def test_the_cuda_code_is_told_or_why_there_is_none(monkeypatch, compiled, left_out, fact):
+    monkeypatch.setattr(doctor._C, "COMPILED_CUDA_ARCHITECTURES", compiled)
+    monkeypatch.setattr(doctor._C, "CUDA_LEFT_OUT", left_out)
+    assert dict(doctor.facts())["CUDA code"] == fact
 
 
 def test_an_op_without_a_kernel_is_missing(monkeypatch):

@@ -67,7 +67,8 @@ void add_program(pybind11::module_& module) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using namespace diffkern;
   using pybind11::arg;
-  module.attr("COMPILED_CUDA_ARCHITECTURES") = DIFFKERN_CUDA_ARCHITECTURES;
+  module.attr("COMPILED_CUDA_ARCHITECTURES") = DIFFKERN_CUDA_ARCHITECTURES;  // "sm_80;compute_80", or nothing
+  module.attr("CUDA_LEFT_OUT") = DIFFKERN_CUDA_LEFT_OUT;                      // why there are none, or nothing
   module.attr("COMPILER") = __VERSION__;
   module.def("cpu_level", &cpu_level);
   module.def("cpu_levels", &cpu::supported_levels);

@@ -15,6 +15,9 @@ namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
 
 namespace {
 
+// Visitors of tiles are called from several places. One copy of each is enough, and compiles in a third of the time.
+#define DIFFKERN_ONCE __attribute__((noinline))
+
 // --- the walk --------------------------------------------------------------------------------------------------------
 
 constexpr int kWidth = 4 * kLanes;  // elements of a row, at most
@@ -263,18 +266,28 @@ struct Coefficients {
   float of[k];
 };
 
+// Of the groups of a block.
+struct Statistics {
+  double mean[kMaxGroupsPerBlock], rstd[kMaxGroupsPerBlock];
+};
+
 // center, slope, offset: (x - center) slope + offset is z, the argument of silu.
-DIFFKERN_FN Coefficients<3> affine(const GroupNormSiluParams& p, int64_t sample, int64_t channel, double mean,
-                                   double rstd) {
-  double weight = p.weight[channel], bias = p.bias[channel];
-  if (p.scale_shift) {
-    const float* scale = p.scale_shift + sample * 2 * p.channels + channel;
-    weight *= 1.0 + scale[0];
-    bias = bias * (1.0 + scale[0]) + scale[p.channels];
+struct Affine {
+  const GroupNormSiluParams& p;
+  int64_t sample;
+  const Statistics& statistics;
+
+  Coefficients<3> operator()(int64_t channel, int64_t group) const {
+    double weight = p.weight[channel], bias = p.bias[channel];
+    if (p.scale_shift) {
+      const float* scale = p.scale_shift + sample * 2 * p.channels + channel;
+      weight *= 1.0 + scale[0];
+      bias = bias * (1.0 + scale[0]) + scale[p.channels];
+    }
+    const double center = statistics.mean[group] - added(p, sample, channel), slope = statistics.rstd[group] * weight;
+    return {{float(center), float(slope), float(bias + (float(center) - center) * slope)}};
   }
-  const double center = mean - added(p, sample, channel), slope = rstd * weight;
-  return {{float(center), float(slope), float(bias + (float(center) - center) * slope)}};
-}
+};
 
 template <int k, int n>
 struct Spread {
@@ -283,15 +296,8 @@ struct Spread {
 
 // In every lane its channel's coefficients, which are get(channel, group).
 template <int k, class Row, class Get, int n = Row::registers>
-DIFFKERN_FN Spread<k, n> spread(const GroupNormSiluParams& p, const Block& block, const Tile& tile, const Row& row,
-                                Get get) {
+DIFFKERN_ONCE Spread<k, n> spread_channels(const Block& block, const Tile& tile, const Row& row, const Get& get) {
   Spread<k, n> all;
-  if (!p.channels_last) {
-    const Coefficients<k> coefficients = get(tile.channel, block.group_of(tile.channel));
-    for (int j = 0; j < k; ++j)
-      for (int v = 0; v < n; ++v) all.of[j][v] = broadcast(coefficients.of[j]);
-    return all;
-  }
   float lanes[k][n * kLanes] = {};
   for_each_group(block, tile, row.lanes, [&](int64_t group, int64_t begin, int64_t end) {
     for (int64_t l = begin; l < end; ++l) {
@@ -301,6 +307,17 @@ DIFFKERN_FN Spread<k, n> spread(const GroupNormSiluParams& p, const Block& block
   });
   for (int j = 0; j < k; ++j)
     for (int v = 0; v < n; ++v) all.of[j][v] = load(lanes[j] + v * kLanes);
+  return all;
+}
+
+template <int k, class Row, class Get, int n = Row::registers>
+DIFFKERN_FN Spread<k, n> spread(const GroupNormSiluParams& p, const Block& block, const Tile& tile, const Row& row,
+                                const Get& get) {
+  if (p.channels_last) return spread_channels<k>(block, tile, row, get);
+  Spread<k, n> all;
+  const Coefficients<k> coefficients = get(tile.channel, block.group_of(tile.channel));
+  for (int j = 0; j < k; ++j)
+    for (int v = 0; v < n; ++v) all.of[j][v] = broadcast(coefficients.of[j]);
   return all;
 }
 
@@ -370,31 +387,34 @@ void normalise(const GroupNormSiluParams& p, const Block& block, const Tile& til
   }
 }
 
-template <class T, int terms = 0>
-void forward(const GroupNormSiluParams& p, const Block& block) {
+template <class T>
+DIFFKERN_ONCE void find_statistics(const GroupNormSiluParams& p, const Block& block, Statistics& statistics) {
   Moments groups[kMaxGroupsPerBlock];
   const Flat flat = flatten(p, block);
-  for_each_tile(flat.params, flat.block, [&](const Tile& tile, const auto& row) {
+  for_each_tile(flat.params, flat.block, [&](const Tile& tile, const auto& row) DIFFKERN_ONCE {
     const T* x = tile.template x<T>();
     if (p.channels_last)
       add_channels(x, tile, row, p, block, groups);
     else
       add_pixels(x, tile, row, added(p, block.sample, tile.channel), groups[flat.block.group_of(tile.channel)]);
   });
-
-  double rstd[kMaxGroupsPerBlock];
   const int64_t first = block.sample * p.groups + block.first_group;
   for (int64_t g = 0; g < block.groups; ++g) {
-    rstd[g] = 1.0 / __builtin_sqrt(groups[g].squares / groups[g].count + p.eps);
+    statistics.mean[g] = groups[g].mean;
+    statistics.rstd[g] = 1.0 / __builtin_sqrt(groups[g].squares / groups[g].count + p.eps);
     if (!p.mean) continue;
-    p.mean[first + g] = float(groups[g].mean);
-    p.rstd[first + g] = float(rstd[g]);
+    p.mean[first + g] = float(statistics.mean[g]);
+    p.rstd[first + g] = float(statistics.rstd[g]);
   }
+}
 
-  for_each_tile(p, block, [&](const Tile& tile, const auto& row) {
-    normalise<T, terms>(p, block, tile, row, spread<3>(p, block, tile, row, [&](int64_t channel, int64_t group) {
-                   return affine(p, block.sample, channel, groups[group].mean, rstd[group]);
-                 }));
+template <class T, int terms = 0>
+void forward(const GroupNormSiluParams& p, const Block& block) {
+  Statistics statistics;
+  find_statistics<T>(p, block, statistics);
+  const Affine affine{p, block.sample, statistics};
+  for_each_tile(p, block, [&](const Tile& tile, const auto& row) DIFFKERN_ONCE {
+    normalise<T, terms>(p, block, tile, row, spread<3>(p, block, tile, row, affine));
   });
 }
 
@@ -463,40 +483,49 @@ void write_gradient(const GroupNormSiluParams& p, const Tile& tile, const Row& r
     }
 }
 
+// Those of write_gradient. `of_one`, `of_xhat`: of each group rstd m(w grad_z) and rstd m(w grad_z xhat).
+struct GradientOf {
+  const Affine& affine;
+  const double *of_one, *of_xhat;
+
+  Coefficients<5> operator()(int64_t channel, int64_t group) const {
+    const auto [center, slope, offset] = affine(channel, group).of;
+    return {{center, slope, offset, float(-of_xhat[group] * affine.statistics.rstd[group]), float(-of_one[group])}};
+  }
+};
+
 // With xhat = (x + add - mean) rstd and m(.) the mean over the group's elements:
 // grad_x = rstd (w grad_z - m(w grad_z) - xhat m(w grad_z xhat)), w rstd being the slope.
 template <class T>
 void backward(const GroupNormSiluParams& p, const Block& block) {
   const int64_t first_channel = block.first_group * block.width, channels = block.groups * block.width;
-  const float* mean = p.mean + block.sample * p.groups + block.first_group;
-  const float* rstd = p.rstd + block.sample * p.groups + block.first_group;
   float* grad_offset = p.grad_offset + block.sample * p.channels;
   float* grad_slope = p.grad_slope + block.sample * p.channels;
-  auto affine_of = [&](int64_t channel, int64_t group) {
-    return affine(p, block.sample, channel, mean[group], rstd[group]);
-  };
+  Statistics statistics;
+  for (int64_t g = 0, first = block.sample * p.groups + block.first_group; g < block.groups; ++g) {
+    statistics.mean[g] = p.mean[first + g];
+    statistics.rstd[g] = p.rstd[first + g];
+  }
+  const Affine affine{p, block.sample, statistics};
 
   for (int64_t c = first_channel; c < first_channel + channels; ++c) grad_offset[c] = grad_slope[c] = 0;
-  for_each_tile(p, block, [&](const Tile& tile, const auto& row) {
-    add_gradients<T>(p, tile, row, block.sample, spread<3>(p, block, tile, row, affine_of));
+  for_each_tile(p, block, [&](const Tile& tile, const auto& row) DIFFKERN_ONCE {
+    add_gradients<T>(p, tile, row, block.sample, spread<3>(p, block, tile, row, affine));
   });
 
-  double of_one[kMaxGroupsPerBlock] = {}, of_xhat[kMaxGroupsPerBlock] = {};  // rstd m(w grad_z), rstd m(w grad_z xhat)
+  double of_one[kMaxGroupsPerBlock] = {}, of_xhat[kMaxGroupsPerBlock] = {};
   const double share = 1.0 / double(block.width * p.pixels);
   for (int64_t c = first_channel; c < first_channel + channels; ++c) {
     const int64_t g = block.group_of(c);
-    grad_slope[c] *= rstd[g];
-    const double weight = affine_of(c, g).of[1] * share;
+    grad_slope[c] = float(grad_slope[c] * statistics.rstd[g]);
+    const double weight = affine(c, g).of[1] * share;
     of_one[g] += weight * grad_offset[c];
     of_xhat[g] += weight * grad_slope[c];
   }
 
-  for_each_tile(p, block, [&](const Tile& tile, const auto& row) {
-    write_gradient<T>(p, tile, row, spread<5>(p, block, tile, row, [&](int64_t channel, int64_t group) {
-                        const auto [center, slope, offset] = affine_of(channel, group).of;
-                        return Coefficients<5>{{center, slope, offset, float(-of_xhat[group] * rstd[group]),
-                                                float(-of_one[group])}};
-                      }));
+  const GradientOf gradient{affine, of_one, of_xhat};
+  for_each_tile(p, block, [&](const Tile& tile, const auto& row) DIFFKERN_ONCE {
+    write_gradient<T>(p, tile, row, spread<5>(p, block, tile, row, gradient));
   });
 }
 

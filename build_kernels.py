@@ -1,0 +1,167 @@
+"""Builds the kernels by CMake, for setup.py, and says in one line why a build failed.
+
+Environment, beside what build_cuda.py reads: CXX and CXXFLAGS; DIFFKERN_BUILD_DIR, a folder to build in (default: build,
+in the source); DIFFKERN_CMAKE_ARGS, for CMake, quoted as in a shell; MAX_JOBS, how many compilations run at a time.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import build_cuda
+
+ROOT = Path(__file__).parent.resolve()
+BUILD = ROOT / os.path.expanduser(os.environ.get("DIFFKERN_BUILD_DIR") or "build")
+KERNELS = BUILD / "kernels"  # knows no torch and no Python: every environment's build uses it
+GENERATOR = "Ninja"
+
+# An environment's own CMake and Ninja, if it is not activated.
+os.environ["PATH"] = os.environ.get("PATH", os.defpath) + os.pathsep + sysconfig.get_path("scripts")
+
+# --- what a build needs ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def check() -> None:
+    """End the build in one line where it cannot work: no C++ compiler, or no folder to write to."""
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(compiler[0]) is None:
+        raise SystemExit(f"diffkern: expected a C++20 compiler, got no {compiler[0]!r}: install g++, or set CXX")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.cpp")
+        source.write_text("#include <bit>\nint main() { return std::popcount(0u); }\n")
+        command = [*compiler, "-std=c++20", source, "-o", source.with_suffix("")]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        reason = first_error(done.stderr + done.stdout) or f"exit status {done.returncode}"
+        raise SystemExit(f"diffkern: expected a C++20 compiler, got {' '.join(compiler)!r}, which says: {reason}")
+    try:
+        BUILD.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=BUILD).close()
+    except OSError as error:
+        told = f"{BUILD}: {error.strerror}: choose another folder by DIFFKERN_BUILD_DIR"
+        raise SystemExit(f"diffkern: expected a build folder that can be written, got {told}") from None
+
+
+# --- the kernels -------------------------------------------------------------------------------------------------
+
+
+def build(default_architectures: str, torch_has_cuda: bool, runtime: str = "Static") -> dict[str, str]:
+    """Configure and build the kernels.
+
+    Returns "library", its path; "cuda_library_dirs", with semicolons between them; "cuda_architectures", as in
+    "sm_80;compute_80", empty without CUDA kernels; "cuda_left_out", then the reason.
+    """
+    try:
+        nvcc, left_out = build_cuda.usable_nvcc(os.environ.get("DIFFKERN_CUDA", ""), torch_has_cuda)
+        architectures = build_cuda.chosen_architectures(nvcc, default_architectures) if nvcc else []
+        extra = shlex.split(os.environ.get("DIFFKERN_CMAKE_ARGS", ""))
+    except ValueError as error:
+        raise SystemExit(f"diffkern: {error}") from None
+    forget_other_circumstances(nvcc)
+
+    options = {"CMAKE_MAKE_PROGRAM": shutil.which("ninja"), "CMAKE_CUDA_RUNTIME_LIBRARY": runtime}
+    if nvcc:
+        options["DIFFKERN_CUDA_ARCHITECTURES"] = ";".join(architectures)
+        left_out = configure(options | {"DIFFKERN_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc}, extra)
+        if left_out and (os.environ.get("DIFFKERN_CUDA") or torch_has_cuda):
+            raise SystemExit(f"diffkern: {build_cuda.refusal(left_out)}")
+    if left_out and (reason := configure(options | {"DIFFKERN_CUDA": "OFF"}, extra)):
+        raise SystemExit(f"diffkern: CMake could not configure the kernels: {reason}")
+
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    if reason := why_failed(lambda: subprocess.check_call(["cmake", "--build", KERNELS, *jobs])):
+        raise SystemExit(f"diffkern: the kernels did not compile: {reason}")
+    print(f"diffkern: CUDA kernels: {f'left out: {left_out}' if left_out else ' '.join(architectures)}")
+    return json.loads((KERNELS / "build-info.json").read_text()) | {"cuda_left_out": left_out}
+
+
+def configure(options: dict[str, str], extra: list[str]) -> str:
+    """Run CMake; why it failed, or nothing."""
+    arguments = [f"-D{name}={value}" for name, value in options.items()]
+    command = ["cmake", "-G", GENERATOR, "-S", ROOT, "-B", KERNELS, *arguments, *extra]
+    return why_failed(lambda: subprocess.check_call(command))
+
+
+def forget_other_circumstances(nvcc: str | None) -> None:
+    """Remove the folder of the kernels where it was made for other compilers, flags or sources: CMake keeps those."""
+    record = KERNELS / "circumstances.json"
+    then = json.loads(record.read_text()) if record.exists() else {}
+    now = circumstances(nvcc)
+    if nvcc is None and "nvcc" in then:  # it is not used this time, but may be the next
+        now["nvcc"] = then["nvcc"]
+    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if (KERNELS / "CMakeCache.txt").exists() and changed:
+        print(f"diffkern: building all kernels anew, since something changed: {', '.join(changed)}", flush=True)
+        shutil.rmtree(KERNELS)
+    KERNELS.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(now, indent=1))
+
+
+def circumstances(nvcc: str | None) -> dict[str, str]:
+    """What CMake learns once and keeps, or does not see."""
+    variables = ("CXXFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "DIFFKERN_CMAKE_ARGS")
+    known = {"source": str(ROOT), "generator": GENERATOR, "CXX": _program(os.environ.get("CXX") or "c++")}
+    if nvcc:
+        known["nvcc"] = _program(nvcc)
+    return known | {name: os.environ[name] for name in variables if os.environ.get(name)}
+
+
+def _program(command: str) -> str:
+    """Which program that is, and its version."""
+    words = shlex.split(command)
+    version = subprocess.run([*words, "--version"], capture_output=True, text=True, errors="replace").stdout
+    return f"{shutil.which(words[0])}\n{version.strip()}"
+
+
+# --- why a build failed ------------------------------------------------------------------------------------------
+
+
+def why_failed(build: Callable[[], None]) -> str:
+    """Run ``build``; the first error of its output, which is shown too, if it failed, or nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        try:
+            with _copied(log):
+                build()
+        except Exception as error:  # setuptools, torch and subprocess have each their own
+            return first_error(log.read_text(errors="replace")) or str(error)
+    return ""
+
+
+@contextlib.contextmanager
+def _copied(log: Path) -> Iterator[None]:
+    """Keep in ``log`` too what this process and its children print."""
+    with subprocess.Popen(["tee", log], stdin=subprocess.PIPE) as tee:
+        own = os.dup(1), os.dup(2)
+        sys.stdout.flush()
+        for descriptor in (1, 2):
+            os.dup2(tee.stdin.fileno(), descriptor)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, copy in zip((1, 2), own, strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)
+
+
+def first_error(output: str) -> str:
+    """The line of a build's output that says what is wrong: the compiler's first error, else CMake's, or nothing."""
+    compilers = r"^.*(?:\berror(?: #\d+)?: |\bfatal +: |\berror [A-Z0-9]+: |: undefined reference to |\bld: cannot find ).*$"
+    if match := re.search(compilers, output, re.MULTILINE):
+        return match[0].strip()
+    if match := re.search(r"^CMake Error.*:\n+(.+(?:\n +\S.*)*)|^CMake Error: (.+)$", output, re.MULTILINE):
+        return " ".join((match[1] or match[2]).split())
+    return ""
