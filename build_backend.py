@@ -104,7 +104,7 @@ def check_tools() -> None:
     needed = re.findall(r'"([^"]+)"', re.search(r"^requires = \[(.*)\]", text, re.MULTILINE)[1])
     if lacking := [requirement for requirement in needed if not _is_met(requirement)]:
         install = f"{sys.executable} -m pip install {' '.join(map(repr, needed))}"
-        raise SystemExit(f"diffkern: a build without isolation expected {', '.join(lacking)} to be there: run {install}")
+        raise SystemExit(f"diffkern: a build without isolation expected {', '.join(lacking)}, got none: run {install}")
 
 
 def _is_met(requirement: str) -> bool:

@@ -1,7 +1,12 @@
 """Which nvcc builds the CUDA kernels, if any, and for which cards.
 
 The names of architectures are nvcc's: sm_80 is machine code for one, compute_80 is PTX, which the driver compiles for
-any later one.
+any later one. Environment:
+
+    DIFFKERN_CUDA                   ON: CUDA kernels or an error; OFF: none; unset: where an nvcc works
+    CUDACXX, CUDA_HOME, CUDA_PATH   where nvcc is, before PATH and /usr/local/cuda; CUDAHOSTCXX is its C++ compiler
+    DIFFKERN_CUDA_ARCHITECTURES     for which cards, else TORCH_CUDA_ARCH_LIST; an editable build is for those that are
+                                    there, without any it is PTX alone; any other build is for all
 """
 
 import contextlib

@@ -1,7 +1,11 @@
 """Builds the kernels by CMake, for setup.py, and says in one line why a build failed.
 
-Environment, beside what build_cuda.py reads: CXX and CXXFLAGS; DIFFKERN_BUILD_DIR, a folder to build in (default: build,
-in the source); DIFFKERN_CMAKE_ARGS, for CMake, quoted as in a shell; MAX_JOBS, how many compilations run at a time.
+Environment, beside what build_cuda.py reads:
+
+    CXX, CXXFLAGS        the C++ compiler and its flags
+    DIFFKERN_BUILD_DIR   a folder to build in (default: build, in the source)
+    DIFFKERN_CMAKE_ARGS  arguments for CMake, quoted as in a shell
+    MAX_JOBS             how many compilations run at a time
 """
 
 import contextlib
@@ -13,7 +17,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +29,7 @@ KERNELS = BUILD / "kernels"  # knows no torch and no Python: every environment's
 GENERATOR = "Ninja"
 
 # An environment's own CMake and Ninja, if it is not activated.
-os.environ["PATH"] = os.environ.get("PATH", os.defpath) + os.pathsep + sysconfig.get_path("scripts")
+os.environ["PATH"] = os.environ.get("PATH", os.defpath) + os.pathsep + os.path.dirname(sys.executable)
 
 # --- what a build needs ------------------------------------------------------------------------------------------
 
@@ -159,8 +162,8 @@ def _copied(log: Path) -> Iterator[None]:
 
 def first_error(output: str) -> str:
     """The line of a build's output that says what is wrong: the compiler's first error, else CMake's, or nothing."""
-    compilers = r"^.*(?:\berror(?: #\d+)?: |\bfatal +: |\berror [A-Z0-9]+: |: undefined reference to |\bld: cannot find ).*$"
-    if match := re.search(compilers, output, re.MULTILINE):
+    compilers = r"\berror(?: #\d+)?: |\bfatal +: |: undefined reference to |\bld: cannot find "
+    if match := re.search(rf"^.*(?:{compilers}).*$", output, re.MULTILINE):
         return match[0].strip()
     if match := re.search(r"^CMake Error.*:\n+(.+(?:\n +\S.*)*)|^CMake Error: (.+)$", output, re.MULTILINE):
         return " ".join((match[1] or match[2]).split())

@@ -4,32 +4,15 @@ from importlib import metadata
 
 import torch
 
-
-def _why_not(error: Exception) -> str:
-    """What to tell whoever imports a package without working kernels, and what to do."""
-    import sys
-    from pathlib import Path
-
-    folder, reason = Path(__file__).resolve().parent, str(error)
-    if not any(folder.glob("_C.*.so")):
-        reason = f"there is no _C in {folder}"
-        for entry in sys.path:
-            installed = Path(entry, "diffkern").resolve()
-            if any(installed.glob("_C.*.so")) and (folder.parent / "setup.py").exists():
-                return (
-                    f"diffkern: {folder} is the source, where nothing is built, and hides the package in {installed}: "
-                    "start Python in another folder, or run pip install -e . in the source"
-                )
-    return f"diffkern: the kernels are not built, or not anew ({reason}): run pip install -e . in its source"
-
-
 if torch.__version__ < "2.10":
     raise ImportError(f"diffkern: expected torch 2.10 or later, got {torch.__version__}: run pip install torch==2.13.0")
 try:
     from .ops import attention, group_norm_silu, noise, noise_loss, q_sample, reverse_step
     from .transforms import torch_ops
 except (ImportError, RuntimeError) as error:  # absent, or older than ops.py
-    raise ImportError(_why_not(error)) from None
+    from .unbuilt import explain
+
+    raise ImportError(explain(error)) from None
 
 from .engine import optimize
 from .model import Model, load, save

@@ -67,7 +67,7 @@ def cpu_level() -> str:
 
 
 def architectures() -> list[str]:
-    """List what the CUDA kernels were compiled to: sm_80 is code for such cards, compute_80 is PTX for later ones too."""
+    """List what the CUDA kernels were compiled to: sm_80 is code for one kind of card, compute_80 PTX for all later."""
     return [name for name in _C.COMPILED_CUDA_ARCHITECTURES.split(";") if name]
 
 

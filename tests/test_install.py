@@ -74,14 +74,14 @@ def test_a_level_has_no_instruction_beyond_it(level, beyond):
     assert [line for line in code.splitlines() if re.search(beyond, line)][:5] == []
 
 
-@pytest.mark.skipif(not _C.COMPILED_CUDA_ARCHITECTURES, reason="built without CUDA kernels")
+@pytest.mark.skipif("sm_" not in _C.COMPILED_CUDA_ARCHITECTURES, reason="built without machine code for any card")
 @pytest.mark.parametrize("source", sorted(path.name for path in ROOT.glob("csrc/cuda/*.cu")))
 def test_no_cuda_kernel_spills_registers(source):
     """By what ptxas said (-Xptxas -v) of each kernel for each architecture."""
     (report,) = [object.with_name(object.name + ".ptxas") for object in objects("cuda") if object.stem == source]
     text = report.read_text()
-    compiled = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", text)
-    architectures = set(_C.COMPILED_CUDA_ARCHITECTURES.split(";"))
+    compiled = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", text)
+    architectures = set(re.findall(r"sm_(\w+)", _C.COMPILED_CUDA_ARCHITECTURES))
     assert {architecture for _, architecture in compiled} == architectures
     for architecture in architectures:
         assert sum(a == architecture for _, a in compiled) == len(compiled) / len(architectures)
@@ -93,37 +93,46 @@ def test_no_cuda_kernel_spills_registers(source):
 # --- the backend: which torch? ---
 
 
+ABSENT = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
+
+
 @pytest.fixture
 def environment(tmp_path, monkeypatch):
-    """``environment(torch=...)``: the backend, run by the Python of a new environment with that torch in it."""
+    """``environment(torch)``: the backend, in an environment whose torch is that source."""
 
-    def make(torch: str | None = None):
-        builder = venv.EnvBuilder(symlinks=True)
-        builder.create(tmp_path / "venv")
-        python = tmp_path / "venv" / "bin" / "python"
-        if torch is not None:
-            site = Path(output(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-            (site / "torch").mkdir()
-            (site / "torch" / "__init__.py").write_text(torch)
-        monkeypatch.setattr(sys, "executable", str(python))
-        spec = importlib.util.spec_from_file_location("build_backend", ROOT / "build_backend.py")
-        backend = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(backend)
-        return backend
+    def make(torch: str = ABSENT):
+        (tmp_path / "site" / "torch").mkdir(parents=True)
+        (tmp_path / "site" / "torch" / "__init__.py").write_text(torch)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+        return backend()
 
     return make
 
 
-def version(text: str) -> str:
-    return f"__version__ = {text!r}"
+def backend():
+    """build_backend, with nothing in its caches."""
+    spec = importlib.util.spec_from_file_location("build_backend", ROOT / "build_backend.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT))
+    spec.loader.exec_module(module)
+    sys.path.remove(str(ROOT))
+    return module
 
 
-@pytest.mark.parametrize("torch", ["2.10.0", "2.11.0+cu128", "2.13.0+cpu", "2.11.0a0+b55", "2.100.0", "3.0.0"])
+def version(text: str, cuda: str | None = None) -> str:
+    return f"import types; __version__ = {text!r}; version = types.SimpleNamespace(cuda={cuda!r})"
+
+
+@pytest.mark.parametrize("torch", ["2.10.0", "2.11.0+cu128", "2.11.0a0+b55", "2.100.0", "3.0.0", "2.13", "main"])
 def test_a_torch_that_is_there_is_built_against_and_kept(environment, torch):
     backend = environment(version(torch))
     assert backend.target_torch().version == torch
     assert backend.get_requires_for_build_editable() == backend.get_requires_for_build_wheel() == []
     assert backend.torch_requirement() == "torch>=2.10"
+
+
+def test_a_build_knows_whether_its_torch_has_cuda(environment):
+    assert environment(version("2.13.0", cuda="13.0")).target_torch().cuda == "13.0"
 
 
 def test_without_a_torch_the_pinned_one_builds_and_runs(environment):
@@ -133,7 +142,7 @@ def test_without_a_torch_the_pinned_one_builds_and_runs(environment):
     assert backend.torch_requirement() == "torch==2.13.0"
 
 
-@pytest.mark.parametrize("torch", ["1.13.1", "2.9.1+cu126", "2.10.0a0+b55", "2.10.0rc1"])
+@pytest.mark.parametrize("torch", ["1.13.1", "2.9", "2.10.0a0+b55", "2.10.0rc1", "2.10a0"])
 def test_an_older_torch_is_refused_in_one_line(environment, torch):
     backend = environment(version(torch))
     with pytest.raises(SystemExit) as refusal:
@@ -152,37 +161,77 @@ def test_a_torch_that_does_not_import_is_refused_in_one_line(environment):
         backend.build_wheel("nowhere")
 
 
-def test_the_torch_is_seen_through_build_isolation(environment, monkeypatch, tmp_path):
-    """pip's isolation is a sitecustomize on PYTHONPATH that takes site-packages away."""
-    (tmp_path / "isolated" / "torch").mkdir(parents=True)
-    (tmp_path / "isolated" / "torch" / "__init__.py").write_text(version("1.0.0"))
-    (tmp_path / "isolated" / "sitecustomize.py").write_text(
+@pytest.mark.parametrize("place", ["site-packages", "PYTHONPATH"])
+def test_the_torch_is_seen_through_build_isolation(tmp_path, monkeypatch, place):
+    """pip's isolation is a sitecustomize on PYTHONPATH, in the place of the user's, that takes site-packages away."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    own = tmp_path / "venv" / "bin" / "python"
+    site = Path(output(own, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    folders = {"site-packages": site, "PYTHONPATH": tmp_path / "modules", "isolated": tmp_path / "isolated"}
+    for folder, number in ((place, "2.12.0"), ("isolated", "1.0.0")):
+        (folders[folder] / "torch").mkdir(parents=True)
+        (folders[folder] / "torch" / "__init__.py").write_text(version(number))
+    (folders["isolated"] / "sitecustomize.py").write_text(
         "import sys; sys.path = [p for p in sys.path if 'site-' not in p]"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "isolated"))
-    backend = environment(version("2.12.0"))
-    assert backend.target_torch().version == "2.12.0"
-    assert any("site-packages" in entry for entry in backend.target_torch().path)
+    front_end = f"""
+import os, subprocess, sys
+os.environ.update(PYTHONPATH={str(folders["isolated"])!r}, PYTHONNOUSERSITE="1", PEP517_BUILD_BACKEND="build_backend")
+program = "import sys; sys.path.insert(0, {str(ROOT)!r}); import build_backend; print(*build_backend.target_torch())"
+raise SystemExit(subprocess.call([sys.executable, "-c", program]))
+"""
+    told = output(own, "-c", front_end, env=os.environ | {"PYTHONPATH": str(folders["PYTHONPATH"])})
+    assert told.startswith("2.12.0 ") and str(folders[place]) in told and str(folders["isolated"]) not in told
 
 
 def test_what_a_torch_prints_when_imported_does_no_harm(environment):
     assert environment("print('hello')\n" + version("2.12.0")).torch_requirement() == "torch>=2.10"
 
 
-def test_a_build_can_import_the_torch_that_it_found(environment, monkeypatch):
-    backend = environment(version("2.12.0"))
-    monkeypatch.setattr(sys, "path", ["/first"])
-    built = backend._with_torch(lambda: list(sys.path))()
+@pytest.fixture
+def hooks(monkeypatch):
+    """``hooks(backend)``: its hooks end in a list of sys.path, and nothing that a build needs is looked at."""
+
+    def make(backend):
+        monkeypatch.setattr(backend, "check_tools", lambda: None)
+        monkeypatch.setattr(backend.build_kernels, "check", lambda: None)
+        monkeypatch.setattr("setuptools.build_meta.build_wheel", lambda folder: list(sys.path))
+        return backend
+
+    return make
+
+
+def test_a_build_can_import_the_torch_that_it_found(environment, hooks, monkeypatch):
+    backend = hooks(environment(version("2.12.0")))
+    monkeypatch.setattr(sys, "path", ["/first", *sys.path])
+    built = backend.build_wheel("nowhere")
     assert built[0] == "/first" and set(backend.target_torch().path) < set(built)
 
 
-def test_a_build_without_isolation_and_torch_says_what_to_run(environment, monkeypatch):
-    backend = environment()
+def test_a_build_without_isolation_and_torch_says_what_to_run(environment, hooks, monkeypatch):
+    backend = hooks(environment())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        SystemExit, match=r"^diffkern: expected torch to build against, got none: run \S+ -m pip install"
-    ):
-        backend.build_editable("nowhere")
+    expected = r"^diffkern: expected torch to build against, got none: run \S+ -m pip install"
+    with pytest.raises(SystemExit, match=expected):
+        backend.build_wheel("nowhere")
+
+
+def test_a_build_without_isolation_and_tools_says_what_to_install():
+    """In one line: setuptools itself may be what is not there."""
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import build_backend; build_backend.build_wheel('.')"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True)
+    (needed,) = re.findall(r"^requires = \[(.*)\]", PYPROJECT, re.MULTILINE)
+    install = needed.replace('"', "'").replace(",", "")
+    lacking = r"diffkern: a build without isolation expected setuptools>=77, (.*, )?pybind11>=3, got none"
+    assert done.returncode == 1
+    assert re.fullmatch(rf"{lacking}: run \S+ -m pip install {re.escape(install)}\n", done.stderr)
+
+
+@pytest.mark.parametrize(("found", "met"), [("76.1", False), ("77", True), ("77.0.3", True), ("100.0.0", True)])
+def test_a_tool_that_is_too_old_is_lacking(environment, monkeypatch, found, met):
+    backend = environment()
+    monkeypatch.setattr(backend.metadata, "version", lambda name: found)
+    assert backend._is_met("setuptools>=77") is met
 
 
 def test_the_oldest_torch_is_the_same_everywhere(environment):
@@ -260,24 +309,66 @@ def test_kernels_that_are_not_there_give_a_line_that_says_what_to_run(kernels, r
     assert re.fullmatch(told, line)
 
 
+def test_python_in_the_source_folder_says_that_the_source_hides_the_package(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    for folder in (source, site):
+        (folder / "diffkern").mkdir(parents=True)
+    for name in ("__init__.py", "unbuilt.py"):
+        shutil.copy(ROOT / "diffkern" / name, source / "diffkern")
+    (site / "torch.py").write_text(version("2.13.0"))
+    (source / "setup.py").touch()
+
+    def told() -> str:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(source), str(site)])}
+        command = [sys.executable, "-c", "import diffkern"]
+        return last_line(subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True))
+
+    (site / "diffkern" / "_C.cpython.so").touch()
+    assert told() == (
+        f"ImportError: diffkern: {source}/diffkern is the source, where nothing is built, and hides the package in "
+        f"{site}/diffkern: start Python in another folder, or run pip install -e . in the source"
+    )
+
+
 # --- what is shipped ---
 
 
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory) -> Path:
-    """Built from a copy of the tree, by the backend, without torch."""
-    tree = tmp_path_factory.mktemp("tree") / "diffkern"
+def tree(tmp_path_factory) -> Path:
+    """A copy of the tree, in which nothing is built."""
+    copy = tmp_path_factory.mktemp("tree") / "diffkern"
     ignored = shutil.ignore_patterns(".git", ".venv*", "build", "runs", "*.so", "__pycache__", "*.egg-info", ".*_cache")
-    shutil.copytree(ROOT, tree, ignore=ignored)
-    program = f"""
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    return copy
+
+
+def without_torch(tree: Path, program: str) -> str:
+    """What that program prints in the tree, with the backend, where there is no torch."""
+    head = f"""
 import sys
 sys.path.insert(0, {str(tree)!r})
 sys.modules["torch"] = None
 import build_backend
 build_backend.target_torch = lambda: None
-print(build_backend.build_sdist({str(tree.parent)!r}))
 """
-    return tree.parent / output(sys.executable, "-c", program, cwd=tree).splitlines()[-1]
+    return output(sys.executable, "-c", head + program, cwd=tree)
+
+
+@pytest.fixture(scope="module")
+def sdist(tree) -> Path:
+    return tree.parent / without_torch(tree, "print(build_backend.build_sdist('..'))").splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tree) -> Path:
+    """Made around the kernels that are built already."""
+    (tree / "setup.cfg").write_text("[build]\nbuild_lib = built\n")
+    (tree / "built" / "diffkern").mkdir(parents=True)
+    shutil.copy(_C.__file__, tree / "built" / "diffkern")
+    arguments = ["setup.py", "build_py", "bdist_wheel", "--skip-build", "--dist-dir", "../wheel"]
+    without_torch(tree, f"import runpy; sys.argv = {arguments}; runpy.run_path('setup.py', run_name='__main__')")
+    (made,) = (tree.parent / "wheel").glob("diffkern-*.whl")
+    return made
 
 
 def files(*folders: str) -> set[str]:
@@ -296,7 +387,28 @@ def test_an_sdist_has_all_that_a_build_and_its_tests_need(sdist):
     assert {name for name in names if name.endswith((".so", ".pyc"))} == set()
 
 
-@pytest.mark.install
+def test_every_module_imports_from_a_wheel(wheel, tmp_path):
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    program = """
+import importlib, pkgutil
+import diffkern
+names = [module.name for module in pkgutil.walk_packages(diffkern.__path__, "diffkern.")]
+for name in names:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+print(diffkern.__file__, *names)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *sys.path])}
+    place, *names = output(sys.executable, "-c", program, env=environment, cwd=tmp_path).split()
+    assert Path(place) == tmp_path / "site" / "diffkern" / "__init__.py"
+    sources = [path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / "diffkern").rglob("*.py")]
+    modules = {".".join(parts).removesuffix(".__init__") for parts in sources}
+    assert modules - {"diffkern"} <= set(names)
+    with zipfile.ZipFile(wheel) as archive:
+        assert files("diffkern") - set(archive.namelist()) == set()
+
+
+@pytest.mark.slow
 def test_a_wheel_of_the_sdist_works_in_an_environment_of_its_own(sdist, tmp_path):
     """Through pip's build isolation, against this environment's torch; installed beside nothing else of ours."""
     env = os.environ | {"DIFFKERN_CUDA": "OFF"}
