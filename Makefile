@@ -1,7 +1,7 @@
 # make sample | test | test-all | bench | lint | clean
 #
 # Each makes the environment $(VENV), installs diffkern and what it needs into it, and runs. VENV=path uses one that
-# exists, and keeps its torch. Python, a C++ compiler and make must be there; an nvcc is used if it is (setup.py names
+# exists, and keeps its torch. Python, a C++ compiler and make must be there; an nvcc is used if it is (README.md has
 # the variables that choose what is built). PYTEST='-k noise' goes to pytest, which runs WORKERS tests at a time.
 
 VENV   ?= .venv
@@ -13,7 +13,7 @@ PARALLEL := -n $(WORKERS) --dist loadgroup
 
 TORCH   := torch==$(shell sed -n 's/^PINNED = "\(.*\)"/\1/p' build_backend.py)
 RUFF    := $(shell sed -n 's/^lint = \["\(.*\)"\]/\1/p' pyproject.toml)
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py build_backend.py pyproject.toml
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py $(wildcard build_*.py) pyproject.toml
 
 .PHONY: sample test test-all bench lint clean
 

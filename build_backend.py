@@ -104,7 +104,7 @@ def check_tools() -> None:
     needed = re.findall(r'"([^"]+)"', re.search(r"^requires = \[(.*)\]", text, re.MULTILINE)[1])
     if lacking := [requirement for requirement in needed if not _is_met(requirement)]:
         install = f"{sys.executable} -m pip install {' '.join(map(repr, needed))}"
-        raise SystemExit(f"diffkern: a build without isolation expected {', '.join(lacking)}, got none: run {install}")
+        raise SystemExit(f"diffkern: build tools: expected {', '.join(lacking)}, got none or older ones: run {install}")
 
 
 def _is_met(requirement: str) -> bool:
@@ -137,8 +137,8 @@ def _hook(name: str, builds: bool = False):
     """setuptools' hook of that name; one that ``builds`` can import the target's torch, after what the build brings."""
 
     def hook(*args, **kwargs):
+        check_tools()
         if builds:
-            check_tools()
             build_kernels.check()
             if torch := target_torch():
                 sys.path += [entry for entry in torch.path if entry not in sys.path]
