@@ -31,6 +31,7 @@ GENERATIONS = {  # the names that TORCH_CUDA_ARCH_LIST may have
     "hopper": "90",
     "blackwell": "100 120",
 }
+TRUE, FALSE = ("ON", "1", "TRUE", "YES"), ("OFF", "0", "FALSE", "NO")
 SPELLINGS = "architectures of 75 or later as in '80;90', '8.0 8.9+PTX', 'sm_90a', 'compute_80', 'native' or 'all'"
 
 # --- nvcc --------------------------------------------------------------------------------------------------------
@@ -72,21 +73,20 @@ def usable_nvcc(wanted: str, torch_has_cuda: bool) -> tuple[str | None, str]:
     ``wanted``: DIFFKERN_CUDA, empty where it is not set. ValueError where the kernels cannot be left out: they were
     asked for, or the torch that they are for has CUDA and an nvcc is there that does not work.
     """
-    choice = wanted.upper()
-    if choice not in ("", "ON", "OFF"):
+    if wanted.upper() not in ("", *TRUE, *FALSE):
         raise ValueError(f"DIFFKERN_CUDA: expected ON, OFF or nothing, got {wanted!r}")
-    if choice == "OFF":
-        return None, "DIFFKERN_CUDA=OFF"
+    if wanted.upper() in FALSE:
+        return None, f"DIFFKERN_CUDA={wanted}"
     nvcc = find_nvcc()
     if nvcc is None:
         absent = "no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda"
-        if choice == "ON":
-            raise ValueError(f"DIFFKERN_CUDA=ON: expected a CUDA compiler, got {absent}")
+        if wanted:
+            raise ValueError(f"DIFFKERN_CUDA={wanted}: expected a CUDA compiler, got {absent}")
         return None, absent
     reason = complaint(nvcc)
     if reason is None:
         return nvcc, ""
-    if choice == "ON" or torch_has_cuda:
+    if wanted or torch_has_cuda:
         raise ValueError(refusal(reason))
     return None, reason
 

@@ -62,8 +62,8 @@ def check() -> None:
 def build(default_architectures: str, torch_has_cuda: bool, runtime: str = "Static") -> dict[str, str]:
     """Configure and build the kernels.
 
-    Returns "library", its path; "cuda_library_dirs", with semicolons between them; "cuda_architectures", as in
-    "sm_80;compute_80", empty without CUDA kernels; "cuda_left_out", then the reason.
+    Returns what build-info.json then holds: "library", its path; "cuda_library_dirs", with semicolons between them;
+    "cuda_architectures", as in "sm_80;compute_80", empty without CUDA kernels; "cuda_left_out", the reason for that.
     """
     try:
         nvcc, left_out = build_cuda.usable_nvcc(os.environ.get("DIFFKERN_CUDA", ""), torch_has_cuda)
@@ -86,7 +86,11 @@ def build(default_architectures: str, torch_has_cuda: bool, runtime: str = "Stat
     if reason := why_failed(lambda: subprocess.check_call(["cmake", "--build", KERNELS, *jobs])):
         raise SystemExit(f"diffkern: the kernels did not compile: {reason}")
     print(f"diffkern: CUDA kernels: {f'left out: {left_out}' if left_out else ' '.join(architectures)}")
-    return json.loads((KERNELS / "build-info.json").read_text()) | {"cuda_left_out": left_out}
+    info = json.loads((KERNELS / "cmake-info.json").read_text()) | {"cuda_left_out": left_out}
+    told = KERNELS / "build-info.json"
+    if not told.exists() or json.loads(told.read_text()) != info:  # the binding depends on it
+        told.write_text(json.dumps(info, indent=1))
+    return info
 
 
 def configure(options: dict[str, str], extra: list[str]) -> str:

@@ -174,7 +174,8 @@ def test_a_build_without_any_nvcc_leaves_cuda_out_unless_it_is_asked_for(monkeyp
 
 def test_cuda_is_left_out_by_request_before_nvcc_is_looked_for(monkeypatch):
     monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
-    assert build_cuda.usable_nvcc("off", torch_has_cuda=True) == (None, "DIFFKERN_CUDA=OFF")
+    for off in ("OFF", "off", "0"):
+        assert build_cuda.usable_nvcc(off, torch_has_cuda=True) == (None, f"DIFFKERN_CUDA={off}")
     with pytest.raises(ValueError, match="DIFFKERN_CUDA: expected ON, OFF or nothing, got 'maybe'"):
         build_cuda.usable_nvcc("maybe", torch_has_cuda=False)
 
@@ -294,7 +295,7 @@ def test_a_cmake_argument_may_have_spaces(monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFKERN_CUDA", "OFF")
     monkeypatch.setenv("DIFFKERN_CMAKE_ARGS", "-DCMAKE_CXX_FLAGS='-O2 -g' -DX=1")
     (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "build-info.json").write_text(json.dumps({"cuda_architectures": ""}))
+    (tmp_path / "kernels" / "cmake-info.json").write_text(json.dumps({"cuda_architectures": ""}))
     assert build_kernels.build("all", torch_has_cuda=False)["cuda_left_out"] == "DIFFKERN_CUDA=OFF"
     assert {"-DCMAKE_CXX_FLAGS=-O2 -g", "-DX=1", "-DDIFFKERN_CUDA=OFF"} <= set(told.read_text().splitlines())
 
@@ -306,7 +307,8 @@ def test_an_nvcc_that_cmake_refuses_is_left_out_with_cmakes_reason(monkeypatch, 
     monkeypatch.setenv("CUDACXX", str(program(tmp_path / "nvcc", GOOD_NVCC)))
     monkeypatch.setattr(build_kernels, "KERNELS", tmp_path / "kernels")
     (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "build-info.json").write_text(json.dumps({"cuda_architectures": ""}))
+    (tmp_path / "kernels" / "cmake-info.json").write_text(json.dumps({"cuda_architectures": ""}))
     assert build_kernels.build("all", torch_has_cuda=False)["cuda_left_out"] == "No such nvcc."
+    assert json.loads((tmp_path / "kernels" / "build-info.json").read_text())["cuda_left_out"] == "No such nvcc."
     with pytest.raises(SystemExit, match="^diffkern: expected an nvcc that compiles, got No such nvcc.: "):
         build_kernels.build("all", torch_has_cuda=True)
