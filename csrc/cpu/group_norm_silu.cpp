@@ -294,7 +294,8 @@ struct Spread {
   f32v of[k][n];
 };
 
-// In every lane its channel's coefficients, which are get(channel, group).
+// In every lane its channel's coefficients, which are get(channel, group).  Users copy them: their
+// address has been known elsewhere, so that a compiler would read them again after every store.
 template <int k, class Row, class Get, int n = Row::registers>
 DIFFKERN_ONCE Spread<k, n> spread_channels(const Block& block, const Tile& tile, const Row& row, const Get& get) {
   Spread<k, n> all;
@@ -361,7 +362,7 @@ DIFFKERN_FN void put(Y* y, int64_t apart, const Row& row, f32v z) {
 template <class T, int terms, class Row, int n = Row::registers>
 void normalise(const GroupNormSiluParams& p, const Block& block, const Tile& tile, const Row& row,
                const Spread<3, n>& coefficients) {
-  const auto& [center, slope, offset] = coefficients.of;
+  const auto [center, slope, offset] = coefficients.of;
   const Place<n> place(p, block, tile);
   const T* x = tile.template x<T>();
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + tile.offset : nullptr;
@@ -435,7 +436,7 @@ DIFFKERN_FN Gradient gradient_of(f32v x, f32v grad_y, f32v center, f32v slope, f
 template <class T, class Row, int n = Row::registers>
 void add_gradients(const GroupNormSiluParams& p, const Tile& tile, const Row& row, int64_t sample,
                    const Spread<3, n>& coefficients) {
-  const auto& [center, slope, offset] = coefficients.of;
+  const auto [center, slope, offset] = coefficients.of;
   const T* x = tile.template x<T>();
   const T* grad_y = static_cast<const T*>(p.grad_y) + tile.offset;
   const bool activate = p.silu;
@@ -469,7 +470,7 @@ void add_gradients(const GroupNormSiluParams& p, const Tile& tile, const Row& ro
 template <class T, class Row, int n = Row::registers>
 void write_gradient(const GroupNormSiluParams& p, const Tile& tile, const Row& row,
                     const Spread<5, n>& coefficients) {
-  const auto& [center, slope, offset, by_distance, constant] = coefficients.of;
+  const auto [center, slope, offset, by_distance, constant] = coefficients.of;
   const T* x = tile.template x<T>();
   const T* grad_y = static_cast<const T*>(p.grad_y) + tile.offset;
   T* grad_x = static_cast<T*>(p.grad_x) + tile.offset;
