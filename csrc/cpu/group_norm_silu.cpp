@@ -294,8 +294,8 @@ struct Spread {
   f32v of[k][n];
 };
 
-// In every lane its channel's coefficients, which are get(channel, group).  Users copy them: their
-// address has been known elsewhere, so that a compiler would read them again after every store.
+// In every lane its channel's coefficients, which are get(channel, group). Whoever loops over rows copies them: the
+// copy stays in registers, while any store might change what another function has written.
 template <int k, class Row, class Get, int n = Row::registers>
 DIFFKERN_ONCE Spread<k, n> spread_channels(const Block& block, const Tile& tile, const Row& row, const Get& get) {
   Spread<k, n> all;
