@@ -166,7 +166,7 @@ def _copied(log: Path) -> Iterator[None]:
 
 def first_error(output: str) -> str:
     """The line of a build's output that says what is wrong: the compiler's first error, else CMake's, or nothing."""
-    compilers = r"\berror(?: #\d+)?: |\bfatal +: |: (?:undefined reference to|multiple definition of) |\bld: cannot find "
+    compilers = r"\berror(?: #\d+)?: |\bfatal +: |: (?:undefined reference|multiple definition)|\bld: cannot find "
     if match := re.search(rf"^.*(?:{compilers}).*$", output, re.MULTILINE):
         return match[0].strip()
     if match := re.search(r"^CMake Error.*:\n+(.+(?:\n +\S.*)*)|^CMake Error: (.+)$", output, re.MULTILINE):
