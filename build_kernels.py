@@ -59,7 +59,7 @@ def check() -> None:
 # --- the kernels -------------------------------------------------------------------------------------------------
 
 
-def build(default_architectures: str, torch_has_cuda: bool, runtime: str = "Static") -> dict[str, str]:
+def build(default_architectures: str, torch_has_cuda: bool) -> dict[str, str]:
     """Configure and build the kernels.
 
     Returns what build-info.json then holds: "library", its path; "cuda_library_dirs", with semicolons between them;
@@ -73,7 +73,7 @@ def build(default_architectures: str, torch_has_cuda: bool, runtime: str = "Stat
         raise SystemExit(f"diffkern: {error}") from None
     forget_other_circumstances(nvcc)
 
-    options = {"CMAKE_MAKE_PROGRAM": shutil.which("ninja"), "CMAKE_CUDA_RUNTIME_LIBRARY": runtime}
+    options = {"CMAKE_MAKE_PROGRAM": shutil.which("ninja")}
     if nvcc:
         options["DIFFKERN_CUDA_ARCHITECTURES"] = ";".join(architectures)
         left_out = configure(options | {"DIFFKERN_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc}, extra)
