@@ -59,7 +59,7 @@ def check() -> None:
 # --- the kernels -------------------------------------------------------------------------------------------------
 
 
-def build(default_architectures: str, torch_has_cuda: bool, runtime: str = "Static") -> dict[str, str]:
+def build(default_architectures: str, torch_has_cuda: bool) -> dict[str, str]:
     """Configure and build the kernels.
 
     Returns what build-info.json then holds: "library", its path; "cuda_library_dirs", with semicolons between them;
@@ -73,7 +73,7 @@ def build(default_architectures: str, torch_has_cuda: bool, runtime: str = "Stat
         raise SystemExit(f"diffkern: {error}") from None
     forget_other_circumstances(nvcc)
 
-    options = {"CMAKE_MAKE_PROGRAM": shutil.which("ninja"), "CMAKE_CUDA_RUNTIME_LIBRARY": runtime}
+    options = {"CMAKE_MAKE_PROGRAM": shutil.which("ninja")}
     if nvcc:
         options["DIFFKERN_CUDA_ARCHITECTURES"] = ";".join(architectures)
         left_out = configure(options | {"DIFFKERN_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc}, extra)
@@ -166,9 +166,7 @@ def _copied(log: Path) -> Iterator[None]:
 
 def first_error(output: str) -> str:
     """The line of a build's output that says what is wrong: the compiler's first error, else CMake's, or nothing."""
-    compilers = (
-        r"\berror(?: #\d+)?: |\bfatal +: |: (?:undefined reference to|multiple definition of) |\bld: cannot find "
-    )
+    compilers = r"\berror(?: #\d+)?: |\bfatal +: |: (?:undefined reference|multiple definition)|\bld: cannot find "
     if match := re.search(rf"^.*(?:{compilers}).*$", output, re.MULTILINE):
         return match[0].strip()
     if match := re.search(r"^CMake Error.*:\n+(.+(?:\n +\S.*)*)|^CMake Error: (.+)$", output, re.MULTILINE):

@@ -1,10 +1,8 @@
 """Builds diffkern._C: CMake makes the kernels, torch's BuildExtension the files that know torch.
 
 build_kernels.py and build_cuda.py name the variables that choose what is built.
-DIFFKERN_CUDART=shared builds diffkern._C_emulated instead, for tests of the CUDA half without a card.
 """
 
-import os
 import sys
 
 from setuptools import setup
@@ -22,9 +20,6 @@ if sys.platform == "win32":
     raise SystemExit("diffkern: expected Linux, got Windows, where it neither builds nor runs: use WSL")
 
 ROOT, BUILD = build_kernels.ROOT, build_kernels.BUILD
-EMULATED = os.environ.get("DIFFKERN_CUDART", "static") == "shared"
-if EMULATED:
-    build_kernels.KERNELS = BUILD / "kernels-emulated"
 STABLE_ABI = "0x{:02x}{:02x}{:012x}".format(*build_backend.OLDEST, 0)  # the oldest torch that can load the module
 
 
@@ -43,7 +38,6 @@ class BuildKernels(BuildExtension):
         built = build_kernels.build(
             default_architectures="native" if self.for_this_machine else "all",
             torch_has_cuda=bool(torch and torch.cuda),
-            runtime="Shared" if EMULATED else "Static",
         )
         (extension,) = self.extensions
         extension.include_dirs.append(pybind11.get_include())
@@ -54,10 +48,7 @@ class BuildKernels(BuildExtension):
         if built["cuda_architectures"]:
             extension.define_macros.append(("DIFFKERN_CUDA", None))
             extension.library_dirs += built["cuda_library_dirs"].split(";")
-            runtime = ["-lcudart"] if EMULATED else ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
-            extension.extra_link_args += runtime
-        if EMULATED:
-            extension.define_macros.append(("DIFFKERN_EMULATED_CUDA", None))
+            extension.extra_link_args += ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
         if reason := build_kernels.why_failed(super().build_extensions):
             raise SystemExit(f"diffkern: the binding did not compile: {reason}")
 
@@ -77,7 +68,7 @@ setup(
     install_requires=[build_backend.torch_requirement(), "numpy", "safetensors", "tqdm", "pillow>=10.1"],
     ext_modules=[
         CppExtension(
-            "diffkern._C_emulated" if EMULATED else "diffkern._C",
+            "diffkern._C",
             sorted(str(source.relative_to(ROOT)) for source in ROOT.glob("csrc/bindings/*.cpp")),
             depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/**/*.h")),
             define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
