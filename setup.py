@@ -40,6 +40,7 @@ class BuildKernels(BuildExtension):
             torch_has_cuda=bool(torch and torch.cuda),
         )
         (extension,) = self.extensions
+        extension.sources = united(extension.sources)
         extension.include_dirs.append(pybind11.get_include())
         extension.extra_objects = [built["library"]]
         extension.depends += [built["library"], str(build_kernels.KERNELS / "build-info.json")]
@@ -51,6 +52,22 @@ class BuildKernels(BuildExtension):
             extension.extra_link_args += ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
         if reason := build_kernels.why_failed(super().build_extensions):
             raise SystemExit(f"diffkern: the binding did not compile: {reason}")
+
+
+def united(sources: list[str]) -> list[str]:
+    """Write two files that include the sources, of the ops and of the module: headers are most of what is compiled."""
+    files = {name: BUILD / "bindings" / f"{name}.cpp" for name in ("ops", "module")}
+    includes: dict[str, list[str]] = {name: [] for name in files}
+    for source in sources:
+        path = ROOT / source
+        name = "module" if '#include "module.h"' in path.read_text() else "ops"
+        includes[name].append(f'#include "{path}"\n')
+    for name, file in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(includes[name])
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+    return [str(file) for file in files.values()]
 
 
 def quoted(text: str) -> str:

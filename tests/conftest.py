@@ -87,6 +87,7 @@ def interpreter(cuda: SimpleNamespace) -> Interpreter:
     return cuda.interpreter
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     backend, reason = cuda_backend(config)
     for item in items:

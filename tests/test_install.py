@@ -265,7 +265,7 @@ def python(program: str) -> subprocess.CompletedProcess:
 def test_the_package_has_its_public_names_and_no_others():
     names = {
         *("noise", "q_sample", "reverse_step", "noise_loss", "group_norm_silu", "attention", "optimize"),
-        *("Schedule", "UNet", "Model", "load", "save", "sample"),
+        *("Schedule", "UNet", "Model", "load", "save", "sample", "torch_ops"),
     }
     assert set(diffkern.__all__) == names | {"__version__"}
     modules = {path.stem for path in (ROOT / "diffkern").glob("*.py")} | {"torch", "metadata"}

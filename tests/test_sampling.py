@@ -3,6 +3,7 @@
 import math
 import re
 import signal
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -464,7 +465,8 @@ def test_what_a_callback_keeps_is_an_ordinary_tensor():
     assert weight.grad.isfinite()
 
 
-def test_ctrl_c_leaves_cleanly(capsys):
+def test_ctrl_c_leaves_cleanly(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     network = nn.Sequential(Recorder(), nn.Dropout())
     network.forward = lambda x_t, t, labels: network[0](x_t, t, labels)
     network.train()
@@ -523,7 +525,8 @@ def test_a_step_looks_at_no_value_on_the_host():
             loop.row.item()
 
 
-def test_progress_bar_counts_the_steps_of_all_batches(capsys):
+def test_progress_bar_counts_the_steps_of_all_batches(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     run(n=5, steps=4, batch_size=2, progress=True)
     assert "12/12" in capsys.readouterr().err
     run(n=5, steps=4, batch_size=2, progress=False)

@@ -29,6 +29,12 @@ Result call_torch(const char* op, const Tensor& tensor) {
 }
 
 inline Tensor resolved(const Tensor& tensor) { return call_torch<Tensor>("aten::resolve_neg", tensor); }
+
+// aten::is_neg would be called with a resolved copy wherever autograd is left out.
+inline bool is_negated(const Tensor& tensor) {
+  return resolved(tensor).const_data_ptr() != tensor.const_data_ptr();
+}
+
 inline std::optional<Tensor> resolved(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional(resolved(*tensor)) : std::nullopt;
 }
@@ -57,7 +63,7 @@ void check_argument(std::string_view parameter, const T& value, bool may_be_cuda
   } else if constexpr (std::is_same_v<T, Tensor>) {
     const bool here = value.device().type() == torch::headeronly::DeviceType::CPU || (may_be_cuda && value.is_cuda());
     check(here, name, ": expected device cpu", may_be_cuda ? " or cuda" : "", ", got another");
-    check(!writes(parameter) || !call_torch<bool>("aten::is_neg", value), name,
+    check(!writes(parameter) || !is_negated(value), name,
           ": expected a tensor to write to, got a view with the negative bit");
   }
 }
