@@ -45,6 +45,7 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_network_of_one_which_resumes_what_they_began(folder, pictures):
     for out, runs in {"one": [("4", 1)], "both": [("2", 2), ("4", 1)]}.items():
         for steps, processes in runs:
@@ -116,6 +117,7 @@ def test_a_card_needs_the_number_of_its_process(monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_processes_must_share_a_batch_evenly(folder, pictures):
     done = run(pictures, "run", "--steps", "1", "--batch-size", "5", processes=2)
     assert done.returncode != 0 and "batch_size: expected a multiple of the 2 processes, got 5" in done.stderr
