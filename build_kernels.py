@@ -3,6 +3,7 @@
 Environment, beside what build_cuda.py reads:
 
     CXX, CXXFLAGS        the C++ compiler and its flags
+    DIFFKERN_CPU_LEVELS  "all", "native", or some of avx2 avx512 avx512_bf16 avx512_amx, beside baseline
     DIFFKERN_BUILD_DIR   a folder to build in (default: build, in the source)
     DIFFKERN_CMAKE_ARGS  arguments for CMake, quoted as in a shell
     MAX_JOBS             how many compilations run at a time
@@ -10,6 +11,7 @@ Environment, beside what build_cuda.py reads:
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -59,21 +61,22 @@ def check() -> None:
 # --- the kernels -------------------------------------------------------------------------------------------------
 
 
-def build(default_architectures: str, torch_has_cuda: bool) -> dict[str, str]:
-    """Configure and build the kernels.
+def build(default: str, torch_has_cuda: bool) -> dict[str, str]:
+    """Configure and build the kernels, for "all" machines or the "native" one where no variable says otherwise.
 
     Returns what build-info.json then holds: "library", its path; "cuda_library_dirs", with semicolons between them;
     "cuda_architectures", as in "sm_80;compute_80", empty without CUDA kernels; "cuda_left_out", the reason for that.
     """
     try:
         nvcc, left_out = build_cuda.usable_nvcc(os.environ.get("DIFFKERN_CUDA", ""), torch_has_cuda)
-        architectures = build_cuda.chosen_architectures(nvcc, default_architectures) if nvcc else []
+        architectures = build_cuda.chosen_architectures(nvcc, default) if nvcc else []
+        levels = chosen_levels(os.environ.get("DIFFKERN_CPU_LEVELS") or default, processor_flags())
         extra = shlex.split(os.environ.get("DIFFKERN_CMAKE_ARGS", ""))
     except ValueError as error:
         raise SystemExit(f"diffkern: {error}") from None
     forget_other_circumstances(nvcc)
 
-    options = {"CMAKE_MAKE_PROGRAM": shutil.which("ninja")}
+    options = {"CMAKE_MAKE_PROGRAM": shutil.which("ninja"), "DIFFKERN_CPU_LEVELS": ";".join(levels)}
     if nvcc:
         options["DIFFKERN_CUDA_ARCHITECTURES"] = ";".join(architectures)
         left_out = configure(options | {"DIFFKERN_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc}, extra)
@@ -91,6 +94,38 @@ def build(default_architectures: str, torch_has_cuda: bool) -> dict[str, str]:
     if not told.exists() or json.loads(told.read_text()) != info:  # the binding depends on it
         told.write_text(json.dumps(info, indent=1))
     return info
+
+
+LEVELS = {  # each with what Linux calls the instructions that it adds to the one before
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"},
+    "avx512_bf16": {"avx512_bf16"},
+    "avx512_amx": {"amx_tile", "amx_bf16"},
+}
+
+
+def chosen_levels(wanted: str, flags: set[str]) -> list[str]:
+    """The CPU levels to build beside baseline. "native" are those of a processor with these flags, if it tells any.
+
+    ValueError for a name that is no level. A level brings those before it, whose kernels it shares.
+    """
+    names = list(LEVELS)
+    if wanted == "native" and flags:
+        return list(itertools.takewhile(lambda name: LEVELS[name] <= flags, names))
+    if wanted in ("native", "all"):
+        return ["all"]
+    words = [word for word in re.split(r"[;,\s]+", wanted) if word and word != "baseline"]
+    for word in words:
+        if word not in names:
+            raise ValueError(f"DIFFKERN_CPU_LEVELS: expected all, native or some of {' '.join(names)}, got {word!r}")
+    return names[: max((names.index(word) + 1 for word in words), default=0)]
+
+
+def processor_flags() -> set[str]:
+    """The instruction sets of this processor, as Linux names them; none on others than x86-64."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
 
 
 def configure(options: dict[str, str], extra: list[str]) -> str:

@@ -36,7 +36,7 @@ class BuildKernels(BuildExtension):
 
         torch = build_backend.target_torch()
         built = build_kernels.build(
-            default_architectures="native" if self.for_this_machine else "all",
+            default="native" if self.for_this_machine else "all",
             torch_has_cuda=bool(torch and torch.cuda),
         )
         (extension,) = self.extensions

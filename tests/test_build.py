@@ -106,6 +106,31 @@ def test_native_architectures_are_those_of_the_cards_or_ptx_alone(monkeypatch, c
     assert build_cuda.read_architectures("native", "default", KNOWN) == expected.split()
 
 
+ZEN_3, ZEN_4 = {"avx2", "fma", "f16c"}, build_kernels.LEVELS["avx2"] | build_kernels.LEVELS["avx512"] | {"avx512_bf16"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "flags", "levels"),
+    [
+        ("all", ZEN_3, "all"),
+        ("native", ZEN_3, "avx2"),
+        ("native", ZEN_4, "avx2 avx512 avx512_bf16"),
+        ("native", ZEN_4 | {"amx_tile", "amx_bf16"}, "avx2 avx512 avx512_bf16 avx512_amx"),
+        ("native", {"sse2"}, ""),
+        ("native", set(), "all"),
+        ("baseline", ZEN_4, ""),
+        ("avx512;baseline", ZEN_3, "avx2 avx512"),
+    ],
+)
+def test_the_levels_of_a_build_are_those_asked_for_and_those_before_them(wanted, flags, levels):
+    assert build_kernels.chosen_levels(wanted, flags) == levels.split()
+
+
+def test_a_level_that_is_none_is_named():
+    with pytest.raises(ValueError, match="^DIFFKERN_CPU_LEVELS: expected all, native or some of avx2 .*, got 'sse9'$"):
+        build_kernels.chosen_levels("avx2 sse9", ZEN_3)
+
+
 def test_cards_are_asked_of_nvidia_smi(monkeypatch, tmp_path):
     program(tmp_path / "nvidia-smi", "printf '9.0\\n9.0\\n8.9\\n'")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
