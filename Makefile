@@ -11,9 +11,9 @@ BIN    := $(VENV)/bin
 WORKERS  ?= $(shell nproc)
 PARALLEL := -n $(WORKERS) --dist loadgroup
 
-TORCH   := torch==$(shell sed -n 's/^PINNED = "\(.*\)"/\1/p' build_backend.py)
+TORCH   := torch==$(shell sed -n 's/^PINNED = "\(.*\)"/\1/p' csrc/setup/build_backend.py)
 RUFF    := $(shell sed -n 's/^lint = \["\(.*\)"\]/\1/p' pyproject.toml)
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py $(wildcard build_*.py) pyproject.toml
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: sample test test-all bench lint clean
 

@@ -1,14 +1,16 @@
 """Builds diffkern._C: CMake makes the kernels, torch's BuildExtension the files that know torch.
 
-build_kernels.py and build_cuda.py name the variables that choose what is built.
+csrc/setup/ names the variables that choose what is built.
 """
 
 import sys
+from pathlib import Path
 
 from setuptools import setup
 
-import build_backend
-import build_kernels
+sys.path.insert(0, str(Path(__file__).parent / "csrc" / "setup"))
+import build_backend  # noqa: E402
+import build_kernels  # noqa: E402
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension

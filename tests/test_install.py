@@ -20,7 +20,7 @@ from levels import ALL_LEVELS, LEVELS
 import diffkern
 from diffkern import _C
 
-KERNELS = ROOT / "build" / "kernels"
+KERNELS, BACKEND = ROOT / "build" / "kernels", ROOT / "csrc" / "setup"
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 on_x86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="levels are x86_64's")
 
@@ -114,11 +114,11 @@ def environment(tmp_path, monkeypatch):
 
 def backend():
     """build_backend, with nothing in its caches."""
-    spec = importlib.util.spec_from_file_location("build_backend", ROOT / "build_backend.py")
+    spec = importlib.util.spec_from_file_location("build_backend", BACKEND / "build_backend.py")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(BACKEND))
     spec.loader.exec_module(module)
-    sys.path.remove(str(ROOT))
+    sys.path.remove(str(BACKEND))
     return module
 
 
@@ -180,7 +180,7 @@ def test_the_torch_is_seen_through_build_isolation(tmp_path, monkeypatch, place)
     front_end = f"""
 import os, subprocess, sys
 os.environ.update(PYTHONPATH={str(folders["isolated"])!r}, PYTHONNOUSERSITE="1", PEP517_BUILD_BACKEND="build_backend")
-program = "import sys; sys.path.insert(0, {str(ROOT)!r}); import build_backend; print(*build_backend.target_torch())"
+program = "import sys; sys.path.insert(0, {str(BACKEND)!r}); import build_backend; print(*build_backend.target_torch())"
 raise SystemExit(subprocess.call([sys.executable, "-c", program]))
 """
     told = output(own, "-c", front_end, env=os.environ | {"PYTHONPATH": str(folders["PYTHONPATH"])})
@@ -221,8 +221,8 @@ def test_a_build_without_isolation_and_torch_says_what_to_run(environment, hooks
 
 def test_a_build_without_isolation_and_tools_says_what_to_install():
     """In one line: setuptools itself may be what is not there."""
-    program = "import sys; sys.path.insert(0, '.'); from build_backend import prepare_metadata_for_build_wheel as hook"
-    command = [sys.executable, "-I", "-S", "-c", f"{program}; hook('.')"]
+    program = "import sys; sys.path[:0] = ['csrc/setup']; import build_backend as backend"
+    command = [sys.executable, "-I", "-S", "-c", f"{program}; backend.prepare_metadata_for_build_wheel('.')"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     (needed,) = re.findall(r"^requires = \[(.*)\]", PYPROJECT, re.MULTILINE)
     install = needed.replace('"', "'").replace(",", "")
@@ -350,7 +350,7 @@ def without_torch(tree: Path, program: str) -> str:
     """What that program prints in the tree, with the backend, where there is no torch."""
     head = f"""
 import sys
-sys.path.insert(0, {str(tree)!r})
+sys.path.insert(0, {str(tree / "csrc" / "setup")!r})
 sys.modules["torch"] = None
 import build_backend
 build_backend.target_torch = lambda: None
@@ -384,7 +384,7 @@ def test_an_sdist_has_all_that_a_build_and_its_tests_need(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = files("csrc", "diffkern", "tests", "benchmarks", "docs") | {
-        *("pyproject.toml", "setup.py", "build_backend.py", "CMakeLists.txt", "Makefile", ".ci/run"),
+        *("pyproject.toml", "setup.py", "CMakeLists.txt", "Makefile", ".ci/run"),
         *("LICENSE", "README.md"),
     }
     assert needed - names == set()

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import build_cuda
 
-ROOT = Path(__file__).parent.resolve()
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / os.path.expanduser(os.environ.get("DIFFKERN_BUILD_DIR") or "build")
 KERNELS = BUILD / "kernels"  # knows no torch and no Python: every environment's build uses it
 GENERATOR = "Ninja"

@@ -100,7 +100,7 @@ def _install() -> str:
 
 def check_tools() -> None:
     """End the build in one line where this environment lacks tools that pip's isolation would have brought."""
-    text = Path(__file__).with_name("pyproject.toml").read_text()
+    text = Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
     needed = re.findall(r'"([^"]+)"', re.search(r"^requires = \[(.*)\]", text, re.MULTILINE)[1])
     if lacking := [requirement for requirement in needed if not _is_met(requirement)]:
         install = f"{sys.executable} -m pip install {' '.join(map(repr, needed))}"
