@@ -9,7 +9,7 @@ if torch.__version__ < "2.10":
 try:
     from .ops import attention, group_norm_silu, noise, noise_loss, q_sample, reverse_step
     from .transforms import torch_ops
-except (ImportError, RuntimeError) as error:  # absent, or older than ops.py
+except (AttributeError, ImportError, RuntimeError) as error:  # absent, or older than ops.py
     from .unbuilt import explain
 
     raise ImportError(explain(error)) from None

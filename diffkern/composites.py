@@ -34,6 +34,8 @@ def _expect(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
 
 def _rows(name: str, index: int | Tensor, table: Tensor, x: Tensor) -> Sequence[Tensor]:
     """The columns of each sample's row of the table, to be multiplied by x. Out of range as the kernels: see ops."""
+    if isinstance(index, Tensor) and index.dtype != torch.int64:
+        raise RuntimeError(f"{name}: expected int64, got {str(index.dtype).removeprefix('torch.')}")
     index, n = torch.as_tensor(index, dtype=torch.int64, device=table.device), x.shape[0]
     _expect(name, index, (), (1,), (n,))
     index = index.reshape(-1)
@@ -149,6 +151,8 @@ def group_norm_silu(
     Torch's own norm would not do: its forward-mode derivative takes no channels_last image.
     """
     n, c = x.shape[:2]
+    if groups < 1 or c % groups:
+        raise RuntimeError(f"groups: expected a divisor of the {c} channels, got {groups}")
     y, pixel = _wide(x), [1] * (x.ndim - 2)
     _expect("weight", weight, (c,))
     _expect("bias", bias, (c,))
@@ -171,6 +175,7 @@ def group_norm_silu(
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See :func:`diffkern.ops.conv3x3`."""
+    _expect("weight", weight, (weight.shape[0], x.shape[1], 3, 3))
     return F.conv2d(x, weight, bias, padding=1)
 
 

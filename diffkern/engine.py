@@ -42,9 +42,9 @@ from .watch import Watch
 
 _ops = torch.ops.diffkern
 
-FEW_TILES = 64  # of a batch: up to so many it is faster to make Winograd's matrices than to read them
-FEW_CHANNELS = 4  # up to so many neither they nor terms are worth their while
-DEEP = 256  # channels by taps, from which on three terms are faster than a float in one image too
+FEW_TILES = 64  # with at most this many 4x4 tiles in a batch, make Winograd's matrices from the taps as they are used
+FEW_CHANNELS = 4  # with this few channels, use the direct kernel
+DEEP = 256  # from this many in_channels * taps on, three bfloat16 parts are faster than float32, at batch 1 too
 KEPT_PLANS = 4
 KEPT_CONDITIONS = 4096
 KNOWN = {  # what modules may be; where others are, as those of LoRA, the network itself runs

@@ -661,8 +661,8 @@ def conv2d(
     bias          [K] or None
     out_channels  K, which the weight knows: None, or the same number
     stride        the output's size is the image's, divided by it and rounded up
-    padding       rows of zeros above and columns of zeros to the left. What the kernel reads beyond the image on the
-                  other sides is 0 too, so that stride 2 without padding pads right and below only
+    padding       rows of zeros at the top and columns at the left. Reads past the bottom and right give 0, so that
+                  stride=2, padding=0 pads the bottom and right
     skip          [N, C', H, W]: further channels, of the up path; the weight then has C + C'
     add           [N, K]: to every pixel (the time embedding)
     residual      like the result: to it

@@ -318,3 +318,16 @@ def test_torch_ops_is_seen_by_a_compiled_function():
     with diffkern.torch_ops():
         (gradient,) = torch.autograd.grad(compiled(x).sum(), x)
     assert torch.equal(gradient[:, 0, 0, 0], TABLE[T, 0].double())
+
+
+def test_torchs_own_ops_refuse_what_the_kernels_refuse():
+    table, seeds, x = torch.rand(3, 2), torch.tensor([1, 2]), torch.randn(2, 4, 3, 3)
+    coefficients = torch.ones(2, 4)
+    calls = {
+        "groups: expected a divisor of the 4 channels, got 3": lambda: ops.group_norm_silu(x, *coefficients, 3),
+        "t: expected int64, got float32": lambda: ops.q_sample(x, torch.tensor(1.7), seeds, table),
+        r"weight: expected .*\(5, 4, 3, 3\).*, got .*\(5, 4, 1, 1\)": lambda: ops.conv3x3(x, torch.randn(5, 4, 1, 1)),
+    }
+    for message, call in calls.items():
+        with diffkern.torch_ops(), pytest.raises(RuntimeError, match=message):
+            call()
