@@ -42,7 +42,8 @@ class BuildKernels(BuildExtension):
             torch_has_cuda=bool(torch and torch.cuda),
         )
         (extension,) = self.extensions
-        extension.sources = united(extension.sources)
+        extension.depends += extension.sources
+        extension.sources = unity_sources(extension.sources)
         extension.include_dirs.append(pybind11.get_include())
         extension.extra_objects = [built["library"]]
         extension.depends += [built["library"], str(build_kernels.KERNELS / "build-info.json")]
@@ -56,7 +57,7 @@ class BuildKernels(BuildExtension):
             raise SystemExit(f"diffkern: the binding did not compile: {reason}")
 
 
-def united(sources: list[str]) -> list[str]:
+def unity_sources(sources: list[str]) -> list[str]:
     """Write two files that include the sources, of the ops and of the module: headers are most of what is compiled."""
     files = {name: BUILD / "bindings" / f"{name}.cpp" for name in ("ops", "module")}
     includes: dict[str, list[str]] = {name: [] for name in files}

@@ -44,22 +44,29 @@ def main(arguments: list[str] | None = None) -> None:
     timer = None if options.check else Timer()
     if timer:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, a copy at {timer.bandwidth * 1e-9:.0f} GB/s")
-    kept = {}
+    kept, wrong = {}, []
     for case in Cases(device, small=device.type == "cpu", compiled=not options.no_compile):
         if options.only not in case.title:
             continue
         if time.monotonic() - start > SECONDS:
             print(f"{case.title:<64} left out: {SECONDS} s are over")
             continue
-        check(case)
+        try:
+            check(case)
+        except AssertionError as error:  # the rest of the run is worth having
+            print(f"{case.title:<64} differs: {str(error).strip().partition(chr(10))[0]}", flush=True)
+            wrong.append(case.title)
+            continue
         others = {**case.peers, **({"reference": case.reference} if case.reference else {})}
         if timer is None:
             print(f"{case.title:<64} agrees with {', '.join(others)}")
             continue
         kept[case.title] = {name: timer(call) for name, call in {"ours": case.ours, **others}.items()}
         print(line(case, kept[case.title], timer), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(kept))
+        if options.json:
+            options.json.write_text(json.dumps(kept))
+    if wrong:
+        sys.exit(f"benchmarks.gpu: results differ from their peers': {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -112,4 +112,4 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     where = {None: f"not run: {reason}", "gpu": f"{ran} run on a card", "ptxemu": f"{ran} run, interpreted"}[backend]
     terminalreporter.write_line(f"tests of the CUDA kernels: {where}")
     if absent := [level for level in levels.ALL_LEVELS if level not in levels.LEVELS]:
-        terminalreporter.write_line(f"CPU levels not run, which this processor does not have: {', '.join(absent)}")
+        terminalreporter.write_line(f"CPU levels not run, which processor or build lack: {', '.join(absent)}")

@@ -51,7 +51,7 @@ void run_cpu(const Params& params, CpuKernel<Params> kernel, int64_t items, int6
 template <class Params>
 void run_cuda(const Tensor& where, const Params& params, CudaLauncher<Params> cuda) {
   check(!recording, "a CUDA tensor came while a program of CPU kernels was being recorded");
-  check(cuda.launch != nullptr, "a CUDA tensor came, but diffkern was built without CUDA kernels: no nvcc was found");
+  check(cuda.launch != nullptr, "a CUDA tensor came, but diffkern was built without CUDA kernels: diffkern doctor says why");
   const char* error;
 #ifdef DIFFKERN_EMULATED_CUDA
   lent.open();

@@ -45,7 +45,8 @@ def check() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "empty.cpp")
         source.write_text("#include <bit>\nint main() { return std::popcount(0u); }\n")
-        command = [*compiler, "-std=c++20", source, "-o", source.with_suffix("")]
+        flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), "-std=c++20"]
+        command = [*compiler, *flags, source, "-o", source.with_suffix("")]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
         reason = first_error(done.stderr + done.stdout) or f"exit status {done.returncode}"
@@ -64,8 +65,8 @@ def check() -> None:
 def build(default: str, torch_has_cuda: bool) -> dict[str, str]:
     """Configure and build the kernels, for "all" machines or the "native" one where no variable says otherwise.
 
-    Returns what build-info.json then holds: "library", its path; "cuda_library_dirs", with semicolons between them;
-    "cuda_architectures", as in "sm_80;compute_80", empty without CUDA kernels; "cuda_left_out", the reason for that.
+    Returns what build-info.json then holds, lists with semicolons: "library", its path; "cpu_levels";
+    "cuda_library_dirs"; "cuda_architectures", as in "sm_80;compute_80", or nothing; "cuda_left_out", or why.
     """
     try:
         nvcc, left_out = build_cuda.usable_nvcc(os.environ.get("DIFFKERN_CUDA", ""), torch_has_cuda)
@@ -177,7 +178,7 @@ def why_failed(build: Callable[[], None]) -> str:
             with _copied(log):
                 build()
         except Exception as error:  # setuptools, torch and subprocess have each their own
-            return first_error(log.read_text(errors="replace")) or str(error)
+            return first_error(log.read_text(errors="replace")) or str(error) or repr(error)
     return ""
 
 

@@ -27,6 +27,7 @@ FEW = (
 def counts(architecture: int | str) -> list[tuple[cuda_on_paper.Case, dict]]:
     if architecture == "a few":  # of this process's architecture
         few = [case for case in cuda_on_paper.cases(80) if (case.op, case.shape) in FEW]
+        assert len(few) == len(FEW)
         return [(case, cuda_on_paper.count(case, load_interpreter())) for case in few]
     return list(zip(cuda_on_paper.cases(architecture), cuda_on_paper.counted()[architecture], strict=True))
 
