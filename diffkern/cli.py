@@ -11,19 +11,18 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from . import evaluate, images, ops, train_command, training
+from . import __version__, evaluate, images, ops, train_command, training
 from .data import FASHION_MNIST, fashion_mnist
 from .files import check_writable, is_checkpoint
 from .model import Model, find, load, save
 from .progress import tell
 from .samplers import SAMPLERS, VARIANCES, default_sampler
-from .sampling import Step, sample
+from .sampling import DEFAULT_STEPS, Step, sample
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GIF_FRAMES = 50
@@ -90,12 +89,14 @@ def _sample(arguments: argparse.Namespace) -> int:
     if arguments.n is not None and n != arguments.n:
         raise ValueError(f"n: expected {n}, one for each of --seeds, got {arguments.n}")
     columns = arguments.columns or (len(model.classes) if model.classes and not arguments.labels else None)
-    _check_size(n, model, arguments, columns)
+    sampler = arguments.sampler or default_sampler(arguments.steps, model.schedule.T)
+    shown = _shown_steps(model, arguments, sampler) if arguments.gif else range(0)
+    _check_size(n, model, arguments, columns, len(shown))
     seeds = torch.cat([ops.as_seeds(numbers, "cpu") for numbers in ranges])
     labels = _labels(arguments.labels, model, len(seeds))
     settings = {
         "guidance": arguments.guidance,
-        "sampler": arguments.sampler or default_sampler(arguments.steps, model.schedule.T),
+        "sampler": sampler,
         "steps": arguments.steps,
         "spacing": arguments.spacing,
         "variance": arguments.variance,
@@ -104,7 +105,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         "batch_size": arguments.batch_size,
     }
     names = None if labels is None else images.captions(model.classes, labels)
-    film = Film(len(seeds), names, columns, arguments.scale) if arguments.gif else None
+    film = Film(len(seeds), shown, names, columns, arguments.scale) if arguments.gif else None
     x = sample(
         model,
         seeds=seeds,
@@ -122,7 +123,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         **settings,
         "dtype": arguments.dtype,
         "device": str(model.device),
-        "versions": {"diffkern": _version("diffkern"), "torch": torch.__version__},
+        "versions": {"diffkern": __version__, "torch": torch.__version__},
     }
     written = [arguments.out]
     images.save_png(images.grid(x, names, columns=columns, scale=arguments.scale), arguments.out, settings)
@@ -140,24 +141,33 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 class Film:
-    """The denoising as frames: x_t of every image, at no more than ``GIF_FRAMES`` of the steps."""
+    """The denoising as frames: x_t of every image at the steps ``shown``, and no other is kept."""
 
-    def __init__(self, n: int, names: list[str] | None, columns: int | None, scale: int | None):
-        self.n, self.grid = n, lambda x: images.grid(x, names, columns=columns, scale=scale)
+    def __init__(self, n: int, shown: range, names: list[str] | None, columns: int | None, scale: int | None):
+        self.n, self.shown = n, shown
+        self.grid = lambda x: images.grid(x, names, columns=columns, scale=scale)
         self.taken: dict[int, torch.Tensor] = {}
 
     def record(self, step: Step) -> None:
         """The callback of :func:`diffkern.sample`."""
+        if step.index not in self.shown:
+            return
         if step.index not in self.taken:
             self.taken[step.index] = torch.empty(self.n, *step.x_t.shape[1:], dtype=torch.uint8, device="cpu")
-        shown = (step.x_t.clamp(-1, 1) + 1) * 127.5
-        self.taken[step.index][step.images] = shown.round().byte().cpu()
+        pixels = (step.x_t.clamp(-1, 1) + 1) * 127.5
+        self.taken[step.index][step.images] = pixels.round().byte().cpu()
 
     def frames(self, x: torch.Tensor) -> list:
         """The last of them is the result ``x``."""
-        stride = -(-len(self.taken) // GIF_FRAMES)
-        shown = [self.taken[index].float() / 127.5 - 1 for index in sorted(self.taken)[::stride]]
-        return [self.grid(frame) for frame in (*shown, x)]
+        return [*(self.grid(self.taken[index].float() / 127.5 - 1) for index in self.shown), self.grid(x)]
+
+
+def _shown_steps(model: Model, arguments: argparse.Namespace, sampler: str) -> range:
+    """Choose the steps that become frames, by index: every k-th, so that there are at most ``GIF_FRAMES``."""
+    T = model.schedule.T
+    steps = arguments.steps or min(DEFAULT_STEPS[sampler] or T, T)
+    steps = len(model.schedule.timesteps(steps, arguments.spacing))
+    return range(0, steps, -(-steps // GIF_FRAMES))
 
 
 def _ranges(tokens: list[str]) -> list[range]:
@@ -174,19 +184,21 @@ def _ranges(tokens: list[str]) -> list[range]:
     return ranges
 
 
-def _check_size(n: int, model: Model, arguments: argparse.Namespace, columns: int | None) -> None:
-    """ValueError if the images are more than the memory holds, or their grid is not what a file can be."""
+def _check_size(n: int, model: Model, arguments: argparse.Namespace, columns: int | None, frames: int) -> None:
+    """ValueError if the images and their ``frames`` are more than memory holds, or their grid more than a file can."""
     channels, height, width = model.shape
     if channels not in (1, 3):
         raise ValueError(f"model: expected one of images of 1 or 3 channels, got {model.shape}")
-    most = _memory() // (12 * channels * height * width)  # bytes: floats, and two copies on the way to pixels
+    value = 12 + frames  # bytes: a float, two copies on the way to pixels, and a byte in each frame
+    most = _memory() // (value * channels * height * width)
     if n > most:
         raise ValueError(f"{'seeds' if arguments.seeds else 'n'}: expected at most {most}, which fill memory, got {n}")
     labelled = model.classes is not None
     layout = images.layout(n, height, width, labelled=labelled, columns=columns, scale=arguments.scale)
     pixel = 1 if channels == 1 else 4  # bytes, in Pillow
-    if math.prod(layout.size) * pixel > _memory():
-        raise ValueError(f"n: expected a grid that memory holds, got {n} images in one of {layout.size} pixels")
+    if math.prod(layout.size) * pixel * (1 + frames) > _memory():
+        grids = f"{1 + frames} of {layout.size} pixels"
+        raise ValueError(f"n: expected grids that memory holds, got {n} images in {grids}")
     if arguments.gif:
         images.check_gif(layout.size)
 
@@ -227,21 +239,12 @@ def _check_file(name: str, path: str, suffix: str = "") -> None:
     check_writable(path)
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
 # --- export -----------------------------------------------------------------------------------------------
 
 
 def _export(arguments: argparse.Namespace) -> int:
     source = find(arguments.checkpoint)
-    if not arguments.out.endswith(".safetensors"):
-        raise ValueError(f"out: expected a file name that ends in .safetensors, got {arguments.out!r}")
-    _check_file("out", arguments.out)
+    _check_file("out", arguments.out, ".safetensors")
     if os.path.exists(arguments.out):
         if os.path.samefile(source, arguments.out):
             raise ValueError(f"out: expected another file than the one to export, got {arguments.out!r}")
@@ -260,20 +263,22 @@ def _export(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     runs = [_run(token) for token in arguments.steps]
     model = load(arguments.model, arguments.device)
-    classified = os.path.lexists(arguments.classifier)
-    if classified:
+    net = None
+    if os.path.lexists(arguments.classifier):
         net, accuracy = evaluate.load_classifier(arguments.classifier)
     else:
         _check_file("classifier", arguments.classifier)
     train, test = (fashion_mnist(arguments.data, split=split) for split in ("train", "test"))
-    if not classified:
+    options = dict(n=arguments.n, runs=runs, guidance=arguments.guidance)
+    evaluate.check(model, train, test, net, **options)
+    tell(f"training {train.summary}")
+    tell(f"test {test.summary}")
+    losses = evaluate.eps_loss(model, test, n=arguments.loss_n)
+    if net is None:
         net = evaluate.train_classifier(train, progress=arguments.progress)
         evaluate.save_classifier(net, arguments.classifier, evaluate.accuracy(net, test.images, test.labels))
         net, accuracy = evaluate.load_classifier(arguments.classifier)
-    tell(f"training {train.summary}")
-    tell(f"test {test.summary}")
 
-    losses = evaluate.eps_loss(model, test, n=arguments.loss_n)
     T, width = model.schedule.T, len(losses)
     n = min(arguments.loss_n, len(test))
     print(f"Held-out eps-loss of {n} test images at each part of t; mean {sum(losses) / width:.5f}\n")
@@ -289,9 +294,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         train,
         test,
         net,
-        n=arguments.n,
-        runs=runs,
-        guidance=arguments.guidance,
+        **options,
         batch_size=arguments.batch_size,
         dtype=None if arguments.dtype == "float32" else DTYPES[arguments.dtype],
         progress=arguments.progress,
@@ -365,7 +368,7 @@ _threads.__name__ = "count"
 
 def _parser() -> Parser:
     parser = Parser("diffkern", description="Denoising diffusion: sample, train and evaluate.")
-    parser.add_argument("--version", action="version", version=f"diffkern {_version('diffkern')}")
+    parser.add_argument("--version", action="version", version=f"diffkern {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND")
     parser.set_defaults(run=lambda _: parser.error(f"expected a command: {', '.join(commands.choices)}"), threads=None)
     common = argparse.ArgumentParser(add_help=False)

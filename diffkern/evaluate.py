@@ -4,36 +4,41 @@ The features are those of a small classifier of Fashion-MNIST, made here: Incept
 Distances are comparable among themselves, and with the distance of real test images, never with published FIDs.
 """
 
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import ops
+from . import ops, samplers
 from .data import Dataset, epoch_order, words
 from .defaults import float32_on
 from .files import Blueprint, fill, floating, read, write
 from .images import to_uint8
-from .model import Model
+from .model import Model, unwrapped
 from .progress import bar as progress_bar
 from .sampling import sample
-from .schedule import checked_float
+from .schedule import checked_float, checked_int
+from .unet import UNet
 
 CLASSIFIER = Path(__file__).parent / "classifiers" / "fashion-mnist.safetensors"
 """The classifier that ships, so that distances measured anywhere are in the same feature space."""
+
+LARGEST_SIZE = 2**16  # channels or classes of a classifier's file: more are refused
 
 LOSS_STREAM = 5
 """The Philox stream that draws t for :func:`eps_loss`."""
 
 
 class Classifier(nn.Module):
-    """[N, 1, 32, 32] in [-1, 1] -> logits [N, 10]; ``features`` are the 64 numbers before the last layer."""
+    """[N, channels, 32, 32] in [-1, 1] -> logits [N, classes]; ``features`` are what the last layer reads, [N, 64]."""
 
     def __init__(self, channels: int = 1, classes: int = 10, width: int = 32, features: int = 64):
         super().__init__()
@@ -90,22 +95,35 @@ def train_classifier(
 
 def save_classifier(net: Classifier, path: str | os.PathLike, accuracy: float) -> None:
     """Write ``net`` and its test accuracy, for :func:`load_classifier`; the weights as float16."""
-    write(path, {"classifier": 1, "accuracy": accuracy}, {k: v.half() for k, v in floating(net.state_dict()).items()})
+    sizes = {"channels": net.convs[0].in_channels, "classes": net.out.out_features}
+    weights = {key: tensor.half() for key, tensor in floating(net.state_dict()).items()}
+    write(path, {"classifier": 1, "accuracy": accuracy, **sizes}, weights)
 
 
 def load_classifier(path: str | os.PathLike = CLASSIFIER) -> tuple[Classifier, float]:
-    """A classifier and its test accuracy. Raises ValueError for a file that is none."""
+    """Read a classifier and its test accuracy. A file that tells no channels and classes has 1 and 10.
+
+    Raises ValueError for a file that is none.
+    """
     description, tensors = read(path)
     if type(description.get("classifier")) is not int or description["classifier"] != 1:
         raise ValueError(f"{path}: expected a classifier, got {', '.join(description)}")
     try:
         share = checked_float("accuracy", description.get("accuracy"), "a share", lambda value: 0 <= value <= 1)
+        channels, classes = _size(description, "channels", 1), _size(description, "classes", 10)
     except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     with Blueprint():
-        net = Classifier().float()
+        net = Classifier(channels, classes).float()
     fill(net, tensors, path)
     return net.eval().requires_grad_(False), share
+
+
+def _size(description: Mapping[str, Any], name: str, absent: int) -> int:
+    size, expected = description.get(name, absent), f"an int in 1..{LARGEST_SIZE}"
+    if not 1 <= checked_int(name, size, expected) <= LARGEST_SIZE:
+        raise ValueError(f"{name}: expected {expected}, got {size}")
+    return size
 
 
 @torch.inference_mode()
@@ -203,27 +221,68 @@ def evaluate(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Iterator[Row]:
-    """Sample ``n`` images by each of ``runs`` (sampler, steps) and compare; a row as soon as it is known."""
+    """Sample ``n`` images by each of ``runs`` (sampler, steps) and compare; a row as soon as it is known.
+
+    The call raises the errors of :func:`check`. The iterator does the work.
+    """
+    runs = tuple(runs)
+    check(model, train, test, net, n=n, runs=runs, guidance=guidance)
+    options = dict(guidance=guidance, batch_size=batch_size, dtype=dtype, progress=progress)
+    return _rows(model, train, test, net, n, runs, options)
+
+
+def check(
+    model: Model,
+    train: Dataset,
+    test: Dataset,
+    net: Classifier | None,
+    *,
+    n: int,
+    runs: Sequence[tuple[str, int]],
+    guidance: float = 1.0,
+) -> None:
+    """Check the arguments of :func:`evaluate` before a network runs; ``net`` is None where it is yet to be trained.
+
+    Raises TypeError or ValueError that names the argument.
+    """
     if model.shape != train.shape:
         raise ValueError(f"model: expected images of shape {train.shape}, got {model.shape}")
-    if not 2 <= n <= len(test):
-        raise ValueError(f"n: expected 2..{len(test)} (the floor takes as many test images), got {n}")
+    if test.shape != train.shape:
+        raise ValueError(f"test: expected images of shape {train.shape}, got {test.shape}")
+    channels = train.shape[0] if net is None else net.convs[0].in_channels
+    if train.shape != (channels, 32, 32):
+        raise ValueError(f"train: expected images of the classifier's shape {(channels, 32, 32)}, got {train.shape}")
+    expected = f"2..{len(test)} (the floor takes as many test images)"
+    if not 2 <= checked_int("n", n, expected) <= len(test):
+        raise ValueError(f"n: expected {expected}, got {n}")
+    if checked_float("guidance", guidance, "a finite number", math.isfinite) != 1 and not _guided(model):
+        raise ValueError(f"guidance: expected 1 with a model that lacks classes or a null class, got {guidance}")
+    for sampler, steps in runs:
+        if sampler not in samplers.SAMPLERS:
+            raise ValueError(f"runs: expected a sampler among {', '.join(samplers.SAMPLERS)}, got {sampler!r}")
+        getattr(samplers, sampler)(model.schedule, model.schedule.timesteps(steps), model.prediction)
+
+
+def _guided(model: Model) -> bool:
+    network = unwrapped(model.network)
+    return model.classes is not None and (not isinstance(network, UNet) or network.config["null_class"])
+
+
+def _rows(
+    model: Model,
+    train: Dataset,
+    test: Dataset,
+    net: Classifier,
+    n: int,
+    runs: Sequence[tuple[str, int]],
+    options: dict[str, Any],
+) -> Iterator[Row]:
     real = features(net, train.images)
     floor = frechet_distance(features(net, test.images[:n]), real)
     labels = None if model.classes is None else torch.arange(n, dtype=torch.int64, device="cpu") % len(model.classes)
     for sampler, steps in runs:
         start = time.perf_counter()
-        x = sample(
-            model,
-            n,
-            labels=labels,
-            guidance=guidance,
-            sampler=sampler,
-            steps=steps,
-            batch_size=batch_size,
-            dtype=dtype,
-            progress=progress,
-        )
+        x = sample(model, n, labels=labels, sampler=sampler, steps=steps, **options)
         seconds = (time.perf_counter() - start) / n
         images = torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2).contiguous()
         agreement = None if labels is None else accuracy(net, images, labels)

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import stat
@@ -28,6 +29,7 @@ CHECKPOINT = "checkpoint.safetensors"
 
 LONG_NAME = 200  # bytes: the temporary folder of a longer name has a digest for it (a file system's limit is 255)
 BEGUN = time.time()
+HOST = hashlib.sha256(os.fsencode(platform.node())).hexdigest()[:8]  # process numbers are those of one host
 
 FilePath = str | os.PathLike
 
@@ -192,7 +194,7 @@ def _temporary(path: FilePath) -> Iterator[tuple[Path, Path, int]]:
     try:
         target = _target(path)
         _remove_stale(target)
-        folder = target.with_name(f"{_hidden(target)}{os.getpid()}.{os.urandom(4).hex()}")
+        folder = target.with_name(f"{_hidden(target)}{HOST}.{os.getpid()}.{os.urandom(4).hex()}")
         folder.mkdir()
         try:
             folder.chmod(0o700)
@@ -222,23 +224,22 @@ def _target(path: FilePath) -> Path:
 
 
 def _hidden(target: Path) -> str:
-    """The beginning of the names of temporary folders for ``target``: its process and a random number follow."""
+    """Begin the names of temporary folders for ``target``: the host, the process and a random number follow."""
     name = target.name
     return f".{name if len(os.fsencode(name)) <= LONG_NAME else hashlib.sha256(os.fsencode(name)).hexdigest()}."
 
 
 def _remove_stale(target: Path) -> None:
-    """Remove what processes that were killed in a write of this target left, if they ran on this machine."""
-    folders = re.compile(re.escape(_hidden(target)) + r"(\d{1,9})\.[0-9a-f]{8}")
-    files = re.compile(re.escape(_hidden(target)) + r"(\d{1,9})" + re.escape(target.suffix))  # of earlier versions
+    """Remove the temporary folders of processes that were killed in a write of this target.
+
+    On a shared file system those of other hosts stay: whether their processes live is not known here.
+    """
+    left = re.compile(re.escape(f"{_hidden(target)}{HOST}.") + r"(\d{1,9})\.[0-9a-f]{8}")
     with suppress(OSError):  # a folder that cannot be listed, something that another process has just removed
         for entry in os.scandir(target.parent):
-            if entry.is_dir(follow_symlinks=False):
-                match, remove = folders.fullmatch(entry.name), shutil.rmtree
-            else:
-                match, remove = target.suffix and files.fullmatch(entry.name), os.unlink
-            if match and _is_left(int(match[1]), entry):
-                remove(entry.path)
+            match = left.fullmatch(entry.name)
+            if match and entry.is_dir(follow_symlinks=False) and _is_left(int(match[1]), entry):
+                shutil.rmtree(entry.path)
 
 
 def _is_left(process: int, entry: os.DirEntry) -> bool:

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from . import pipelines
 from .description import FORMAT, check_model
 from .files import CHECKPOINT, Blueprint, compare, fill, read, write
-from .files import restore as restore
-from .files import write_atomically as write_atomically
 from .samplers import PREDICTIONS
 from .schedule import Schedule
 from .unet import UNet

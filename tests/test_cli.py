@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from tiny import one_thread  # noqa: F401
 
+import diffkern
 from diffkern import cli, training
 from diffkern.cli import main
 from diffkern.images import read_settings, to_uint8
@@ -64,9 +66,10 @@ def test_sample_writes_a_labelled_grid_with_its_settings_inside(folder, capsys):
     assert main(["sample", "--model", "m.safetensors", "--n", "5", "--steps", "4", "--out", "s.png", *QUIET]) == 0
     assert capsys.readouterr().out == "s.png\n"
     settings = read_settings("s.png")
+    versions = {"diffkern": diffkern.__version__, "torch": torch.__version__}
     assert settings["seeds"] == [0, 1, 2, 3, 4] and settings["labels"] == [0, 1, 2, 0, 1]
     assert (settings["sampler"], settings["steps"], settings["spacing"]) == ("ddim", 4, "trailing")
-    assert settings["model"] == "m.safetensors" and settings["versions"]["torch"] == torch.__version__
+    assert settings["model"] == "m.safetensors" and settings["versions"] == versions
     with Image.open("s.png") as image:
         assert image.size == (3 * 68 + 4, 2 * (68 + 14) + 4)  # a column a class
 
@@ -135,6 +138,18 @@ def test_a_long_gif_is_thinned(folder, monkeypatch):
     assert main(["sample", "--model", "m.safetensors", "--n", "1", "--steps", "10", "--gif", "s.gif", *QUIET]) == 0
     with Image.open("s.gif") as gif:
         assert gif.n_frames == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"), [([], 20), (["--sampler", "ddim"], 20), (["--spacing", "quadratic", "--steps", "8"], None)]
+)
+def test_no_more_frames_are_kept_than_are_shown(folder, monkeypatch, options, steps):
+    monkeypatch.setattr(cli, "GIF_FRAMES", 4)
+    films = []
+    monkeypatch.setattr(cli.Film, "frames", lambda film, x: films.append(film) or [Image.new("L", (8, 8))])
+    assert main(["sample", "--model", "m.safetensors", "--n", "1", "--gif", "s.gif", *options, *QUIET]) == 0
+    steps = steps or len(tiny.SCHEDULE.timesteps(8, "quadratic"))
+    assert list(films[0].taken) == list(range(steps))[:: math.ceil(steps / 4)]
 
 
 # --- train, export ---

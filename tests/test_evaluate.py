@@ -22,6 +22,7 @@ from diffkern.evaluate import (
 )
 from diffkern.files import floating, write
 from diffkern.model import Model, save
+from diffkern.schedule import Schedule
 from diffkern.unet import UNet
 
 
@@ -167,6 +168,13 @@ def test_a_saved_classifier_has_the_same_features(tmp_path):
     torch.testing.assert_close(features(loaded, images), features(net, images), rtol=0, atol=1e-2)  # float16 weights
 
 
+def test_a_saved_classifier_of_other_sizes_is_loaded_with_them(tmp_path):
+    net = Classifier(channels=3, classes=26).eval()
+    save_classifier(net, tmp_path / "c.safetensors", 0.5)
+    loaded, _ = load_classifier(tmp_path / "c.safetensors")
+    assert loaded(torch.zeros(2, 3, 32, 32)).shape == (2, 26)
+
+
 def test_loading_a_classifier_leaves_torch_s_generator_alone():
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -185,6 +193,10 @@ def test_loading_a_classifier_leaves_torch_s_generator_alone():
         (dict(accuracy=10**400), "int too large"),
         (dict(accuracy=float("nan")), "accuracy: expected a share, got nan"),
         (dict(dtype=torch.int8), "expected a type like torch.float32, got torch.int8"),
+        (dict(classes=0), r"classes: expected an int in 1\.\.65536, got 0"),
+        (dict(classes=10**30), r"classes: expected an int in 1\.\.65536, got 10+$"),
+        (dict(channels=True), r"channels: expected an int in 1\.\.65536, got True"),
+        (dict(channels=3), r"expected shape \(32, 3, 5, 5\), got \(32, 1, 5, 5\)"),
         (dict(widths=2), r"expected shape \(32, 1, 5, 5\), got \(2, 1, 5, 5\)"),
     ],
 )
@@ -222,9 +234,20 @@ def test_evaluate_reports_a_row_for_each_sampler():
     assert rows[0].floor == rows[1].floor == frechet_distance(features(net, data.images[:6]), real)
 
 
-def run_evaluation(**changes):
-    arguments = dict(n=4, runs=(("ddim", 1),), progress=False) | changes
-    return list(evaluate.evaluate(tiny.model(), squares(4), squares(4), Classifier().eval(), **arguments))
+def evaluation(**changes):
+    """The call of ``evaluate`` alone, of a model without classes; nothing asks for a row."""
+    model = Model(UNet(**tiny.NETWORK), tiny.SCHEDULE, "eps", (1, 32, 32))
+    arguments = dict(model=model, train=squares(4), test=squares(4), net=Classifier().eval(), n=4, runs=[("ddim", 1)])
+    return evaluate.evaluate(**arguments | changes)
+
+
+def without_null_class():
+    network = UNet(**tiny.NETWORK, num_classes=2, null_class=False)
+    return Model(network, tiny.SCHEDULE, "eps", (1, 32, 32), ("low", "high"))
+
+
+def from_noise_alone():
+    return Model(UNet(**tiny.NETWORK), Schedule(torch.tensor([0.1, 1.0])), "eps", (1, 32, 32))
 
 
 def load_a_model(folder):
@@ -241,7 +264,25 @@ BAD = {
     "shape": (lambda f: eps_loss(tiny.model(), squares(2)), r"data: expected images of shape \(1, 8, 8\), got"),
     "classifier data": (lambda f: train_classifier(tiny.dataset()), "data: expected labelled 32x32 images, got"),
     "no classifier": (load_a_model, "m.safetensors: expected a classifier, got format, name"),
-    "model shape": (lambda f: run_evaluation(), r"model: expected images of shape \(1, 32, 32\), got \(1, 8, 8\)"),
+    "model shape": (
+        lambda f: evaluation(model=tiny.model()),
+        r"model: expected images of shape \(1, 32, 32\), got \(1, 8, 8\)",
+    ),
+    "test shape": (lambda f: evaluation(test=tiny.dataset()), r"test: expected .* \(1, 32, 32\), got \(1, 8, 8\)"),
+    "data size": (
+        lambda f: evaluation(model=tiny.model(), train=tiny.dataset(), test=tiny.dataset()),
+        r"train: expected images of the classifier's shape \(1, 32, 32\), got \(1, 8, 8\)",
+    ),
+    "channels": (lambda f: evaluation(net=Classifier(channels=3)), r"train: expected .* \(3, 32, 32\), got \(1, 32,"),
+    "n": (lambda f: evaluation(n=5), r"n: expected 2..4 \(the floor takes as many test images\), got 5"),
+    "no classes": (lambda f: evaluation(guidance=2), "guidance: expected 1 with a model that lacks classes .*, got 2"),
+    "no null class": (
+        lambda f: evaluation(guidance=2, model=without_null_class()),
+        "guidance: expected 1 with a model that lacks .* a null class, got 2",
+    ),
+    "steps": (lambda f: evaluation(runs=[("ddim", 2), ("ddpm", 21)]), "steps: expected 1 to 20, .* got 21"),
+    "sampler": (lambda f: evaluation(runs=[("euler", 2)]), "runs: expected a sampler among ddpm, .*, got 'euler'"),
+    "prediction": (lambda f: evaluation(model=from_noise_alone()), "prediction: expected 'v' or 'x0' where alpha_bar"),
 }
 
 
@@ -249,9 +290,3 @@ BAD = {
 def test_bad_arguments_say_what_was_expected(tmp_path, call, message):
     with pytest.raises(ValueError, match=message):
         call(tmp_path)
-
-
-def test_more_samples_than_test_images_have_no_floor():
-    model = Model(UNet(**tiny.NETWORK), tiny.SCHEDULE, "eps", (1, 32, 32))
-    with pytest.raises(ValueError, match=r"n: expected 2..4 \(the floor takes as many test images\), got 5"):
-        list(evaluate.evaluate(model, squares(4), squares(4), Classifier().eval(), n=5))

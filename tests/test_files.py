@@ -149,14 +149,22 @@ def test_what_a_kill_in_a_write_leaves_is_removed_by_the_next_write_of_that_file
     dead = killed_in_a_write(path)
     (left,) = os.listdir(tmp_path)
     assert str(dead) in left
-    mine = f".file.bin.{os.getpid()}"
-    for name in (f"{mine}.00000000", f"{mine}.00000001", f".other.bin.{dead}.00000000", ".file.bin.1.00000000"):
+    mine = f".file.bin.{files.HOST}.{os.getpid()}"
+    others = f".other.bin.{files.HOST}.{dead}.00000000", f".file.bin.{files.HOST}.1.00000000"
+    for name in (f"{mine}.00000000", f"{mine}.00000001", *others):
         (tmp_path / name).mkdir()
-    (tmp_path / f".file.bin.{dead}.bin").touch()  # as earlier versions named it
     os.utime(tmp_path / f"{mine}.00000001", (0, 0))  # of a process before, which had this number
     write_new(path)
-    kept = [f"{mine}.00000000", f".other.bin.{dead}.00000000", ".file.bin.1.00000000", "file.bin"]
-    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+    assert sorted(os.listdir(tmp_path)) == sorted([f"{mine}.00000000", *others, "file.bin"])
+
+
+def test_the_temporary_of_another_host_stays(tmp_path, monkeypatch):
+    path = tmp_path / "file.bin"
+    killed_in_a_write(path)  # a number that is free here, and may be that of a process there
+    (theirs,) = os.listdir(tmp_path)
+    monkeypatch.setattr(files, "HOST", "00000000")
+    write_new(path)
+    assert sorted(os.listdir(tmp_path)) == sorted([theirs, "file.bin"])
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -13,6 +13,7 @@ from tiny import one_thread  # noqa: F401
 
 from diffkern import cli
 from diffkern.cli import main
+from diffkern.evaluate import Classifier
 from diffkern.files import read, write
 from diffkern.images import read_settings
 from diffkern.model import Model, load, save
@@ -81,7 +82,11 @@ TOO_LARGE = {
     "n": (["--n", "1000000000"], r"n: expected at most \d+, which fill memory, got 1000000000"),
     "scale": (["--n", "1", "--scale", "100000"], r"scale: expected a grid of at most \d+ pixels, got .* by 100000"),
     "scale 2000": (["--n", "1", "--scale", "2000"], r"scale: expected a grid of at most \d+ pixels, got .* by 2000"),
-    "grid": (["--n", "1000000"], r"n: expected a grid that memory holds, got 1000000 images in one of"),
+    "grid": (["--n", "1000000"], r"n: expected grids that memory holds, got 1000000 images in 1 of"),
+    "frames": (
+        ["--n", "1000000", "--steps", "20", "--gif", "s.gif"],
+        f"n: expected at most {2**30 // ((12 + 20) * 64)}, which fill memory, got 1000000",
+    ),
     "gif": (
         ["--n", "2000", "--columns", "1000", "--gif", "s.gif"],
         "frames: expected at most 65535 pixels a side, got",
@@ -177,6 +182,41 @@ def test_an_evaluation_reads_its_classifier_before_its_images(folder, without_wo
     write("c", {"classifier": 1}, {"w": torch.zeros(1)})
     arguments = ["evaluate", "--model", "m.safetensors", "--classifier", "c"]
     assert error_of(arguments, capsys) == "c: accuracy: expected a share, got None"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--n", "21"], "n: expected 2..20 (the floor takes as many test images), got 21"),
+        (["--n", "4", "--steps", "ddim:2", "ddpm:21"], "steps: expected 1 to 20, the length of the schedule, got 21"),
+    ],
+)
+def test_an_evaluation_that_cannot_end_trains_no_classifier(folder, monkeypatch, capsys, options, message):
+    for name in ("train_classifier", "eps_loss"):
+        monkeypatch.setattr(cli.evaluate, name, lambda *arguments, **options: pytest.fail("the work began"))
+    tiny.write_fashion_mnist(folder / "idx")
+    model = tiny.model()
+    model.shape = (1, 32, 32)
+    save(model, "m.safetensors")
+    command = ["evaluate", "--model", "m.safetensors", "--data", "idx", "--classifier", "new.safetensors", *options]
+    assert error_of(command, capsys) == message
+
+
+def test_a_new_classifier_has_the_classes_of_its_data(folder, monkeypatch):
+    def untrained(train, **options):
+        return Classifier(classes=len(train.classes)).eval()
+
+    monkeypatch.setattr(cli.evaluate, "train_classifier", untrained)
+    arrays = tiny.write_fashion_mnist(folder / "idx")
+    for name in arrays:
+        if "labels" in name:
+            (folder / "idx" / name).write_bytes(tiny.idx(arrays[name] + 6))  # 16 classes
+    model = tiny.model(classes=None)
+    model.shape = (1, 32, 32)
+    save(model, "m.safetensors")
+    command = ["evaluate", "--model", "m.safetensors", "--data", "idx", "--classifier", "new.safetensors", *QUIET]
+    assert main([*command, "--n", "4", "--steps", "ddim:1", "--loss-n", "2"]) == 0
+    assert cli.evaluate.load_classifier("new.safetensors")[0].out.out_features == 16
 
 
 def test_classes_in_any_script_have_a_grid(folder):
