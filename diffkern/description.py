@@ -111,12 +111,13 @@ def checked_training(description: Mapping[str, Any], path: str | os.PathLike, co
     if "training" not in description:
         raise ValueError(f"{path}: expected a training checkpoint, got a model without the state of its training")
     try:
-        return _checked_training(description["training"], config)
+        return checked_state(description["training"], config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _checked_training(state: Any, config: type[Config]) -> Config:
+def checked_state(state: Any, config: type[Config]) -> Config:
+    """Check the "training" part itself, as ``checked_training`` does; its errors do not begin with a path."""
     if not isinstance(state, dict):
         raise TypeError(f"training: expected an object, got {_shown(state)}")
     for key in ("config", "steps", "examples"):

@@ -14,6 +14,9 @@ from tqdm import tqdm
 TENTHS, SECONDS = 10, 10
 """Lines nobody asks for come at each tenth of the work, and at least this many seconds after the one before."""
 
+LONGEST = timedelta.max.days * 86400
+"""In seconds. A time left that is longer, which Python could not write, is told as this."""
+
 
 def tell(line: str) -> None:
     """Write one line to stderr, if there is one that can be written to."""
@@ -81,6 +84,7 @@ class Lines:
         now = time.monotonic()
         rate = (self.done - self.told) / max(now - self.told_at, 1e-9)
         left = (self.total - self.done) * (now - self.start) / max(self.done - self.initial, 1)
+        left = timedelta(seconds=round(min(left, LONGEST)))
         shown = [f"{self.done}/{self.total} {self.unit}", *(f"{name} {value}" for name, value in values.items())]
-        tell(f"{self.desc}: {', '.join(shown)}, {rate:.1f} {self.unit}/s, {timedelta(seconds=round(left))} left")
+        tell(f"{self.desc}: {', '.join(shown)}, {rate:.1f} {self.unit}/s, {left} left")
         self.told, self.told_at = self.done, now

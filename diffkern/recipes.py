@@ -5,6 +5,9 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from .schedule import Schedule, checked_float, checked_int
 
 LR_SCHEDULES = ("constant", "cosine")
@@ -17,9 +20,21 @@ def option(default: Any, text: str, **kwargs) -> Any:
     return field(default=default, metadata={"help": text, **kwargs})
 
 
+def plain(value: Any) -> Any:
+    """``value`` with the numbers of numpy and torch in it, at any depth, as Python's, which JSON can hold."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([plain(item) for item in value])
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+
+
 @dataclass(frozen=True)
 class Config:
-    """A training run but for its data. ``network`` and ``schedule`` hold a UNet's and a Schedule's arguments."""
+    """A training run but for its data. ``network`` and ``schedule`` hold a UNet's and a Schedule's arguments.
+
+    Numbers of numpy and torch become Python's. Raises TypeError or ValueError for values with which no run can be made.
+    """
 
     steps: int = option(100_000, "optimizer steps in all")
     batch_size: int = option(64, "images a step, of all processes together")
@@ -42,26 +57,38 @@ class Config:
 
     def __post_init__(self):
         for name, low in dict(steps=1, batch_size=1, checkpoint_every=1, log_every=1, warmup=0, sample_every=0).items():
-            if checked_int(name, getattr(self, name), f"an int >= {low}") < low:
-                raise ValueError(f"{name}: expected an int >= {low}, got {getattr(self, name)}")
-        seed = checked_int("seed", self.seed, "an int in [-2^63, 2^64)")
-        if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed: expected an int in [-2^63, 2^64), got {seed}")
-        checked_float("lr", self.lr, "a number > 0", lambda value: value > 0)
-        checked_float("weight_decay", self.weight_decay, "a number >= 0", lambda value: value >= 0)
-        checked_float("grad_clip", self.grad_clip, "a number >= 0", lambda value: value >= 0)
-        checked_float("ema", self.ema, "a number in [0, 1)", lambda value: 0 <= value < 1)
-        checked_float("label_dropout", self.label_dropout, "a probability", lambda value: 0 <= value <= 1)
-        object.__setattr__(self, "betas", tuple(self.betas))  # a list, from JSON
-        if len(self.betas) != 2:
-            raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
-        for beta in self.betas:
-            checked_float("betas", beta, "two numbers in [0, 1)", lambda value: 0 <= value < 1)
+            number = checked_int(name, getattr(self, name), f"an int >= {low}")
+            if number < low:
+                raise ValueError(f"{name}: expected an int >= {low}, got {number}")
+            self._set(name, number)
+        self._set("seed", checked_int("seed", self.seed, "an int in [-2^63, 2^64)"))
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed: expected an int in [-2^63, 2^64), got {self.seed}")
+        for name, expected, holds in (
+            ("lr", "a number > 0", lambda value: value > 0),
+            ("weight_decay", "a number >= 0", lambda value: value >= 0),
+            ("grad_clip", "a number >= 0", lambda value: value >= 0),
+            ("ema", "a number in [0, 1)", lambda value: 0 <= value < 1),
+            ("label_dropout", "a probability", lambda value: 0 <= value <= 1),
+        ):
+            self._set(name, checked_float(name, getattr(self, name), expected, holds))
+        betas, expected = tuple(self.betas), "two numbers in [0, 1)"
+        if len(betas) != 2:
+            raise ValueError(f"betas: expected {expected}, got {betas}")
+        betas = tuple(checked_float("betas", beta, expected, lambda value: 0 <= value < 1) for beta in betas)
+        self._set("betas", betas)
+        for name in ("flip", "bf16"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"lr_schedule: expected one of {LR_SCHEDULES}, got {self.lr_schedule!r}")
         for name in ("network", "schedule"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name}: expected a dict, got {type(getattr(self, name)).__name__}")
+            self._set(name, plain(getattr(self, name)))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # past ``frozen``
 
     def learning_rate(self, step: int) -> float:
         """Of the 0-based ``step``: linear warm-up, then constant or half a cosine down to 0 at ``steps``."""

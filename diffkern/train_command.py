@@ -47,7 +47,7 @@ def _train_on(device: str | None, arguments: argparse.Namespace, held: contextli
         if first:
             tell(f"resuming {checkpoint} at step {trainer.steps}{_changes(begun, trainer.config, arguments.init)}")
     else:
-        model = training.new_model(dataset, config, name=arguments.preset or out.name, init=init)
+        model = training.new_model(dataset, config, name=arguments.preset or out.resolve().name, init=init)
         trainer = training.Trainer(model, dataset, config, device=device)
     with parallel.together():
         if first and not lock:

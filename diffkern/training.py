@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from . import images, ops, parallel, runs
 from .data import EXAMPLE_STREAM, Dataset, epoch_order, words
 from .defaults import float32_on
-from .description import check_model, checked_training
+from .description import check_model, checked_state, checked_training
 from .files import CHECKPOINT, read, restore, write
-from .model import Model, build, checked_device
+from .model import Model, build, checked_device, unwrapped
 from .progress import bar as progress_bar
-from .recipes import PRESETS, Config, config_fields, recipe
+from .recipes import PRESETS, Config, config_fields, plain, recipe
 from .runs import Log, Unlogged
 from .sampling import sample
 from .schedule import Schedule
@@ -85,10 +85,10 @@ def ema_decay(decay: float, step: int) -> float:
 def new_model(dataset: Dataset, config: Config, name: str = "model", *, init: Model | None = None) -> Model:
     """The eps-predicting model that ``config`` asks for, with the data's shape and classes, to be trained.
 
-    Its weights are random, or those of ``init``, a model to fine-tune: all of them, but only the null class's of the
-    embedding of the classes where the data have another number of those. ``groups`` is the largest divisor of 32 that
-    divides ``channels``, unless it is given.
-    Raises ValueError for options of which no network can be made, or a network that ``init`` does not fit.
+    Its weights are random, or those of ``init``, a model to fine-tune. A class has the embedding of the class of its
+    name in ``init``, the null class that of the null class; where no name is the same and there are as many classes,
+    each has that of its label. ``groups`` is the largest divisor of 32 that divides ``channels``, unless it is given.
+    Raises TypeError or ValueError for options of which no network can be made, or a network that ``init`` does not fit.
     """
     classes, channels = dataset.classes, config.network.get("channels")
     options = {"in_channels": dataset.shape[0], "num_classes": classes and len(classes)}
@@ -97,23 +97,33 @@ def new_model(dataset: Dataset, config: Config, name: str = "model", *, init: Mo
     with torch.random.fork_rng(devices=[]), float32_on("cpu"):
         torch.manual_seed(config.seed)
         network = UNet(**{**options, **config.network})
+    model = Model(network, Schedule.from_config(config.schedule), "eps", dataset.shape, classes, name=name)
     if init is not None:
-        _copy_weights(network, init)
-    return Model(network, Schedule.from_config(config.schedule), "eps", dataset.shape, classes, name=name)
+        _copy_weights(model, init)
+    return model
 
 
-def _copy_weights(network: UNet, init: Model) -> None:
+def _copy_weights(model: Model, init: Model) -> None:
+    network, source = model.network, unwrapped(init.network)
+    if not isinstance(source, UNet):
+        raise TypeError(f"init: expected a model of a diffkern.unet.UNet, got one of {type(source).__name__}")
     if init.prediction != "eps":
         raise ValueError(
             f"init: expected a model that predicts 'eps', which Algorithm 1 trains, got {init.prediction!r}"
         )
-    live, stored = network.state_dict(), init.network.state_dict()
-    classes = "class_embedding.weight"
-    if (classes in live and live[classes].shape) != (classes in stored and stored[classes].shape):
-        theirs, ours = stored.pop(classes, None), live.pop(classes, None)
-        if theirs is not None and ours is not None and theirs.shape[1:] == ours.shape[1:]:
-            ours[-1] = theirs[-1]
+    live, stored = network.state_dict(), source.state_dict()
+    ours, theirs = (weights.pop("class_embedding.weight", None) for weights in (live, stored))
     restore(live, stored, f"init: {init.name}")
+    if ours is None or theirs is None:
+        return
+    known = {name: label for label, name in enumerate(init.classes or ())}
+    rows = [(label, known[name]) for label, name in enumerate(model.classes or ()) if name in known]
+    if not rows and network.config["num_classes"] == source.config["num_classes"]:
+        rows = [(label, label) for label in range(network.config["num_classes"])]
+    if network.config["null_class"] and source.config["null_class"]:
+        rows.append((-1, -1))
+    for mine, other in rows:
+        ours[mine] = theirs[other]
 
 
 class Trainer:
@@ -128,10 +138,10 @@ class Trainer:
     """
 
     def __init__(self, model: Model, dataset: Dataset, config: Config, *, device: torch.device | str | None = None):
-        options = getattr(model.network, "config", None)
-        if not isinstance(options, Mapping) or not {"learned_variance", "channel_mult"} <= options.keys():
+        if not isinstance(model.network, UNet):
             name = type(model.network).__name__
             raise TypeError(f"network: expected a diffkern.unet.UNet, whose options a checkpoint holds, got {name}")
+        options = model.network.config
         if dataset.shape != model.shape:
             raise ValueError(f"data: expected images of shape {model.shape}, got {dataset.shape}")
         dataset = dataset.in_order_of(model.classes)
@@ -142,6 +152,10 @@ class Trainer:
             raise ValueError("learned_variance: expected False, the loss of Algorithm 1 does not train a variance")
         if model.prediction != "eps":
             raise ValueError(f"prediction: expected 'eps', which Algorithm 1 trains, got {model.prediction!r}")
+        if config.label_dropout and options["num_classes"] is not None and not options["null_class"]:
+            raise ValueError(
+                f"label_dropout: expected 0 for a network without a null class, got {config.label_dropout}"
+            )
         if config.batch_size % parallel.world():
             raise ValueError(
                 f"batch_size: expected a multiple of the {parallel.world()} processes, got {config.batch_size}"
@@ -166,6 +180,9 @@ class Trainer:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64, device="cpu"))
+        written = _as_json(self.description())  # what could not be read again is refused before a step is taken
+        check_model(written, len(self.tensors()))
+        checked_state(written["training"], Config)
 
     @classmethod
     def resume(
@@ -179,15 +196,17 @@ class Trainer:
         """
         description, tensors, config = read_checkpoint(path)
         state = description["training"]
-        for name in changes.keys() & {"network", "schedule", "seed"}:
-            stored = getattr(config, name)
-            wanted = {**stored, **changes[name]} if isinstance(stored, dict) else changes[name]
-            if json.dumps(wanted) != json.dumps(stored):
-                raise ValueError(f"{name}: expected that of {path}, {stored}, got {changes[name]}")
+        model = build(description, tensors, path, prefix="network.", device=checked_device(device))
+        whole = {"network": model.network.config, "schedule": config.schedule, "seed": config.seed}
+        for name in changes.keys() & whole.keys():
+            wanted, stored = changes[name], whole[name]
+            if isinstance(wanted, dict) and isinstance(stored, dict):  # it says as much as it wants to
+                stored = {key: stored.get(key) for key in wanted}
+            if _as_json(wanted) != _as_json(stored):
+                raise ValueError(f"{name}: expected that of {path}, {stored}, got {wanted}")
         config = replace(config, **{**changes, "network": config.network, "schedule": config.schedule})
         if "steps" in changes and config.steps < state["steps"]:
             raise ValueError(f"steps: expected at least the {state['steps']} that {path} has taken, got {config.steps}")
-        model = build(description, tensors, path, prefix="network.", device=checked_device(device))
         for name, parameter in model.network.named_parameters():
             parameter.requires_grad_(name not in (state.get("frozen") or ()))
         self = cls(model, dataset, config, device=device)
@@ -218,8 +237,8 @@ class Trainer:
             **{f"exp_avg_sq.{name}": self.optimizer.state[p]["exp_avg_sq"] for name, p in self.trained.items()},
         }
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write a checkpoint, atomically. ``diffkern.load`` reads its averaged model."""
+    def description(self) -> dict[str, Any]:
+        """All of a checkpoint but its tensors: that of ``model``, and the state of the run, as JSON holds it."""
         training = {
             "config": asdict(self.config),
             "steps": self.steps,
@@ -230,7 +249,11 @@ class Trainer:
         frozen = [name for name, _ in self.network.named_parameters() if name not in self.trained]
         if frozen:
             training["frozen"] = frozen
-        write(path, {**self.model.description(), "prefix": "ema.", "training": training}, self.tensors())
+        return {**self.model.description(), "prefix": "ema.", "training": training}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a checkpoint, atomically. ``diffkern.load`` reads its averaged model."""
+        write(path, self.description(), self.tensors())
 
     def index(self, examples: np.ndarray) -> Tensor:
         """Which image is seen as the k-th example: epoch after epoch, each in an order of its own."""
@@ -296,7 +319,7 @@ class Trainer:
         labels = None if classes is None else torch.arange(n, dtype=torch.int64, device="cpu") % len(classes)
         steps = min(steps, self.model.schedule.T)
         x = sample(self.model, n, labels=labels, sampler="ddim", steps=steps, progress=False)
-        names = None if classes is None else [classes[label] for label in labels]
+        names = None if classes is None else images.captions(classes, labels.tolist())
         return images.grid(x, names, columns=10)
 
     def run(self, out: str | os.PathLike, *, progress: bool = True, lock: bool = True) -> signal.Signals | None:
@@ -308,7 +331,7 @@ class Trainer:
         A loss that is not finite raises :class:`Diverged`, and leaves the last checkpoint as it was.
         """
         out, config, writes = Path(out), self.config, parallel.rank() == 0
-        heard = 0
+        heard, saved = 0, None
         with contextlib.ExitStack() as stack:
             if writes:
                 out.mkdir(parents=True, exist_ok=True)
@@ -330,9 +353,10 @@ class Trainer:
                     bar.report(step=self.steps, loss=f"{log.write(self.steps, lr, config.batch_size):.4f}")
                 if self.steps % config.checkpoint_every == 0 or heard == runs.SAVING:
                     self.save(out / CHECKPOINT)
+                    saved = self.steps
                 if config.sample_every and self.steps % config.sample_every == 0:
                     images.save_png(self.grid(), out / f"samples-{self.steps:07d}.png", {"step": self.steps})
-            if writes:
+            if writes and saved != self.steps:
                 self.save(out / CHECKPOINT)
         return signal.Signals(heard) if self.steps < config.steps else None
 
@@ -347,6 +371,10 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, 
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     return description, tensors, config
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(plain(value)))
 
 
 def _check_optional(data: Any, log: Any, frozen: Any) -> None:

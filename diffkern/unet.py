@@ -238,8 +238,7 @@ class UNet(nn.Module):
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        _check_config(self.config)
+        self.config = _checked_config({k: v for k, v in locals().items() if k not in ("self", "__class__")})
         widths = [channels * m for m in channel_mult]
         emb_dim = 4 * channels
         last = len(widths) - 1
@@ -393,15 +392,26 @@ class UNet(nn.Module):
                     raise ValueError(f"labels: expected values in {low}..{classes - 1}, got {label}")
 
 
-def _check_config(c: dict[str, Any]) -> None:
-    """TypeError or ValueError unless there is a U-Net of these options, which then has all that they say."""
+FLAGS = ("mid_attention", "null_class", "scale_shift", "resample_blocks", "flip_sin_to_cos", "learned_variance")
+
+
+def _checked_config(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as Python's own numbers, which JSON can hold, and tuples.
+
+    TypeError or ValueError unless there is a U-Net of them, which then has all that they say.
+    """
+    c = dict(options)
 
     def check(name: str, low: int, high: float = math.inf) -> None:
         value, several = c[name], isinstance(c[name], Sequence)
         expected = ("ints " if several else "an int ") + (f">= {low}" if high == math.inf else f"in {low}..{high}")
-        for number in value if several else [value]:
-            if not low <= checked_int(name, number, expected) <= high:
-                raise ValueError(f"{name}: expected {expected}, got {value}")
+        numbers = tuple(checked_int(name, number, expected) for number in (value if several else [value]))
+        if not all(low <= number <= high for number in numbers):
+            raise ValueError(f"{name}: expected {expected}, got {value}")
+        c[name] = numbers if several else numbers[0]
+
+    def check_float(name: str, expected: str, holds: Callable[[float], bool]) -> None:
+        c[name] = checked_float(name, c[name], expected, holds)
 
     for name in ("channel_mult", "attention_levels"):
         if not isinstance(c[name], Sequence):
@@ -409,20 +419,21 @@ def _check_config(c: dict[str, Any]) -> None:
     if not c["channel_mult"]:
         raise ValueError("channel_mult: expected at least one level, got none")
     optional = [name for name in ("head_dim", "mid_attention_groups", "num_classes") if c[name] is not None]
-    if not isinstance(c["null_class"], bool):
-        raise TypeError(f"null_class: expected True or False, got {c['null_class']!r}")
+    for name in FLAGS:
+        if not isinstance(c[name], bool):
+            raise TypeError(f"{name}: expected True or False, got {c[name]!r}")
     for name in ("in_channels", "out_channels", "channels", "channel_mult", "blocks", "groups", *optional):
         check(name, 1)
     widths = [c["channels"] * m for m in c["channel_mult"]]
     last = len(widths) - 1
     check("attention_levels", 0, last)
     check("downsample_padding", 0, 1)
-    checked_float("norm_eps", c["norm_eps"], "a number >= 0", lambda value: value >= 0)
-    checked_float("dropout", c["dropout"], "a number in [0, 1]", lambda value: 0 <= value <= 1)
+    check_float("norm_eps", "a number >= 0", lambda value: value >= 0)
+    check_float("dropout", "a number in [0, 1]", lambda value: 0 <= value <= 1)
     if c["channels"] % 2:
         raise ValueError(f"channels: expected an even int, half of them sines, got {c['channels']}")
     half = c["channels"] // 2
-    checked_float("freq_shift", c["freq_shift"], f"a number below channels / 2 = {half}", lambda value: value < half)
+    check_float("freq_shift", f"a number below channels / 2 = {half}", lambda value: value < half)
     if any(width % c["groups"] for width in (c["channels"], *widths)):
         raise ValueError(f"groups: expected a divisor of every width {widths}, got {c['groups']}")
     mid_groups = c["mid_attention_groups"] or 1
@@ -433,6 +444,7 @@ def _check_config(c: dict[str, Any]) -> None:
             raise ValueError(
                 f"head_dim: expected a divisor of level {level}'s width {widths[level]}, got {c['head_dim']}"
             )
+    return c
 
 
 DIFFUSERS_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")

@@ -285,6 +285,11 @@ def test_init_is_a_model_to_fine_tune(folder, pictures, begun):
     assert torch.equal(run.network.conv_in.weight, init.network.conv_in.weight)
 
 
+def test_a_run_in_this_folder_names_its_model_after_it(folder, pictures, begun):
+    assert main(["train", "--data", pictures, "--out", ".", *TRAIN]) == 0
+    assert begun[0].model.name == folder.name
+
+
 def test_sigterm_saves_and_leaves_with_its_status(folder, pictures):
     command = [sys.executable, "-m", "diffkern", "train", "--data", pictures, "--out", "run", "--steps", "1000000"]
     command += [*TRAIN, "--threads", "1"]

@@ -36,6 +36,15 @@ def test_a_file_gets_a_line_each_report_and_no_redraws(capsys):
     assert all(line.endswith(" left") and " img/s, " in line for line in lines)
 
 
+def test_more_time_than_python_can_tell_is_told_as_the_longest(capsys, monkeypatch):
+    clock = iter([0.0, 60.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.bar(2**62, "training", "img") as bar:
+        bar.update(64)
+        bar.report()
+    assert capsys.readouterr().err.endswith(", 1.1 img/s, 999999999 days, 0:00:00 left\n")
+
+
 @pytest.mark.parametrize(("seconds", "lines"), [(0, 10), (3600, 0)])
 def test_a_file_gets_a_line_each_tenth_of_work_that_takes_long(capsys, monkeypatch, seconds, lines):
     monkeypatch.setattr(progress, "SECONDS", seconds)

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import one_thread  # noqa: F401
 
+import diffkern
 from diffkern import ops, runs, training
 from diffkern.data import Dataset
 from diffkern.model import load, read, save
+from diffkern.schedule import Schedule
 from diffkern.training import CHECKPOINT, PRESETS, Config, Diverged, Trainer, draw, ema_decay, new_model
 
 
@@ -237,6 +240,15 @@ def test_options_may_change_on_resuming_and_the_network_may_not(tmp_path):
             Trainer.resume(tmp_path / CHECKPOINT, run.dataset, **{name: value})
 
 
+@pytest.mark.parametrize(
+    "same", [dict(network={"dropout": 0, "blocks": np.int64(1)}), dict(network={"freq_shift": 1}), dict(schedule={})]
+)
+def test_a_value_that_the_run_has_is_no_change_even_as_a_default(tmp_path, same):
+    run = trainer()
+    run.save(tmp_path / CHECKPOINT)
+    assert Trainer.resume(tmp_path / CHECKPOINT, run.dataset, **same).config == run.config
+
+
 def test_other_data_than_the_checkpoint_s_are_refused(tmp_path):
     trainer().save(tmp_path / CHECKPOINT)
     with pytest.raises(ValueError, match=r"data: expected images of shape \(1, 8, 8\), got \(1, 16, 16\)"):
@@ -316,7 +328,35 @@ def test_fine_tuning_begins_with_the_weights_of_its_model_whatever_the_classes()
             if model is same or key != "class_embedding.weight":
                 assert torch.equal(tensor, expected[key]), key
     embedding = other.network.class_embedding.weight
-    assert embedding.shape[0] == 3 and torch.equal(embedding[-1], expected["class_embedding.weight"][-1])
+    assert torch.equal(embedding, expected["class_embedding.weight"][[0, 1, -1]])
+
+
+A, B, C, NULL, ANEW = 0, 1, 2, 3, None  # rows of the model that is fine-tuned
+ROWS = {
+    "another order": (("c", "a", "b"), True, [C, A, B, NULL]),
+    "some": (("b", "d"), True, [B, ANEW, NULL]),
+    "as many others": (("d", "e", "f"), True, [A, B, C, NULL]),
+    "as many rows": (("d", "e", "f", "g"), False, [ANEW] * 4),
+    "no null class": (("b", "c", "a"), False, [B, C, A]),
+}
+
+
+@pytest.mark.parametrize(("names", "null_class", "rows"), ROWS.values(), ids=ROWS)
+def test_a_class_begins_with_the_embedding_of_its_name(names, null_class, rows):
+    init = replace(tiny.model(), classes=("a", "b", "c"))
+    data = replace(tiny.dataset(classes=len(names)), classes=names)
+    config = tiny.config(network={**tiny.NETWORK, "null_class": null_class})
+    mine, anew = (new_model(data, config, init=start).network.class_embedding.weight for start in (init, None))
+    theirs = init.network.class_embedding.weight
+    assert torch.equal(mine, torch.stack([anew[i] if row is None else theirs[row] for i, row in enumerate(rows)]))
+
+
+def test_an_optimized_model_is_fine_tuned_as_the_one_within_and_not_trained():
+    optimized = diffkern.optimize(tiny.model())
+    model = new_model(tiny.dataset(), tiny.config(), init=optimized)
+    assert torch.equal(model.network.conv_out.weight, tiny.model().network.conv_out.weight)
+    with pytest.raises(TypeError, match="^network: expected a diffkern.unet.UNet, .*, got Engine$"):
+        Trainer(optimized, tiny.dataset(), tiny.config())
 
 
 def test_a_network_that_the_model_does_not_fit_is_refused():
@@ -361,8 +401,18 @@ def test_a_run_writes_checkpoint_log_and_samples_and_continues(tmp_path):
 
     again = Trainer.resume(tmp_path / CHECKPOINT, run.dataset, steps=8)
     assert again.steps == 6
+    saved, save = [], again.save
+    again.save = lambda path: (saved.append(again.steps), save(path))
     again.run(tmp_path, progress=False)
     assert read(tmp_path / CHECKPOINT)[0]["training"]["steps"] == 8
+    assert saved == [8]  # once, though it is also the last step
+
+
+def test_a_class_whose_name_the_font_cannot_spell_is_a_number_in_a_grid():
+    grids = [
+        trainer(replace(tiny.dataset(), classes=names)).grid(3, 2) for names in (("日", "月", "c"), ("0", "1", "c"))
+    ]
+    assert grids[0].tobytes() == grids[1].tobytes()
 
 
 def test_the_log_holds_the_mean_loss_and_forgets_what_the_checkpoint_does_not_know(tmp_path):
@@ -503,6 +553,14 @@ def test_a_config_survives_json():
         assert json.dumps(vars(Config(**json.loads(json.dumps(vars(config)))))) == json.dumps(vars(config))
 
 
+def test_numbers_of_numpy_and_torch_are_kept_as_python_s(tmp_path):
+    numbers = dict(steps=np.int64(7), seed=np.uint8(3), lr=torch.tensor(0.5), betas=np.array([0.5, 0.75]))
+    run = trainer(**numbers, network={**tiny.NETWORK, "channels": np.int64(8)})
+    run.save(tmp_path / CHECKPOINT)
+    stored = read(tmp_path / CHECKPOINT)[0]["training"]["config"]
+    assert stored | dict(steps=7, seed=3, lr=0.5, betas=[0.5, 0.75], network=tiny.NETWORK) == stored
+
+
 def test_the_shipped_recipe_builds_its_network():
     config = PRESETS["fashion-mnist"]
     model = new_model(tiny.dataset(classes=10, size=32), config)
@@ -529,6 +587,8 @@ BAD_CONFIGS = [
     (dict(ema=1.0), ValueError, r"ema: expected a number in \[0, 1\), got 1.0"),
     (dict(label_dropout=1.1), ValueError, "label_dropout: expected a probability, got 1.1"),
     (dict(seed=2**64), ValueError, r"seed: expected an int in \[-2\^63, 2\^64\), got 18446744073709551616"),
+    (dict(flip=1), TypeError, "flip: expected True or False, got 1"),
+    (dict(bf16="yes"), TypeError, "bf16: expected True or False, got 'yes'"),
     (dict(network=[]), TypeError, "network: expected a dict, got list"),
     (dict(schedule="linear"), TypeError, "schedule: expected a dict, got str"),
 ]
@@ -552,6 +612,9 @@ BAD_RUNS = {
     "variance": (lambda: trainer(network={**tiny.NETWORK, "learned_variance": True}), "variance: expected False"),
     "groups": (lambda: trainer(network={**tiny.NETWORK, "groups": 5}), "groups: expected a divisor of every width"),
     "schedule": (lambda: trainer(schedule={"kind": "none"}), "config: expected a kind among"),
+    "null": (lambda: trainer(network={**tiny.NETWORK, "null_class": False}), "label_dropout: expected 0 .*, got 0.1"),
+    "timesteps": (lambda: trainer(schedule=Schedule.linear(2**20 + 1).config()), "T: expected at most 1048576, got"),
+    "steps": (lambda: trainer(steps=5 * 10**18), r"steps: expected an int below 2\^62, got 5000000000000000000"),
     "size": (lambda: trainer(tiny.dataset(size=7)), "size: expected a multiple of 2 for .* 2 levels, got .* 7 x 7"),
 }  # fmt: skip
 

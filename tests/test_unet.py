@@ -1,5 +1,8 @@
 """The network against diffusers' ``UNet2DModel``, with the same weights loaded both ways."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from networks import CONFIGS, assert_close, call_twin, config_of, diffusers_twin, inputs, with_random_weights
@@ -171,6 +174,9 @@ def test_a_wrong_input_raises_its_message(change, message):
         (dict(out_channels=True), "out_channels: expected an int >= 1, got True"),
         (dict(downsample_padding=2), "downsample_padding: expected an int in 0..1, got 2"),
         (dict(norm_eps=-1e-5), "norm_eps: expected a number >= 0, got -1e-05"),
+        (dict(scale_shift=1), "scale_shift: expected True or False, got 1"),
+        (dict(mid_attention=None), "mid_attention: expected True or False, got None"),
+        (dict(learned_variance=0), "learned_variance: expected True or False, got 0"),
         (dict(dropout=1.5), "dropout: expected a number in [0, 1], got 1.5"),
     ],
 )
@@ -178,6 +184,13 @@ def test_a_wrong_config_raises_its_message(config, message):
     with pytest.raises((TypeError, ValueError)) as raised:
         UNet(**config_of("plain") | config)
     assert str(raised.value) == message
+
+
+def test_options_of_any_number_type_are_kept_as_python_s():
+    options = dict(channels=np.int64(32), channel_mult=[np.int8(1)], norm_eps=np.float32(0.5))
+    config = UNet(**options, attention_levels=()).config
+    assert [type(config[name]) for name in ("channels", "norm_eps", "freq_shift")] == [int, float, float]
+    assert type(config["channel_mult"][0]) is int and json.loads(json.dumps(config))["norm_eps"] == 0.5
 
 
 def test_the_first_level_may_be_wider_than_channels():
