@@ -7,6 +7,7 @@ kernels are compiled for (80 unless given), which may be older.
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import json
 import os
@@ -109,9 +110,12 @@ def build(compiled_for: int | None = None) -> Path:
         values = {"TORCH": Path(torch.__file__).parent, "ARCHITECTURE": compiled_for, "CMAKE_BUILD_TYPE": "None"}
         configure = ["cmake", "-G", "Ninja", "-S", ROOT / "tests" / "emulated", "-B", folder]
         configure += [f"-D{name}={value}" for name, value in values.items()]
-        for command in (configure, ["cmake", "--build", folder]):
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:  # another process of this run may want the same
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for command in (configure, ["cmake", "--build", folder]):
+                done = subprocess.run(command, env=environment, capture_output=True, text=True)
+                assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         os.environ[BUILT] = " ".join([*known, str(compiled_for)])
     return folder / "libdiffkern_emulated.so"
 
