@@ -96,7 +96,7 @@ class Ring {
   __device__ __forceinline__ Ring(uint32_t slots, const Rows<T>& first, const Rows<T>& second, int channels)
       : slots_(slots), first_(first), second_(second), channels_(channels) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) fetch_next();
+    for (int i = 0; i < kAhead; ++i) fetch_into(i);
   }
 
   // The next chunk, there for all threads. One before it may be overwritten from now on: the last, or of those that are
@@ -104,19 +104,20 @@ class Ring {
   __device__ __forceinline__ uint32_t next() {
     wait_for_copies<kAhead - 1>();
     __syncthreads();
-    fetch_next();
+    fetch_into(wrapped(read_ + kAhead));
     const uint32_t chunk = slots_ + read_ * Tiling::chunk;
-    read_ = read_ + 1 == Tiling::slots ? 0 : read_ + 1;
+    read_ = wrapped(read_ + 1);
     return chunk;
   }
 
  private:
-  __device__ __forceinline__ void fetch_next() {
+  static __device__ __forceinline__ int wrapped(int slot) { return slot < Tiling::slots ? slot : slot - Tiling::slots; }
+
+  __device__ __forceinline__ void fetch_into(int slot) {
     if (token_ < first_.count) {
       const bool second = kOrder >> part_ & 1;
       const Rows<T> rows = {second ? second_.data : first_.data, second ? second_.stride : first_.stride, first_.count};
-      fetch<kTokens, Tiling::threads>(slots_ + written_ * Tiling::chunk, rows, token_, channel_, channels_);
-      written_ = written_ + 1 == Tiling::slots ? 0 : written_ + 1;
+      fetch<kTokens, Tiling::threads>(slots_ + slot * Tiling::chunk, rows, token_, channel_, channels_);
       channel_ += kChannels;
       if (channel_ >= channels_) {
         channel_ = 0;
@@ -132,7 +133,8 @@ class Ring {
   uint32_t slots_;
   Rows<T> first_, second_;
   int channels_;
-  int token_ = 0, part_ = 0, channel_ = 0, written_ = 0, read_ = 0;
+  int token_ = 0, part_ = 0, channel_ = 0;  // of the next copy
+  int read_ = 0;                            // the slot of the next chunk
 };
 
 // Where a warp stands in its block.
@@ -161,7 +163,7 @@ template <class T, class Tiling>
 DIFFKERN_FN void multiply_transposed(Scores<Tiling>& s, uint32_t owned, uint32_t chunk, int channels) {
   const Warp<Tiling> warp;
   const int token = warp.column_warp * kShare<Tiling> + warp.lane % 8 + warp.lane / 16 * 8;
-#pragma unroll
+#pragma unroll 4  // float32 has 8 products here: unrolled, their addresses would not fit into the registers
   for (int k = 0; k < kChannels / kDepth<T>; ++k) {
     if (k * kDepth<T> >= channels) break;
     uint32_t a[Tiling::row_tiles][4];
