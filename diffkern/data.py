@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .idx import read_idx
 from .image_folder import find_images, plural, read_images, shortened
-from .reference import philox4x32
+from .philox import philox4x32
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package ``dataset-fashion-mnist`` (MIT licence) puts the files."""

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import _C, ops, transforms
+from . import _C, ops
 from .model import Model
-from .packing import PackedConv
+from .ops import PackedConv, transforms
 from .pipelines import check_same
 from .unet import (
     AttentionBlock,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import ops, transforms
+from . import ops
 from .files import Blueprint
+from .ops import transforms
 from .schedule import checked_float, checked_int
 
 Image = TypeVar("Image")

@@ -1,12 +1,12 @@
-"""When torch's own ops run in place of a kernel, and what a kernel refuses.
+"""When torch's own ops run in place of a kernel.
 
-A kernel computes values and, where it has one, a first derivative backwards. All else that torch does with a function
-works on the composites (:mod:`diffkern.composites`): derivatives forwards and of higher order, ``torch.func``, float64.
+A kernel computes values and, if it has one, a first derivative backwards. All else that torch does with a function
+works on the op's composite: derivatives forwards and of higher order, ``torch.func``, float64.
 """
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,56 +76,6 @@ def readable(tensor: Tensor) -> bool:
 
 
 def mark_written(*tensors: Tensor | None) -> None:
-    """Tells autograd that these were changed in place, so that it refuses to use them for a gradient."""
+    """Tell autograd that these were changed in place, so that it refuses to use them for a gradient."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
-
-
-# --- what the registered ops refuse ------------------------------------------------------------------------------
-
-
-class Library(torch.library.Library):
-    """Where gradients are registered: its ops refuse tensors with a tangent, which a kernel would drop in silence."""
-
-    def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
-        names = _argument_names(op_name)
-
-        def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-            if forward_ad._current_level >= 0:
-                for name, tensor in _tensors(names, args):
-                    if is_dual(tensor):
-                        raise RuntimeError(
-                            f"{name}: expected no tangent, for the kernel of {op_name} has no forward-mode derivative "
-                            f"(jvp), which the differentiable functions of diffkern.ops have, got a dual tensor"
-                        )
-            return fn(keyset, *args)
-
-        super().impl(op_name, kernel, dispatch_key, **options)
-
-    def without_gradient(self, op_name: str) -> None:
-        """For an op that has none: it refuses tensors that require one, too."""
-        names, op = _argument_names(op_name), getattr(torch.ops.diffkern, op_name).default
-        written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-
-        def below(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-            if torch.is_grad_enabled():
-                for name, tensor in _tensors(names, args):
-                    if tensor.requires_grad:
-                        raise RuntimeError(
-                            f"{name}: expected no gradient through {op_name}, got a tensor that requires grad"
-                        )
-            with torch._C._AutoDispatchBelowAutograd():
-                result = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-            mark_written(*(args[i] for i in written if i < len(args)))
-            return result
-
-        self.impl(op_name, below, "Autograd", with_keyset=True)
-
-
-def _argument_names(op_name: str) -> list[str]:
-    return [argument.name for argument in getattr(torch.ops.diffkern, op_name).default._schema.arguments]
-
-
-def _tensors(names: list[str], args: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
-    lists = {name: value for name, value in zip(names, args, strict=False) if isinstance(value, (Tensor, list))}
-    return ((name, tensor) for name, tensor in named(lists) if isinstance(tensor, Tensor))

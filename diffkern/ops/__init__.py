@@ -1,0 +1,48 @@
+"""The ops: what a user calls, their shapes for the compiler, and their gradients.
+
+Each op has a kernel for the CPU and for CUDA (``csrc/``), and a file here of the same name. The file holds the public
+function, its fake, its gradient, its ``composite`` and its ``reference``, all with one signature. The composite is made
+of torch's own ops: it runs in ``diffkern.torch_ops()``, in a transform of ``torch.func``, and for tensors with a
+tangent (``transforms.py``). :mod:`diffkern.reference` gathers the references.
+
+Noise is addressed, never drawn from a state: the seed of a sample, a step and a stream name it, and with them come the
+same bits on any device, in any batch, on any number of threads (``docs/noise.md``).
+
+Elementwise ops take float32, bfloat16 and float16 tensors of any strides, compute in float32 and round once.
+Shapes are ``[N, ...]``: N samples of any shape, images as a rule. Errors name the argument, what was expected and
+what came: RuntimeError for shapes, dtypes, devices and indices, TypeError and ValueError for options.
+"""
+
+from . import flops
+from .attention import attention
+from .conv2d import PackedConv, conv2d, expand_taps, pack_conv, pack_taps, pack_upsampling
+from .conv3x3 import conv3x3
+from .group_norm_silu import group_norm_silu
+from .noise import noise
+from .noise_loss import noise_loss
+from .q_sample import q_sample, q_sample_
+from .reverse_step import COLUMNS, reverse_step, reverse_step_
+from .seeds import Seeds, as_seeds
+
+flops.register()
+
+__all__ = [
+    "COLUMNS",
+    "PackedConv",
+    "Seeds",
+    "as_seeds",
+    "attention",
+    "conv2d",
+    "conv3x3",
+    "expand_taps",
+    "group_norm_silu",
+    "noise",
+    "noise_loss",
+    "pack_conv",
+    "pack_taps",
+    "pack_upsampling",
+    "q_sample",
+    "q_sample_",
+    "reverse_step",
+    "reverse_step_",
+]

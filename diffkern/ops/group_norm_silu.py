@@ -1,0 +1,154 @@
+"""Group norm, SiLU, and what a residual block has around them."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .arguments import check_shape, dense, wide
+from .registration import fake, gradient, native, run, same_device
+from .transforms import by_torch
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    eps: float = 1e-5,
+    scale_shift: Tensor | None = None,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """silu(group_norm(x + add) (1 + scale) + shift) + residual (Wu & He 2018), in one pass. Differentiable.
+
+    x             [N, C, ...]; fast where it is contiguous or channels_last, and the result is like it
+    weight, bias  [C]
+    groups        a divisor of C
+    scale_shift   [N, 2C], scale before shift (Dhariwal & Nichol 2021, section 3)
+    add           [N, C]: to every pixel, before the norm (the time embedding of Ho et al. 2020, appendix B)
+    residual      like x: to the result
+    silu          without, the argument of silu is what is returned
+
+    Statistics and arithmetic are float32 or better, also where the mean is far from 0. A sample's bits depend neither
+    on its batch nor on the number of threads.
+    """
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    for name, tensor in (("scale_shift", scale_shift), ("add", add), ("residual", residual)):
+        if not isinstance(tensor, Tensor | None):
+            raise TypeError(f"{name}: expected a tensor or None, got {type(tensor).__name__}")
+    if isinstance(groups, bool) or not hasattr(groups, "__index__"):
+        raise TypeError(f"groups: expected an int, got {groups!r}")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: expected a number, got {eps!r}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
+    if by_torch(x, weight, bias, scale_shift, add, residual):
+        return composite(
+            x, weight, bias, groups, eps=eps, scale_shift=scale_shift, add=add, residual=residual, silu=silu
+        )
+    coefficients = (("weight", weight), ("bias", bias), ("scale_shift", scale_shift), ("add", add))
+    weight, bias, scale_shift, add = (dense(name, tensor, torch.float32) for name, tensor in coefficients)
+    y, _, _ = run(native.group_norm_silu, x, weight, bias, groups, eps, scale_shift, add, residual, silu)
+    return y
+
+
+def _empty_like_dense(x: Tensor) -> Tensor:
+    channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@fake("group_norm_silu", differentiable=True)
+def _(x, weight, bias, groups, eps, scale_shift, add, residual, silu):
+    same_device(x, weight=weight, bias=bias, scale_shift=scale_shift, add=add, residual=residual)
+    mean, rstd = (x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2))
+    return _empty_like_dense(x), mean, rstd
+
+
+@fake("group_norm_silu_out")
+def _(y, x, skip, weight, bias, groups, eps, scale_shift, silu):
+    same_device(y, x=x, skip=skip, weight=weight, bias=bias, scale_shift=scale_shift)
+
+
+@fake("group_norm_silu_backward")
+def _(grad_y, x, mean, rstd, weight, bias, groups, scale_shift, add, silu):
+    factors = dict(mean=mean, rstd=rstd, weight=weight, bias=bias, scale_shift=scale_shift, add=add)
+    same_device(x, grad_y=grad_y, **factors)
+    grad_offset, grad_slope = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    return _empty_like_dense(x), grad_offset, grad_slope
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, ctx.groups, _, scale_shift, add, _, ctx.silu = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, scale_shift, add)
+
+
+def _backward(ctx, grad_y, *_):
+    x, mean, rstd, weight, bias, scale_shift, add = ctx.saved_tensors
+    grad_x, grad_offset, grad_slope = native.group_norm_silu_backward(
+        grad_y, x, mean, rstd, weight, bias, ctx.groups, scale_shift, add, ctx.silu
+    )
+    # offset = bias (1 + scale) + shift and slope = weight (1 + scale), of each sample and channel
+    grad_weight, grad_bias, grad_scale_shift, grad_add = grad_slope, grad_offset, None, None
+    if scale_shift is not None:
+        one_plus_scale = 1 + scale_shift.chunk(2, dim=1)[0]
+        grad_weight, grad_bias = grad_slope * one_plus_scale, grad_offset * one_plus_scale
+        grad_scale_shift = torch.cat((grad_slope * weight + grad_offset * bias, grad_offset), dim=1)
+    if add is not None:
+        grad_add = grad_x.unsqueeze(-1).sum(tuple(range(2, x.ndim + 1)), dtype=torch.float32)
+    grad_residual = grad_y if ctx.needs_input_grad[7] else None
+    return grad_x, grad_weight.sum(0), grad_bias.sum(0), None, None, grad_scale_shift, grad_add, grad_residual, None
+
+
+gradient("group_norm_silu", _backward, _save)
+
+# --- composite and reference -------------------------------------------------------------------------------------
+
+
+def composite(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    eps: float = 1e-5,
+    scale_shift: Tensor | None = None,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """See :func:`diffkern.ops.group_norm_silu`.
+
+    Torch's own norm would not do: its forward-mode derivative takes no channels_last image.
+    """
+    n, c = x.shape[:2]
+    if groups < 1 or c % groups:
+        raise RuntimeError(f"groups: expected a divisor of the {c} channels, got {groups}")
+    y, pixel = wide(x), [1] * (x.ndim - 2)
+    check_shape("weight", weight, (c,))
+    check_shape("bias", bias, (c,))
+    check_shape("scale_shift", scale_shift, (n, 2 * c))
+    check_shape("add", add, (n, c))
+    check_shape("residual", residual, tuple(x.shape))
+    if add is not None:
+        y = y + add.to(y.dtype).reshape(n, c, *pixel)
+    slabs = y.reshape(n, groups, math.prod(x.shape[1:]) // groups)
+    centered = slabs - slabs.mean(2, keepdim=True)
+    y = (centered * (centered.square().mean(2, keepdim=True) + eps).rsqrt()).reshape(x.shape)
+    y = y * weight.to(y.dtype).reshape(c, *pixel) + bias.to(y.dtype).reshape(c, *pixel)
+    if scale_shift is not None:
+        scale, shift = scale_shift.to(y.dtype).reshape(n, 2 * c, *pixel).chunk(2, dim=1)
+        y = y * (1 + scale) + shift
+    if silu:
+        y = F.silu(y)
+    return (y if residual is None else y + residual).to(x.dtype)
+
+
+reference = composite

@@ -1,0 +1,78 @@
+"""The training loss."""
+
+import functools
+from collections.abc import Callable
+from types import NoneType
+
+import torch
+from torch import Tensor
+
+from .arguments import as_index, check_shape, check_types, wide
+from .noise import composite as noise_composite
+from .noise import reference as noise_reference
+from .registration import fake, gradient, native, refuse_gradient, run, same_device
+from .seeds import Seeds, as_seeds
+from .transforms import by_torch
+
+
+def noise_loss(out: Tensor, seeds: Seeds, t: int | Tensor, weights: Tensor | None = None) -> Tensor:
+    """loss_n = weight_n mean((out - eps)^2) (Ho et al. 2020, eq. 14), eps made again in the kernel instead of stored.
+
+    out      [N, ...]: the network's prediction of eps
+    seeds    int64 [N], t: one or int64 [N]: those that :func:`q_sample` made x_t with
+    weights  float32 [N] or None: lambda_t; no gradient
+
+    Returns float32 [N]. Differentiable in ``out``.
+    """
+    check_types("a tensor", Tensor, out=out)
+    check_types("a tensor or None", (Tensor, NoneType), weights=weights)
+    seeds, t = as_seeds(seeds, out.device), as_index("t", t, out.device)
+    if by_torch(out, weights):
+        return composite(out, seeds, t, weights)
+    refuse_gradient("noise_loss outside of diffkern.torch_ops()", weights=weights)
+    return run(native.noise_loss, out, seeds, t, weights)
+
+
+@fake("noise_loss", differentiable=True)
+def _(out, seeds, t, weights):
+    same_device(out, seeds=seeds, t=t, weights=weights)
+    return out.new_empty(out.shape[0], dtype=torch.float32)
+
+
+@fake("noise_loss_backward")
+def _(grad_loss, out, seeds, t, weights):
+    same_device(out, grad_loss=grad_loss, seeds=seeds, t=t, weights=weights)
+    return torch.empty_like(out)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_loss):
+    return native.noise_loss_backward(grad_loss.contiguous(), *ctx.saved_tensors), None, None, None
+
+
+gradient("noise_loss", _backward, _save)
+
+# --- composite and reference -------------------------------------------------------------------------------------
+
+
+def composite(
+    out: Tensor,
+    seeds: Tensor,
+    t: Tensor,
+    weights: Tensor | None = None,
+    *,
+    noise: Callable[..., Tensor] = noise_composite,
+) -> Tensor:
+    """See :func:`diffkern.ops.noise_loss`. float64 of an ``out`` that is float64."""
+    n = out.shape[0]
+    check_shape("seeds", seeds, (n,))
+    check_shape("weights", weights, (n,))
+    eps = noise(seeds, out.shape[1:], step=t, stream=2)
+    loss = (wide(out) - eps).square().unsqueeze(-1).flatten(1).mean(1)
+    return loss if weights is None else loss * weights
+
+
+reference = functools.partial(composite, noise=noise_reference)

@@ -1,0 +1,81 @@
+"""Forward noising."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .arguments import as_index, check_shape, check_types, look_up, wide
+from .noise import composite as noise_composite
+from .noise import reference as noise_reference
+from .registration import by_torch_in_place, fake, native, refuse_gradient, run, same_device
+from .seeds import Seeds, as_seeds
+from .transforms import by_torch, mark_written
+
+
+def q_sample(
+    x_0: Tensor, t: int | Tensor, seeds: Seeds, table: Tensor, *, return_eps: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4), eps made in the kernel.
+
+    x_0         [N, ...]
+    t           0-based time steps: one, or an int64 tensor [N]
+    seeds       int64 [N]: eps is ``noise(seeds, shape, step=t, stream=2)``
+    table       float32 [T, 2], sqrt(alpha_bar) and sqrt(1 - alpha_bar): ``Schedule.q_table``
+    return_eps  also return eps, like x_0
+    """
+    check_types("a tensor", Tensor, x_0=x_0, table=table)
+    check_types("True or False", bool, return_eps=return_eps)
+    t, seeds = as_index("t", t, x_0.device), as_seeds(seeds, x_0.device)
+    if by_torch(x_0, table):
+        return composite(x_0, t, seeds, table, return_eps=return_eps)
+    refuse_gradient("q_sample outside of diffkern.torch_ops()", x_0=x_0, table=table)
+    x_t, eps = run(native.q_sample, x_0, t, seeds, table, return_eps)
+    return (x_t, eps) if return_eps else x_t
+
+
+def q_sample_(x_0: Tensor, t: int | Tensor, seeds: Seeds, table: Tensor) -> None:
+    """:func:`q_sample` in place: x_0 becomes x_t."""
+    check_types("a tensor", Tensor, x_0=x_0, table=table)
+    refuse_gradient("q_sample_", x_0=x_0, table=table)
+    t, seeds = as_index("t", t, x_0.device), as_seeds(seeds, x_0.device)
+    if by_torch_in_place("q_sample_", x_0=x_0, table=table):
+        x_0.copy_(composite(x_0, t, seeds, table))
+    else:
+        run(native.q_sample_, x_0, t, seeds, table)
+        mark_written(x_0)
+
+
+@fake("q_sample")
+def _(x_0, t, seeds, table, return_eps):
+    same_device(x_0, t=t, seeds=seeds, table=table)
+    return torch.empty_like(x_0), torch.empty_like(x_0) if return_eps else x_0.new_empty(0)
+
+
+@fake("q_sample_")
+def _(x_0, t, seeds, table):
+    same_device(x_0, t=t, seeds=seeds, table=table)
+
+
+# --- composite and reference -------------------------------------------------------------------------------------
+
+
+def composite(
+    x_0: Tensor,
+    t: Tensor,
+    seeds: Tensor,
+    table: Tensor,
+    *,
+    return_eps: bool = False,
+    noise: Callable[..., Tensor] = noise_composite,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`diffkern.ops.q_sample`."""
+    check_shape("seeds", seeds, (x_0.shape[0],))
+    a, s = look_up("t", t, table, x_0)
+    eps = noise(seeds, x_0.shape[1:], step=t, stream=2)
+    x_t = (a * wide(x_0) + s * eps).to(x_0.dtype)
+    return (x_t, eps.to(x_0.dtype)) if return_eps else x_t
+
+
+reference = functools.partial(composite, noise=noise_reference)
