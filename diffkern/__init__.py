@@ -14,11 +14,11 @@ except (AttributeError, ImportError, RuntimeError) as error:  # absent, or older
 
     raise ImportError(explain(error)) from None
 
-from .engine import optimize
+from .engine.unet import optimize
 from .model import Model, load, save
+from .networks.unet import UNet
 from .sampling import sample
 from .schedule import Schedule
-from .unet import UNet
 
 __all__ = [
     "Model",

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .idx import read_idx
-from .image_folder import find_images, plural, read_images, shortened
+from .io.idx import read_idx
+from .io.image_folder import find_images, plural, read_images, shortened
 from .philox import philox4x32
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _C, __version__, ops, reference
-from .defaults import float32_on
-from .engine import optimize
-from .unet import UNet
+from .engine.unet import optimize
+from .networks.defaults import float32_on
+from .networks.unet import UNet
 
 OPS = ("noise", "q_sample", "reverse_step", "noise_loss", "group_norm_silu", "attention")
 

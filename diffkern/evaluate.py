@@ -19,14 +19,14 @@ from torch.nn import functional as F
 
 from . import ops, samplers
 from .data import Dataset, epoch_order, words
-from .defaults import float32_on
-from .files import Blueprint, fill, floating, read, write
 from .images import to_uint8
+from .io.files import Blueprint, fill, floating, read, write
 from .model import Model, unwrapped
+from .networks.defaults import float32_on
+from .networks.unet import UNet
 from .progress import bar as progress_bar
 from .sampling import sample
 from .schedule import checked_float, checked_int
-from .unet import UNet
 
 CLASSIFIER = Path(__file__).parent / "classifiers" / "fashion-mnist.safetensors"
 """The classifier that ships, so that distances measured anywhere are in the same feature space."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .files import check_regular, write_atomically
+from .io.files import check_regular, write_atomically
 
 KEY = "diffkern"
 """The PNG's tEXt keyword under which the settings are, as JSON."""

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import pipelines
-from .description import FORMAT, check_model
-from .files import CHECKPOINT, Blueprint, compare, fill, read, write
+from .io import pipelines
+from .io.description import FORMAT, check_model
+from .io.files import CHECKPOINT, Blueprint, compare, fill, read, write
+from .networks.unet import UNet
 from .samplers import PREDICTIONS
 from .schedule import Schedule
-from .unet import UNet
 
 MODELS = Path(__file__).parent / "models"
 """Where the shipped models are, each with its card."""
@@ -139,7 +139,7 @@ class Model:
 
 def unwrapped(network: Any) -> Any:
     """The ``UNet`` that ``optimize`` was given, or any other network as it is."""
-    from .engine import Engine  # which takes a Model
+    from .engine.unet import Engine  # which takes a Model
 
     return network.network if isinstance(network, Engine) else network
 

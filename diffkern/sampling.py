@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .engine import Engine
+from .engine.unet import Engine
 from .model import Model, checked_device, load, unwrapped
-from .modes import evaluating
+from .networks.modes import evaluating
+from .networks.unet import UNet
 from .progress import bar as progress_bar
 from .samplers import PREDICTIONS, SAMPLERS, ddim, ddpm, default_sampler, dpmpp_2m, fold_x0
 from .schedule import Schedule, checked_float, checked_int
-from .unet import UNet
 
 DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpmpp_2m": 20}  # None: all of them
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modes import evaluating
-from .schedule import Schedule
-from .unet import UNet, from_diffusers
+from ..networks.modes import evaluating
+from ..networks.unet import UNet, from_diffusers
+from ..schedule import Schedule
 
 PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 

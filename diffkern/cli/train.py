@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import parallel, training
-from .data import Dataset, load_dataset
-from .model import Model, load
-from .progress import tell
-from .runs import check_folder, ignore_signals, locked
-from .schedule import Schedule
+from .. import parallel, training
+from ..data import Dataset, load_dataset
+from ..model import Model, load
+from ..progress import tell
+from ..schedule import Schedule
+from ..training.runs import check_folder, ignore_signals, locked
 
 
 def train(arguments: argparse.Namespace) -> int:

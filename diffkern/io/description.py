@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from .schedule import Schedule
-from .unet import UNet
+from ..networks.unet import UNet
+from ..schedule import Schedule
 
 FORMAT = 1
 

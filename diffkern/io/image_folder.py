@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
+from ..progress import bar as progress_bar
 from .image_file import fault, read_square
-from .progress import bar as progress_bar
 
 SYSTEM_NAMES = frozenset(
     {"#recycle", "$recycle.bin", "@eadir", "__macosx", "desktop.ini", "ehthumbs.db", "lost+found", "thumbs.db"}

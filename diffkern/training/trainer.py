@@ -22,18 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import images, ops, parallel, runs
-from .data import EXAMPLE_STREAM, Dataset, epoch_order, words
-from .defaults import float32_on
-from .description import check_model, checked_state, checked_training
-from .files import CHECKPOINT, read, restore, write
-from .model import Model, build, checked_device, unwrapped
-from .progress import bar as progress_bar
-from .recipes import PRESETS, Config, config_fields, plain, recipe
+from .. import images, ops, parallel
+from ..data import EXAMPLE_STREAM, Dataset, epoch_order, words
+from ..io.description import check_model, checked_state, checked_training
+from ..io.files import CHECKPOINT, read, restore, write
+from ..model import Model, build, checked_device, unwrapped
+from ..networks.defaults import float32_on
+from ..networks.unet import UNet
+from ..progress import bar as progress_bar
+from ..sampling import sample
+from ..schedule import Schedule
+from . import runs
+from .config import PRESETS, Config, config_fields, plain, recipe
 from .runs import Log, Unlogged
-from .sampling import sample
-from .schedule import Schedule
-from .unet import UNet
 
 __all__ = [
     "CHECKPOINT",

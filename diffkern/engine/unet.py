@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import _C, ops
-from .model import Model
-from .ops import PackedConv, transforms
-from .pipelines import check_same
-from .unet import (
+from .. import _C, ops
+from ..io.pipelines import check_same
+from ..model import Model
+from ..networks.unet import (
     AttentionBlock,
     Conv3x3,
     Downsample,
@@ -38,6 +37,7 @@ from .unet import (
     Upsample,
     from_diffusers,
 )
+from ..ops import PackedConv, transforms
 from .watch import Watch
 
 _ops = torch.ops.diffkern

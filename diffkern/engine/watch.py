@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _C
+from .. import _C
 
 
 class Watch:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .schedule import Schedule, checked_float, checked_int
+from ..schedule import Schedule, checked_float, checked_int
 
 LR_SCHEDULES = ("constant", "cosine")
 

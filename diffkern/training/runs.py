@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import write_atomically
-from .schedule import checked_float, checked_int
+from ..io.files import write_atomically
+from ..schedule import checked_float, checked_int
 
 LOG, LOCK = "log.csv", ".lock"
 

@@ -16,13 +16,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import __version__, evaluate, images, ops, train_command, training
-from .data import FASHION_MNIST, fashion_mnist
-from .files import check_writable, is_checkpoint
-from .model import Model, find, load, save
-from .progress import tell
-from .samplers import SAMPLERS, VARIANCES, default_sampler
-from .sampling import DEFAULT_STEPS, Step, sample
+from .. import __version__, evaluate, images, ops, training
+from ..data import FASHION_MNIST, fashion_mnist
+from ..io.files import check_writable, is_checkpoint
+from ..model import Model, find, load, save
+from ..progress import tell
+from ..samplers import SAMPLERS, VARIANCES, default_sampler
+from ..sampling import DEFAULT_STEPS, Step, sample
+from . import train as train_command
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GIF_FRAMES = 50
@@ -316,7 +317,7 @@ def _run(token: str) -> tuple[str, int]:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from .doctor import main
+    from ..doctor import main
 
     return main()
 

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from .sample import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""Formats: model files and checkpoints, diffusers' pipelines, MNIST's files, folders of images."""

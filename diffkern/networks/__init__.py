@@ -1,0 +1,1 @@
+"""Networks, and the modes in which they are made and run."""

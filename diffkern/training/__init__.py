@@ -1,0 +1,3 @@
+"""Training."""
+
+from .trainer import *  # noqa: F403
