@@ -2,43 +2,13 @@
 
 from importlib import metadata
 
-import torch
-
-if torch.__version__ < "2.10":
-    raise ImportError(f"diffkern: expected torch 2.10 or later, got {torch.__version__}: run pip install torch==2.13.0")
-try:
-    from .ops import attention, group_norm_silu, noise, noise_loss, q_sample, reverse_step
-    from .ops.transforms import torch_ops
-except (AttributeError, ImportError, RuntimeError) as error:  # absent, or older than ops
-    from .unbuilt import explain
-
-    raise ImportError(explain(error)) from None
-
-from .engine.unet import optimize
-from .model import Model, load, save
-from .networks.unet import UNet
-from .sampling import sample
-from .schedule import Schedule
-
-__all__ = [
-    "Model",
-    "Schedule",
-    "UNet",
-    "__version__",
-    "attention",
-    "group_norm_silu",
-    "load",
-    "noise",
-    "noise_loss",
-    "optimize",
-    "q_sample",
-    "reverse_step",
-    "sample",
-    "save",
-    "torch_ops",
-]
+from . import startup
 
 try:
     __version__ = metadata.version("diffkern")
 except metadata.PackageNotFoundError:  # built in its folder, not installed
     __version__ = "0+uninstalled"
+
+if not startup.is_command():  # the command imports these itself, where Ctrl-C ends it with one line
+    from .public import *  # noqa: F403
+    from .public import __all__  # noqa: F401

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .images import from_pixels
 from .io.idx import read_idx
 from .io.image_folder import find_images, plural, read_images, shortened
 from .philox import philox4x32
@@ -109,7 +110,7 @@ class Dataset:
 
     def x_0(self, index: Tensor | slice) -> Tensor:
         """The images of ``index`` as the network sees them: [N, C, H, W] float32 in [-1, 1]."""
-        return self.images[index].float() / 127.5 - 1
+        return from_pixels(self.images[index])
 
 
 def load_dataset(

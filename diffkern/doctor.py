@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _C, __version__, ops, reference
-from .engine.unet import optimize
+from .engine import optimize
+from .networks import UNet
 from .networks.defaults import float32_on
-from .networks.unet import UNet
 
 OPS = ("noise", "q_sample", "reverse_step", "noise_loss", "group_norm_silu", "attention")
 

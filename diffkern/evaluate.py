@@ -19,11 +19,12 @@ from torch.nn import functional as F
 
 from . import ops, samplers
 from .data import Dataset, epoch_order, words
-from .images import to_uint8
-from .io.files import Blueprint, fill, floating, read, write
+from .images import from_pixels, to_uint8
+from .io.files import fill, floating, read, write
 from .model import Model, unwrapped
+from .networks import UNet
+from .networks.blueprint import Blueprint
 from .networks.defaults import float32_on
-from .networks.unet import UNet
 from .progress import bar as progress_bar
 from .sampling import sample
 from .schedule import checked_float, checked_int
@@ -128,7 +129,7 @@ def _size(description: Mapping[str, Any], name: str, absent: int) -> int:
 
 @torch.inference_mode()
 def _in_batches(function: Callable[[Tensor], Tensor], x: Tensor, batch_size: int = 500) -> Tensor:
-    return torch.cat([function(part.float() / 127.5 - 1) for part in x.split(batch_size)])
+    return torch.cat([function(from_pixels(part)) for part in x.split(batch_size)])
 
 
 def features(net: Classifier, images: Tensor) -> Tensor:

@@ -22,8 +22,18 @@ LONGEST_SIDE = 2**29 - 1  # of an image in Pillow
 LONGEST_SIDE_OF_GIF = 2**16 - 1
 
 
+def to_pixels(x: Tensor) -> Tensor:
+    """Round [-1, 1] (clamped) to 0..255, as uint8 of the same shape: the inverse of :func:`from_pixels`."""
+    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def from_pixels(pixels: Tensor) -> Tensor:
+    """Map 0..255 to [-1, 1], as float32: pixels / 127.5 - 1."""
+    return pixels.float() / 127.5 - 1
+
+
 def to_uint8(x: Tensor) -> np.ndarray:
-    """[N, C, H, W] in [-1, 1] (clamped) -> uint8 [N, H, W, C]; the inverse of x / 127.5 - 1, to the nearest.
+    """[N, C, H, W] in [-1, 1] (clamped) -> uint8 [N, H, W, C], by :func:`to_pixels`.
 
     ValueError where a value is not finite: no pixel shows what a network that diverged has drawn.
     """
@@ -32,8 +42,7 @@ def to_uint8(x: Tensor) -> np.ndarray:
     finite = x.detach().isfinite().flatten(1).all(1)
     if not finite.all():
         raise ValueError(f"x: expected finite images, got NaN or infinity in {int((~finite).sum())} of {len(x)}")
-    pixels = (x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    return pixels.round().byte().permute(0, 2, 3, 1).numpy()
+    return to_pixels(x.cpu()).permute(0, 2, 3, 1).numpy()
 
 
 class Layout(NamedTuple):

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .engine import Engine
 from .io import pipelines
 from .io.description import FORMAT, check_model
-from .io.files import CHECKPOINT, Blueprint, compare, fill, read, write
-from .networks.unet import UNet
+from .io.files import CHECKPOINT, compare, fill, read, write
+from .networks import UNet
+from .networks.blueprint import Blueprint
 from .samplers import PREDICTIONS
 from .schedule import Schedule
 
@@ -139,8 +141,6 @@ class Model:
 
 def unwrapped(network: Any) -> Any:
     """The ``UNet`` that ``optimize`` was given, or any other network as it is."""
-    from .engine.unet import Engine  # which takes a Model
-
     return network.network if isinstance(network, Engine) else network
 
 

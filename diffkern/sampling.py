@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .engine.unet import Engine
+from .engine import Engine
 from .model import Model, checked_device, load, unwrapped
+from .networks import UNet
 from .networks.modes import evaluating
-from .networks.unet import UNet
 from .progress import bar as progress_bar
 from .samplers import PREDICTIONS, SAMPLERS, ddim, ddpm, default_sampler, dpmpp_2m, fold_x0
 from .schedule import Schedule, checked_float, checked_int

@@ -1,3 +1,3 @@
-"""The U-Net by its first name: :mod:`diffkern.networks.unet`."""
+"""The U-Net by its first name: :mod:`diffkern.networks`."""
 
-from .networks.unet import *  # noqa: F403
+from .networks import *  # noqa: F403

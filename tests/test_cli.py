@@ -18,14 +18,15 @@ from PIL import Image
 from tiny import one_thread  # noqa: F401
 
 import diffkern
-from diffkern import cli, training
+from diffkern import training
 from diffkern.cli import main
+from diffkern.cli import sample as sample_command
 from diffkern.images import read_settings, to_uint8
 from diffkern.model import Model, load, read, save
-from diffkern.runs import locked
 from diffkern.sampling import sample
 from diffkern.schedule import Schedule
 from diffkern.training import CHECKPOINT
+from diffkern.training.runs import locked
 from diffkern.unet import UNet
 
 
@@ -134,7 +135,7 @@ def test_the_gif_runs_from_noise_to_the_result(folder):
 
 
 def test_a_long_gif_is_thinned(folder, monkeypatch):
-    monkeypatch.setattr(cli, "GIF_FRAMES", 4)
+    monkeypatch.setattr(sample_command, "GIF_FRAMES", 4)
     assert main(["sample", "--model", "m.safetensors", "--n", "1", "--steps", "10", "--gif", "s.gif", *QUIET]) == 0
     with Image.open("s.gif") as gif:
         assert gif.n_frames == 5
@@ -144,9 +145,9 @@ def test_a_long_gif_is_thinned(folder, monkeypatch):
     ("options", "steps"), [([], 20), (["--sampler", "ddim"], 20), (["--spacing", "quadratic", "--steps", "8"], None)]
 )
 def test_no_more_frames_are_kept_than_are_shown(folder, monkeypatch, options, steps):
-    monkeypatch.setattr(cli, "GIF_FRAMES", 4)
+    monkeypatch.setattr(sample_command, "GIF_FRAMES", 4)
     films = []
-    monkeypatch.setattr(cli.Film, "frames", lambda film, x: films.append(film) or [Image.new("L", (8, 8))])
+    monkeypatch.setattr(sample_command.Film, "frames", lambda film, x: films.append(film) or [Image.new("L", (8, 8))])
     assert main(["sample", "--model", "m.safetensors", "--n", "1", "--gif", "s.gif", *options, *QUIET]) == 0
     steps = steps or len(tiny.SCHEDULE.timesteps(8, "quadratic"))
     assert list(films[0].taken) == list(range(steps))[:: math.ceil(steps / 4)]
@@ -354,7 +355,7 @@ def test_ctrl_c_leaves_with_130(folder, monkeypatch, capsys):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "sample", interrupted)
+    monkeypatch.setattr(sample_command, "sample", interrupted)
     assert main(["sample", "--model", "m.safetensors", *QUIET]) == 130
     assert capsys.readouterr().err == "diffkern: interrupted\n"
 
@@ -365,6 +366,28 @@ def test_help_and_version_leave_with_0(capsys):
             main(arguments)
         assert leaving.value.code == 0
     assert "--label-dropout" in capsys.readouterr().out
+
+
+def torch_that(tmp_path, does: str) -> dict[str, str]:
+    """The environment of a child process whose module torch ``does`` this alone."""
+    (tmp_path / "torch.py").write_text(does)
+    return environment() | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+
+
+def test_ctrl_c_during_the_import_of_torch_leaves_with_130_and_one_line(tmp_path):
+    env = torch_that(tmp_path, "import signal; signal.raise_signal(signal.SIGINT)")
+    command = [sys.executable, "-m", "diffkern", "sample", "--model", "fashion-mnist"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "diffkern: interrupted\n")
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_no_torch(tmp_path, option):
+    env = torch_that(tmp_path, "raise SystemExit('torch was imported')")
+    done = subprocess.run(
+        [sys.executable, "-m", "diffkern", option], capture_output=True, text=True, env=env, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout and not done.stderr
 
 
 def test_the_module_is_the_command():

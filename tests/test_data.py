@@ -21,7 +21,7 @@ from diffkern.data import (
     load_dataset,
     words,
 )
-from diffkern.idx import read_idx
+from diffkern.io.idx import read_idx
 
 # --- IDX files ---
 

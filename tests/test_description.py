@@ -8,8 +8,8 @@ import tiny
 from safetensors.torch import save_file
 from tiny import one_thread  # noqa: F401
 
-from diffkern.description import checked_training
-from diffkern.files import read
+from diffkern.io.description import checked_training
+from diffkern.io.files import read
 from diffkern.training import CHECKPOINT, PRESETS, Config, Trainer, new_model
 
 

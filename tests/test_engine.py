@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import diffkern
 from diffkern import _C, Schedule, UNet, ops, optimize, sample
-from diffkern.engine import Engine, _compiled
+from diffkern.engine import Engine
+from diffkern.engine.unet import _compiled
 from diffkern.unet import Conv3x3, from_diffusers
 
 
@@ -358,14 +359,14 @@ def test_the_plan_that_was_used_longest_ago_gives_way():
 
     def run(size: int) -> list[int]:
         engine(torch.zeros(1, 3, size, size), t)
-        return [shape[2] for shape, *_ in _compiled[network]._plans]
+        return [shape[2] for shape, *_ in _compiled[network]._recordings]
 
     for size in (4, 6, 8, 10):
         run(size)
-    kept = dict(_compiled[network]._plans)
+    kept = dict(_compiled[network]._recordings)
     assert run(4) == [6, 8, 10, 4]
     assert run(12) == [8, 10, 4, 12]
-    assert all(plan is kept[key] for key, plan in _compiled[network]._plans.items() if key in kept)
+    assert all(plan is kept[key] for key, plan in _compiled[network]._recordings.items() if key in kept)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

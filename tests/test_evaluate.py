@@ -20,7 +20,7 @@ from diffkern.evaluate import (
     save_classifier,
     train_classifier,
 )
-from diffkern.files import floating, write
+from diffkern.io.files import floating, write
 from diffkern.model import Model, save
 from diffkern.schedule import Schedule
 from diffkern.unet import UNet

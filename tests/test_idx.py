@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from diffkern.idx import read_idx
+from diffkern.io.idx import read_idx
 
 CUBE = np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
 GOOD = tiny.idx(CUBE)
@@ -23,7 +23,7 @@ def test_the_values_come_back_with_zeros_around_them(tmp_path, name):
 
 
 def test_a_file_longer_than_a_block_is_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffkern.idx.BLOCK", 9)  # two items of four bytes
+    monkeypatch.setattr("diffkern.io.idx.BLOCK", 9)  # two items of four bytes
     (tmp_path / "f").write_bytes(GOOD)
     assert np.array_equal(read_idx(tmp_path / "f", ndim=3), CUBE)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from diffkern import image_file
-from diffkern.image_file import fault, read_square
+from diffkern.io import image_file
+from diffkern.io.image_file import fault, read_square
 
 
 def read(path, size=4, channels=3):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffkern import image_folder as folders
 from diffkern.data import image_folder, load_dataset
-from diffkern.image_folder import find_images, natural, readable_suffixes
+from diffkern.io import image_folder as folders
+from diffkern.io.image_folder import find_images, natural, readable_suffixes
 
 
 def paint(path, colour=0, size=(20, 12), mode="RGB"):

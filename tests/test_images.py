@@ -7,7 +7,18 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from diffkern.images import captions, grid, layout, read_settings, save_gif, save_npz, save_png, to_uint8
+from diffkern.images import (
+    captions,
+    from_pixels,
+    grid,
+    layout,
+    read_settings,
+    save_gif,
+    save_npz,
+    save_png,
+    to_pixels,
+    to_uint8,
+)
 
 SETTINGS = {"seeds": [0, 2**64 - 1, -1], "sampler": "ddim", "eta": 0.5, "labels": None, "versions": {"torch": "2"}}
 
@@ -20,6 +31,7 @@ def solid(*levels: int, channels: int = 1, size: int = 4) -> torch.Tensor:
 def test_bytes_survive_the_way_to_floats_and_back():
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     assert np.array_equal(to_uint8(levels.float() / 127.5 - 1)[0, :, :, 0], levels[0, 0])
+    assert torch.equal(to_pixels(from_pixels(levels)), levels)
 
 
 def test_values_out_of_range_are_clamped():

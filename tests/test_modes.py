@@ -7,7 +7,7 @@ import pytest
 from forks import exit_code
 from torch import nn
 
-from diffkern.modes import _loans, evaluating
+from diffkern.networks.modes import _loans, evaluating
 from diffkern.sampling import sample
 from diffkern.schedule import Schedule
 

@@ -11,11 +11,14 @@ import tiny
 import torch
 from tiny import one_thread  # noqa: F401
 
-from diffkern import cli
+from diffkern import evaluate
+from diffkern.cli import evaluate as evaluate_command
+from diffkern.cli import export as export_command
 from diffkern.cli import main
+from diffkern.cli import sample as sample_command
 from diffkern.evaluate import Classifier
-from diffkern.files import read, write
 from diffkern.images import read_settings
+from diffkern.io.files import read, write
 from diffkern.model import Model, load, save
 from diffkern.training import CHECKPOINT, Trainer, new_model
 from diffkern.unet import UNet
@@ -43,7 +46,12 @@ def run(folder):
 @pytest.fixture
 def without_work(monkeypatch):
     """The test fails if anything is sampled, saved or trained."""
-    for module, name in ((cli, "sample"), (cli, "save"), (cli.evaluate, "train_classifier"), (cli, "fashion_mnist")):
+    for module, name in (
+        (sample_command, "sample"),
+        (export_command, "save"),
+        (evaluate, "train_classifier"),
+        (evaluate_command, "fashion_mnist"),
+    ):
         monkeypatch.setattr(module, name, lambda *arguments, **options: pytest.fail("the work began"))
 
 
@@ -98,7 +106,7 @@ TOO_LARGE = {
 def test_more_than_memory_or_a_file_holds_is_one_line_before_the_work(
     folder, without_work, capsys, monkeypatch, options, message
 ):
-    monkeypatch.setattr(cli, "_memory", lambda: 2**30)
+    monkeypatch.setattr(sample_command, "_memory", lambda: 2**30)
     assert re.match(message, error_of(["sample", "--model", "m.safetensors", "--steps", "2", *options], capsys))
 
 
@@ -116,7 +124,7 @@ def test_seeds_of_a_range_are_those_of_its_numbers(folder):
 
 
 def test_memory_is_at_most_the_machine_s():
-    assert 2**20 < cli._memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**20 < sample_command._memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), MemoryError("Unable to allocate"), OverflowError("int too large")])
@@ -124,7 +132,7 @@ def test_memory_that_is_not_there_is_one_line(folder, capsys, monkeypatch, error
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(cli, "sample", fail)
+    monkeypatch.setattr(sample_command, "sample", fail)
     assert error_of(SAMPLE, capsys) == (str(error) or "MemoryError")
 
 
@@ -193,7 +201,7 @@ def test_an_evaluation_reads_its_classifier_before_its_images(folder, without_wo
 )
 def test_an_evaluation_that_cannot_end_trains_no_classifier(folder, monkeypatch, capsys, options, message):
     for name in ("train_classifier", "eps_loss"):
-        monkeypatch.setattr(cli.evaluate, name, lambda *arguments, **options: pytest.fail("the work began"))
+        monkeypatch.setattr(evaluate, name, lambda *arguments, **options: pytest.fail("the work began"))
     tiny.write_fashion_mnist(folder / "idx")
     model = tiny.model()
     model.shape = (1, 32, 32)
@@ -206,7 +214,7 @@ def test_a_new_classifier_has_the_classes_of_its_data(folder, monkeypatch):
     def untrained(train, **options):
         return Classifier(classes=len(train.classes)).eval()
 
-    monkeypatch.setattr(cli.evaluate, "train_classifier", untrained)
+    monkeypatch.setattr(evaluate, "train_classifier", untrained)
     arrays = tiny.write_fashion_mnist(folder / "idx")
     for name in arrays:
         if "labels" in name:
@@ -216,7 +224,7 @@ def test_a_new_classifier_has_the_classes_of_its_data(folder, monkeypatch):
     save(model, "m.safetensors")
     command = ["evaluate", "--model", "m.safetensors", "--data", "idx", "--classifier", "new.safetensors", *QUIET]
     assert main([*command, "--n", "4", "--steps", "ddim:1", "--loss-n", "2"]) == 0
-    assert cli.evaluate.load_classifier("new.safetensors")[0].out.out_features == 16
+    assert evaluate.load_classifier("new.safetensors")[0].out.out_features == 16
 
 
 def test_classes_in_any_script_have_a_grid(folder):

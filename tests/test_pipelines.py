@@ -12,8 +12,8 @@ from tiny import one_thread  # noqa: F401
 from torch import Tensor, nn
 
 from diffkern.engine import optimize
+from diffkern.io.pipelines import ARGUMENTS, DONE, check_settings
 from diffkern.model import Model, load, save
-from diffkern.pipelines import ARGUMENTS, DONE, check_settings
 from diffkern.sampling import sample
 from diffkern.unet import UNet
 

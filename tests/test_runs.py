@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from diffkern import runs
+from diffkern.training import runs
 
 HEADER = "step,loss,lr,images_per_second\n"
 

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from tiny import one_thread  # noqa: F401
 
 import diffkern
-from diffkern import ops, runs, training
+from diffkern import ops, training
 from diffkern.data import Dataset
 from diffkern.model import load, read, save
 from diffkern.schedule import Schedule
-from diffkern.training import CHECKPOINT, PRESETS, Config, Diverged, Trainer, draw, ema_decay, new_model
+from diffkern.training import CHECKPOINT, PRESETS, Config, Diverged, Trainer, draw, ema_decay, new_model, runs
 
 
 def trainer(data=None, **changes) -> Trainer:
@@ -68,9 +68,9 @@ def test_labels_are_dropped_at_the_rate_asked_for(p):
 
 def test_draws_are_those_of_the_noise_standard():
     w0, w1, w2, w3 = 0x2DCE73E5, 0x1348E23F, 0xFCF8E0EC, 0xA287AADB  # Random123: counter (0, 0, 0, 1), key 0
-    assert training.EXAMPLE_STREAM == 3
+    assert training.draws.EXAMPLE_STREAM == 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "EXAMPLE_STREAM", 1)
+        patch.setattr(training.draws, "EXAMPLE_STREAM", 1)
         draws = draw(np.arange(1), 0, 1000, w3 / 2**32 + 1e-9)
         assert draws.seeds.item() == w0 | w1 << 32
         assert draws.t.item() == w2 * 1000 >> 32

@@ -3,7 +3,10 @@
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import json
+import types
+import typing
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,11 +16,61 @@ from .. import parallel, training
 from ..data import Dataset, load_dataset
 from ..model import Model, load
 from ..progress import tell
-from ..schedule import Schedule
+from ..schedule import _KINDS, Schedule
 from ..training.runs import check_folder, ignore_signals, locked
+from .options import add_long_options, count
+
+EXAMPLES = """\
+  diffkern train --data photos --size 64 --out run --network '{"channels": 64}'
+  diffkern train --data photos --out run --steps 200000     # resume it, and go on for longer
+  diffkern train --data digits --out run --init fashion-mnist --lr 1e-4
+  torchrun --nproc-per-node 8 -m diffkern train --device cuda --data photos --out run"""
+SCHEDULES = [kind for kind, maker in _KINDS.items() if "T" in inspect.signature(maker).parameters]
 
 
-def train(arguments: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_long_options(parser)
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="fashion-mnist, a folder of IDX files, or a folder of images: a class is a sub-folder, "
+        "transparent pixels become white, 16 bits of grey are scaled to 8, hidden files are left out",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="checkpoint.safetensors, log.csv and samples-*.png")
+    parser.add_argument("--preset", choices=training.PRESETS, help="a recipe; what follows changes it")
+    parser.add_argument(
+        "--init", metavar="MODEL", help="begin with the weights and the network of this model: fine-tune it"
+    )
+    parser.add_argument(
+        "--size", type=count, help="of an image folder's images, in pixels (default: that of --init, or 32)"
+    )
+    parser.add_argument("--network", metavar="JSON", help='arguments of the U-Net, as {"channels": 64}')
+    parser.add_argument("--schedule", choices=SCHEDULES, help="(default: linear)")
+    parser.add_argument("--timesteps", type=count, metavar="T", help="steps of the schedule (default: 1000)")
+    for f in training.config_fields():
+        _add_config_option(parser, f)
+
+
+def _add_config_option(parser: argparse.ArgumentParser, f: dataclasses.Field) -> None:
+    """--batch-size from ``batch_size``, and so on; absent from the namespace unless given."""
+    name, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {_shown(f.default)})"
+    kwargs: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if f.type is bool:
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, **kwargs)
+    elif isinstance(f.type, types.GenericAlias):  # tuple[float, float]
+        item, *rest = typing.get_args(f.type)
+        parser.add_argument(name, type=item, nargs=1 + len(rest), metavar="X", **kwargs)
+    else:
+        choices = f.metadata.get("choices")
+        metavar = None if choices else f.type.__name__.upper()
+        parser.add_argument(name, type=f.type, choices=choices, metavar=metavar, **kwargs)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns its exit status: 0, or 128 + a signal's number."""
     with parallel.joined(arguments.device) as device, _warnings_as_lines(), contextlib.ExitStack() as held:
         return _train_on(device, arguments, held)

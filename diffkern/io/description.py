@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from ..networks.unet import UNet
-from ..schedule import Schedule
+from ..networks import UNet
+from ..schedule import _KINDS
 
 FORMAT = 1
 
@@ -82,17 +82,9 @@ def _is_number(value: Any) -> bool:
 def _check_schedule(config: Any) -> None:
     for _ in range(DEEPEST):
         kind = config.get("kind") if isinstance(config, dict) else None
-        makers = {
-            "linear": Schedule.linear,
-            "scaled_linear": Schedule.scaled_linear,
-            "sigmoid": Schedule.sigmoid,
-            "cosine": Schedule.cosine,
-        }
-        options = {"custom": ["betas"], "respaced": ["schedule", "timesteps"]}
-        options |= {name: inspect.signature(maker).parameters for name, maker in makers.items()}
-        if not isinstance(kind, str) or kind not in options:
-            raise ValueError(f"schedule: expected a kind among {sorted(options)}, got {_shown(config)}")
-        _check_known("schedule", config, {"kind", *options[kind]})
+        if not isinstance(kind, str) or kind not in _KINDS:
+            raise ValueError(f"schedule: expected a kind among {sorted(_KINDS)}, got {_shown(config)}")
+        _check_known("schedule", config, {"kind", *inspect.signature(_KINDS[kind]).parameters})
         T = config.get("T")
         if isinstance(T, int) and T > MOST_STEPS:
             raise ValueError(f"T: expected at most {MOST_STEPS}, got {T}")

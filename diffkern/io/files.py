@@ -22,7 +22,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 CHECKPOINT = "checkpoint.safetensors"
 """The file that a training run keeps in its folder."""
@@ -130,24 +129,6 @@ def fill(
 def floating(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The floating-point ones of a state dict: all but such as BatchNorm's count of batches."""
     return {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
-
-
-class Blueprint(TorchFunctionMode):
-    """Within, networks are made on the meta device: no memory, no initial values, nothing drawn from a generator.
-
-    One mode for both. ``torch.device("meta")`` alone initializes too, for which torch loads its compiler (seconds).
-    """
-
-    MADE = frozenset((torch.empty, torch.ones, torch.tensor, torch.zeros))
-    SKIPPED = frozenset(("fill_", "kaiming_uniform_", "normal_", "uniform_", "zero_"))
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", None) in self.SKIPPED:
-            return args[0] if args else kwargs["tensor"]  # torch.nn.init's name for it
-        if func in self.MADE:
-            kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
 
 
 # --- writing ---

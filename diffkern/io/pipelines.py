@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..networks.modes import evaluating
-from ..networks.unet import UNet, from_diffusers
+from ..networks import UNet, from_diffusers
+from ..networks.diffusers import check_same
 from ..schedule import Schedule
 
 PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -78,46 +78,6 @@ def check_settings(scheduler: Any, ignore: Collection[str] = ()) -> None:
 
 def _listed(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in settings.items())
-
-
-# --- the network ---
-
-
-def check_same(ours: UNet, theirs: nn.Module) -> None:
-    """ValueError unless the two compute the same from a small random input, in eval mode.
-
-    ours    made by ``from_diffusers`` of theirs, with its parameters
-    theirs  a ``UNet2DModel``. Nothing is compared where it has no values (device "meta") or gives none that are finite
-    """
-    weight, classes = ours.conv_in.weight, ours.config["num_classes"]
-    if weight.device.type == "meta":
-        return
-    size = max(8, 2 ** len(ours.config["channel_mult"]))  # 2x2 at the bottom of the U, so that attention has a choice
-    x = torch.randn(
-        (2, ours.config["in_channels"], size, size),
-        generator=torch.Generator().manual_seed(0),
-        dtype=torch.float32,
-        device="cpu",
-    ).to(weight)
-    t = torch.tensor([10, 900], dtype=torch.int64, device=weight.device)
-    labels = None if classes is None else torch.tensor([0, classes - 1], dtype=torch.int64, device=weight.device)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), evaluating(ours), evaluating(theirs):
-        expected = theirs(x, t, labels).sample
-        if not expected.isfinite().all():
-            return
-        error = (ours(x, t, labels) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-    if not error <= _tolerance(weight):
-        raise ValueError(
-            f"network: expected what diffkern's UNet computes, got a {type(theirs).__name__} whose output differs by "
-            f"{error:.1e} of its largest value: it has an option, a hook or a forward that the UNet does not have"
-        )
-
-
-def _tolerance(weight: Tensor) -> float:
-    """What rounding may make, relative to the largest output. An option that is not honoured makes 1e-2 or more."""
-    if weight.dtype not in (torch.float32, torch.float64) or torch.get_float32_matmul_precision() != "highest":
-        return 0.1  # factors of 8 bits
-    return 1e-3 if weight.device.type == "cpu" else 1e-2  # cuDNN's convolutions have factors of 11 bits
 
 
 def _in_float32(network: UNet) -> UNet:

@@ -1,4 +1,4 @@
-"""Recipes of training: what may be asked of a run, and recipes by name."""
+"""The settings of a training run."""
 
 import copy
 import math
@@ -95,32 +95,6 @@ class Config:
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps))) if self.lr_schedule == "cosine" else 1.0
         return self.lr * rise * fall
-
-
-PRESETS = {
-    "fashion-mnist": Config(
-        steps=60_000,
-        lr=4e-4,
-        bf16=True,
-        network={
-            "channels": 32,
-            "channel_mult": (1, 2, 4),
-            "attention_levels": (2,),
-            "groups": 8,
-            "norm_eps": 1e-5,
-            "downsample_padding": 1,
-            "flip_sin_to_cos": True,
-            "freq_shift": 0.0,
-        },
-    ),
-}
-"""Recipes by name. ``fashion-mnist`` is the shipped model's, of 3.9 million parameters."""
-
-
-def recipe(preset: str) -> dict[str, Any]:
-    """What a preset says: its fields that are not a :class:`Config`'s defaults."""
-    default, said = Config(), PRESETS[preset]
-    return {f.name: getattr(said, f.name) for f in fields(Config) if getattr(said, f.name) != getattr(default, f.name)}
 
 
 def config_fields() -> list:

@@ -1,10 +1,4 @@
-"""Training: Algorithm 1 of Ho et al. 2020, with an average of the weights, from counters alone.
-
-Whatever is drawn for the k-th example that training sees (its image, t, noise, label dropout, flip) is a function of
-k and the run's seed: there is no generator to save, and a resumed run continues to the bit. Several processes
-(``torchrun -m diffkern train``) share each step's examples, and train the network that one alone would, but for the
-order in which a gradient is summed.
-"""
+"""The state of a training run, and its steps."""
 
 import contextlib
 import copy
@@ -14,7 +8,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,108 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from .. import images, ops, parallel
-from ..data import EXAMPLE_STREAM, Dataset, epoch_order, words
-from ..io.description import check_model, checked_state, checked_training
-from ..io.files import CHECKPOINT, read, restore, write
-from ..model import Model, build, checked_device, unwrapped
-from ..networks.defaults import float32_on
-from ..networks.unet import UNet
+from ..data import Dataset, epoch_order
+from ..io.description import check_model, checked_state
+from ..io.files import CHECKPOINT, restore, write
+from ..model import Model, build, checked_device
+from ..networks import UNet
 from ..progress import bar as progress_bar
 from ..sampling import sample
-from ..schedule import Schedule
 from . import runs
-from .config import PRESETS, Config, config_fields, plain, recipe
+from .checkpoint import read_checkpoint
+from .config import Config, plain
+from .draws import Draws, draw
 from .runs import Log, Unlogged
-
-__all__ = [
-    "CHECKPOINT",
-    "PRESETS",
-    "Config",
-    "Diverged",
-    "Draws",
-    "Log",
-    "Trainer",
-    "config_fields",
-    "draw",
-    "ema_decay",
-    "new_model",
-    "read_checkpoint",
-    "recipe",
-]
 
 
 class Diverged(RuntimeError):
     """The loss or its gradient is NaN or infinite; the state is the one before that step."""
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What chance decides for N examples, each a function of its number and the run's seed."""
-
-    seeds: Tensor  # [N] int64: of the forward noise (stream 2)
-    t: Tensor  # [N] int64, uniform on 0..T-1
-    null: Tensor  # [N] bool: the label is dropped
-    flip: Tensor  # [N] bool: the image may be mirrored
-
-
-def draw(examples: np.ndarray, seed: int, T: int, label_dropout: float) -> Draws:
-    """For each example number k: Philox words of (k, stream 3) are seed (two of them), t, and label dropout."""
-    w = words(examples, 0, EXAMPLE_STREAM, seed)
-    return Draws(
-        seeds=torch.from_numpy((w[:, 0] | w[:, 1] << np.uint64(32)).view(np.int64)),
-        t=torch.from_numpy((w[:, 2] * np.uint64(T) >> np.uint64(32)).astype(np.int64)),
-        null=torch.from_numpy(w[:, 3] * 2.0**-32 < label_dropout),
-        flip=torch.from_numpy(words(examples, 1, EXAMPLE_STREAM, seed)[:, 0] >> np.uint64(31) == 1),
-    )
-
-
 def ema_decay(decay: float, step: int) -> float:
     """Of the average after ``step`` steps: the first steps must not keep the random start."""
     return min(decay, (1 + step) / (10 + step))
-
-
-def new_model(dataset: Dataset, config: Config, name: str = "model", *, init: Model | None = None) -> Model:
-    """The eps-predicting model that ``config`` asks for, with the data's shape and classes, to be trained.
-
-    Its weights are random, or those of ``init``, a model to fine-tune. A class has the embedding of the class of its
-    name in ``init``, the null class that of the null class; where no name is the same and there are as many classes,
-    each has that of its label. ``groups`` is the largest divisor of 32 that divides ``channels``, unless it is given.
-    Raises TypeError or ValueError for options of which no network can be made, or a network that ``init`` does not fit.
-    """
-    classes, channels = dataset.classes, config.network.get("channels")
-    options = {"in_channels": dataset.shape[0], "num_classes": classes and len(classes)}
-    if isinstance(channels, int) and channels > 0:
-        options["groups"] = math.gcd(32, channels)  # UNet's own 32 where that divides every width
-    with torch.random.fork_rng(devices=[]), float32_on("cpu"):
-        torch.manual_seed(config.seed)
-        network = UNet(**{**options, **config.network})
-    model = Model(network, Schedule.from_config(config.schedule), "eps", dataset.shape, classes, name=name)
-    if init is not None:
-        _copy_weights(model, init)
-    return model
-
-
-def _copy_weights(model: Model, init: Model) -> None:
-    network, source = model.network, unwrapped(init.network)
-    if not isinstance(source, UNet):
-        raise TypeError(f"init: expected a model of a diffkern.unet.UNet, got one of {type(source).__name__}")
-    if init.prediction != "eps":
-        raise ValueError(
-            f"init: expected a model that predicts 'eps', which Algorithm 1 trains, got {init.prediction!r}"
-        )
-    live, stored = network.state_dict(), source.state_dict()
-    ours, theirs = (weights.pop("class_embedding.weight", None) for weights in (live, stored))
-    restore(live, stored, f"init: {init.name}")
-    if ours is None or theirs is None:
-        return
-    known = {name: label for label, name in enumerate(init.classes or ())}
-    rows = [(label, known[name]) for label, name in enumerate(model.classes or ()) if name in known]
-    if not rows and network.config["num_classes"] == source.config["num_classes"]:
-        rows = [(label, label) for label in range(network.config["num_classes"])]
-    if network.config["null_class"] and source.config["null_class"]:
-        rows.append((-1, -1))
-    for mine, other in rows:
-        ours[mine] = theirs[other]
 
 
 class Trainer:
@@ -362,29 +275,8 @@ class Trainer:
         return signal.Signals(heard) if self.steps < config.steps else None
 
 
-def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor], Config]:
-    """The description, the tensors and the settings of a checkpoint; ValueError for a file that is none."""
-    description, tensors = read(path)
-    config = checked_training(description, path, Config)
-    try:
-        check_model(description, len(tensors))
-        _check_optional(**{key: description["training"].get(key) for key in ("data", "log", "frozen")})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    return description, tensors, config
-
-
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(plain(value)))
-
-
-def _check_optional(data: Any, log: Any, frozen: Any) -> None:
-    """What earlier versions did not write."""
-    if not isinstance(data, dict | None) or (data and type(data.get("images")) is not int):
-        raise TypeError(f"data: expected an object with a number of images, got {data!r:.80}")
-    if not isinstance(frozen, list | None):
-        raise TypeError(f"frozen: expected a list of names, got {frozen!r:.80}")
-    Unlogged(**(log or {}))
 
 
 def _check_size(shape: tuple[int, int, int], levels: int) -> None:

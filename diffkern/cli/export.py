@@ -1,0 +1,38 @@
+"""``diffkern export``: a checkpoint's averaged weights as a model file."""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from ..io.files import is_checkpoint
+from ..model import find, load, save
+from .options import DTYPES
+from .outputs import check_file
+
+EXAMPLES = """\
+  diffkern export run --out photos.safetensors"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a run's folder, its checkpoint.safetensors, or another model")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .safetensors to write")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: float16)")
+    parser.add_argument("--name", help="the model's name (default: the file's)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    source = find(arguments.checkpoint)
+    check_file("out", arguments.out, ".safetensors")
+    if os.path.exists(arguments.out):
+        if os.path.samefile(source, arguments.out):
+            raise ValueError(f"out: expected another file than the one to export, got {arguments.out!r}")
+        if is_checkpoint(arguments.out):
+            raise ValueError(f"out: expected no training checkpoint to be overwritten, got {arguments.out!r}")
+    model = dataclasses.replace(load(source), name=arguments.name or Path(arguments.out).stem)
+    save(model, arguments.out, dtype=getattr(torch, arguments.dtype))
+    parameters = sum(parameter.numel() for parameter in model.network.parameters())
+    print(f"{arguments.out}: {parameters} parameters, {os.path.getsize(arguments.out) / 1e6:.1f} MB")
+    return 0

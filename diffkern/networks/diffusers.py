@@ -1,0 +1,107 @@
+"""diffusers' ``UNet2DModel`` as our U-Net: made of its very parameters, and compared with it."""
+
+import torch
+from torch import Tensor, nn
+
+from .blueprint import Blueprint
+from .modes import evaluating
+from .unet import UNet
+
+DIFFUSERS_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+
+
+def from_diffusers(network: nn.Module) -> UNet:
+    """diffusers' ``UNet2DModel`` as our U-Net, with the very same parameters; its classes are without a null class.
+
+    Raises ValueError that names an option of it which ours has not. It looks at the config and at the parameters;
+    :func:`check_same` looks at what the two compute.
+    """
+    c = network.config
+    down_of_up = tuple(kind.replace("Up", "Down") for kind in reversed(c.up_block_types))
+    resnets = {
+        kind.startswith("Resnet") or (kind.startswith("Attn") and c.downsample_type == "resnet")
+        for kind in c.down_block_types[:-1]
+    }
+    allowed = {
+        "down_block_types": all(kind in DIFFUSERS_BLOCKS for kind in c.down_block_types) and len(resnets) < 2,
+        "up_block_types": down_of_up == tuple(c.down_block_types),
+        "block_out_channels": all(width % c.block_out_channels[0] == 0 for width in c.block_out_channels),
+        "upsample_type": c.upsample_type == c.downsample_type,
+        "mid_block_type": c.mid_block_type == "UNetMidBlock2D",
+        "mid_block_scale_factor": c.mid_block_scale_factor == 1,
+        "time_embedding_type": c.time_embedding_type == "positional",
+        "center_input_sample": not c.center_input_sample,
+        "act_fn": c.act_fn in ("silu", "swish"),
+        "class_embed_type": c.class_embed_type is None,
+    }
+    for name, holds in allowed.items():
+        if not holds:
+            raise ValueError(f"{name}: expected what diffkern's UNet has, got {c[name]!r}")
+    with Blueprint():  # every parameter is replaced
+        unet = UNet(
+            c.in_channels,
+            c.out_channels,
+            channels=c.block_out_channels[0],
+            channel_mult=tuple(width // c.block_out_channels[0] for width in c.block_out_channels),
+            blocks=c.layers_per_block,
+            attention_levels=tuple(i for i, kind in enumerate(c.down_block_types) if kind.startswith("Attn")),
+            mid_attention=c.add_attention,
+            head_dim=c.attention_head_dim,
+            groups=c.norm_num_groups,
+            mid_attention_groups=c.attn_norm_num_groups if c.add_attention else None,
+            norm_eps=c.norm_eps,
+            dropout=c.dropout,
+            num_classes=c.num_class_embeds,
+            null_class=c.num_class_embeds is None,
+            scale_shift=c.resnet_time_scale_shift == "scale_shift",
+            resample_blocks=resnets == {True},
+            downsample_padding=c.downsample_padding,
+            flip_sin_to_cos=c.flip_sin_to_cos,
+            freq_shift=c.freq_shift,
+        )
+    theirs, ours = network.state_dict(keep_vars=True), unet.state_dict()
+    shapes, expected = ({(key, p.shape) for key, p in parameters.items()} for parameters in (theirs, ours))
+    if shapes != expected:
+        odd = sorted({key for key, _ in shapes ^ expected})
+        raise ValueError(f"network: expected the parameters of diffkern's UNet, got others: {', '.join(odd[:3])}")
+    for key, parameter in theirs.items():
+        module, _, name = key.rpartition(".")
+        setattr(unet.get_submodule(module), name, parameter)
+    return unet.train(network.training)
+
+
+def check_same(ours: UNet, theirs: nn.Module) -> None:
+    """ValueError unless the two compute the same from a small random input, in eval mode.
+
+    ours    made by ``from_diffusers`` of theirs, with its parameters
+    theirs  a ``UNet2DModel``. Nothing is compared where it has no values (device "meta") or gives none that are finite
+    """
+    weight, classes = ours.conv_in.weight, ours.config["num_classes"]
+    if weight.device.type == "meta":
+        return
+    size = max(8, 2 ** len(ours.config["channel_mult"]))  # 2x2 at the bottom of the U, so that attention has a choice
+    x = torch.randn(
+        (2, ours.config["in_channels"], size, size),
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float32,
+        device="cpu",
+    ).to(weight)
+    t = torch.tensor([10, 900], dtype=torch.int64, device=weight.device)
+    labels = None if classes is None else torch.tensor([0, classes - 1], dtype=torch.int64, device=weight.device)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), evaluating(ours), evaluating(theirs):
+        expected = theirs(x, t, labels).sample
+        if not expected.isfinite().all():
+            return
+        error = (ours(x, t, labels) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+    if not error <= _tolerance(weight):
+        raise ValueError(
+            f"network: expected what diffkern's UNet computes, got a {type(theirs).__name__} whose output differs by "
+            f"{error:.1e} of its largest value: it has an option, a hook or a forward that the UNet does not have"
+        )
+
+
+def _tolerance(weight: Tensor) -> float:
+    """What rounding may make, relative to the largest output. An option that is not honoured makes 1e-2 or more."""
+    if weight.dtype not in (torch.float32, torch.float64) or torch.get_float32_matmul_precision() != "highest":
+        return 0.1  # factors of 8 bits
+    return 1e-3 if weight.device.type == "cpu" else 1e-2  # cuDNN's convolutions have factors of 11 bits

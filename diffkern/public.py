@@ -1,0 +1,39 @@
+"""The public names of the package, and the kernels that they need."""
+
+import torch
+
+from . import __version__
+
+if torch.__version__ < "2.10":
+    raise ImportError(f"diffkern: expected torch 2.10 or later, got {torch.__version__}: run pip install torch==2.13.0")
+try:
+    from .ops import attention, group_norm_silu, noise, noise_loss, q_sample, reverse_step
+    from .ops.transforms import torch_ops
+except (AttributeError, ImportError, RuntimeError) as error:  # absent, or older than ops
+    from .unbuilt import explain
+
+    raise ImportError(explain(error)) from None
+
+from .engine import optimize
+from .model import Model, load, save
+from .sampling import sample
+from .schedule import Schedule
+from .unet import UNet
+
+__all__ = [
+    "Model",
+    "Schedule",
+    "UNet",
+    "__version__",
+    "attention",
+    "group_norm_silu",
+    "load",
+    "noise",
+    "noise_loss",
+    "optimize",
+    "q_sample",
+    "reverse_step",
+    "sample",
+    "save",
+    "torch_ops",
+]

@@ -1,0 +1,30 @@
+"""Random choices of training: each a function of an example's number and the run's seed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import EXAMPLE_STREAM, words
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides for N examples, each a function of its number and the run's seed."""
+
+    seeds: Tensor  # [N] int64: of the forward noise (stream 2)
+    t: Tensor  # [N] int64, uniform on 0..T-1
+    null: Tensor  # [N] bool: the label is dropped
+    flip: Tensor  # [N] bool: the image may be mirrored
+
+
+def draw(examples: np.ndarray, seed: int, T: int, label_dropout: float) -> Draws:
+    """For each example number k: Philox words of (k, stream 3) are seed (two of them), t, and label dropout."""
+    w = words(examples, 0, EXAMPLE_STREAM, seed)
+    return Draws(
+        seeds=torch.from_numpy((w[:, 0] | w[:, 1] << np.uint64(32)).view(np.int64)),
+        t=torch.from_numpy((w[:, 2] * np.uint64(T) >> np.uint64(32)).astype(np.int64)),
+        null=torch.from_numpy(w[:, 3] * 2.0**-32 < label_dropout),
+        flip=torch.from_numpy(words(examples, 1, EXAMPLE_STREAM, seed)[:, 0] >> np.uint64(31) == 1),
+    )

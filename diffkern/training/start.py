@@ -1,0 +1,57 @@
+"""The model that a run begins with: of random weights, or of those of a model to fine-tune."""
+
+import math
+
+import torch
+
+from ..data import Dataset
+from ..io.files import restore
+from ..model import Model, unwrapped
+from ..networks import UNet
+from ..networks.defaults import float32_on
+from ..schedule import Schedule
+from .config import Config
+
+
+def new_model(dataset: Dataset, config: Config, name: str = "model", *, init: Model | None = None) -> Model:
+    """The eps-predicting model that ``config`` asks for, with the data's shape and classes, to be trained.
+
+    Its weights are random, or those of ``init``, a model to fine-tune. A class has the embedding of the class of its
+    name in ``init``, the null class that of the null class; where no name is the same and there are as many classes,
+    each has that of its label. ``groups`` is the largest divisor of 32 that divides ``channels``, unless it is given.
+    Raises TypeError or ValueError for options of which no network can be made, or a network that ``init`` does not fit.
+    """
+    classes, channels = dataset.classes, config.network.get("channels")
+    options = {"in_channels": dataset.shape[0], "num_classes": classes and len(classes)}
+    if isinstance(channels, int) and channels > 0:
+        options["groups"] = math.gcd(32, channels)  # UNet's own 32 where that divides every width
+    with torch.random.fork_rng(devices=[]), float32_on("cpu"):
+        torch.manual_seed(config.seed)
+        network = UNet(**{**options, **config.network})
+    model = Model(network, Schedule.from_config(config.schedule), "eps", dataset.shape, classes, name=name)
+    if init is not None:
+        _copy_weights(model, init)
+    return model
+
+
+def _copy_weights(model: Model, init: Model) -> None:
+    network, source = model.network, unwrapped(init.network)
+    if not isinstance(source, UNet):
+        raise TypeError(f"init: expected a model of a diffkern.unet.UNet, got one of {type(source).__name__}")
+    if init.prediction != "eps":
+        raise ValueError(
+            f"init: expected a model that predicts 'eps', which Algorithm 1 trains, got {init.prediction!r}"
+        )
+    live, stored = network.state_dict(), source.state_dict()
+    ours, theirs = (weights.pop("class_embedding.weight", None) for weights in (live, stored))
+    restore(live, stored, f"init: {init.name}")
+    if ours is None or theirs is None:
+        return
+    known = {name: label for label, name in enumerate(init.classes or ())}
+    rows = [(label, known[name]) for label, name in enumerate(model.classes or ()) if name in known]
+    if not rows and network.config["num_classes"] == source.config["num_classes"]:
+        rows = [(label, label) for label in range(network.config["num_classes"])]
+    if network.config["null_class"] and source.config["null_class"]:
+        rows.append((-1, -1))
+    for mine, other in rows:
+        ours[mine] = theirs[other]
