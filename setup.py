@@ -22,6 +22,7 @@ if sys.platform == "win32":
     raise SystemExit("diffkern: expected Linux, got Windows, where it neither builds nor runs: use WSL")
 
 ROOT, BUILD = build_kernels.ROOT, build_kernels.BUILD
+BINDINGS = "csrc/bindings/*.cpp", "csrc/ops/*/bind.cpp"  # an op beside its kernels
 STABLE_ABI = "0x{:02x}{:02x}{:012x}".format(*build_backend.OLDEST, 0)  # the oldest torch that can load the module
 
 
@@ -63,7 +64,7 @@ def unity_sources(sources: list[str]) -> list[str]:
     includes: dict[str, list[str]] = {name: [] for name in files}
     for source in sources:
         path = ROOT / source
-        name = "module" if '#include "module.h"' in path.read_text() else "ops"
+        name = "module" if "pybind11" in path.read_text() else "ops"
         includes[name].append(f'#include "{path}"\n')
     for name, file in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,8 @@ setup(
     ext_modules=[
         CppExtension(
             "diffkern._C",
-            sorted(str(source.relative_to(ROOT)) for source in ROOT.glob("csrc/bindings/*.cpp")),
+            sorted(str(path.relative_to(ROOT)) for folder in BINDINGS for path in ROOT.glob(folder)),
+            include_dirs=[str(ROOT / "csrc")],
             depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/**/*.h")),
             define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
             extra_compile_args=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Wall"],

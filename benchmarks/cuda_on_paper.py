@@ -122,15 +122,15 @@ def elementwise_cases(shape: tuple[int, ...], dtype: torch.dtype) -> Iterable[Ca
         of_one,
     )._replace(kernels=(Kernel("", f"reverse_step_kernelI{MANGLED[dtype]}Lb0ELb0E", plan),))
     sums = (
-        Kernel("partial", f"partial_kernelI{MANGLED[dtype]}", _C.plan_noise_loss(n, elements)),
-        Kernel("total", "12total_kernel", _C.plan_elementwise(1, n, 4)),
+        Kernel("partial", f"^noise_loss/.*partial_kernelI{MANGLED[dtype]}", _C.plan_noise_loss(n, elements)),
+        Kernel("total", "^noise_loss/.*12total_kernel", _C.plan_elementwise(1, n, 4)),
     )
     yield case("noise_loss", "", lambda ops: ops.noise_loss(x, seeds, t, None), of_one + of_t, 4 * n)._replace(
         kernels=sums
     )
     yield case(
         "noise_loss backward",
-        "noise_loss_cu_[0-9a-f]{8}15backward_kernel",
+        "^noise_loss/.*15backward_kernel",
         lambda ops: ops.noise_loss_backward(torch.ones(n), x, seeds, t, None),
         of_one + of_t + 4 * n,
         of_one,
@@ -150,7 +150,7 @@ def group_norm_cases(shape: tuple[int, ...], groups: int, dtype: torch.dtype) ->
     of_x, of_channels, of_groups = x.numel() * dtype.itemsize, 4 * channels, 4 * n * groups
 
     def kernels(name: str) -> tuple[Kernel, ...]:
-        pattern = f"group_norm_silu_cu_[0-9a-f]{{8}}{name}I{MANGLED[dtype]}Li{vector}ELb1E"
+        pattern = f"^group_norm_silu/.*{name}I{MANGLED[dtype]}Li{vector}ELb1E"
         return tuple(Kernel(launch.kernel, pattern, launch) for launch in launches)
 
     title = f"{short(dtype)} {list(shape)} channels_last"
@@ -299,14 +299,14 @@ class Resources(NamedTuple):
 
 @functools.cache
 def resources() -> dict[tuple[int, str], Resources]:
-    """Of each (architecture, mangled name)."""
+    """Of each (architecture, op/mangled name)."""
     found = {}
     for report in (ROOT / "build" / "kernels").rglob("*.cu.o.ptxas"):
         for entry in report.read_text().split("Compiling entry function ")[1:]:
             name, architecture = re.match(r"'(\w+)' for 'sm_(\d+)'", entry).groups()
             spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
             shared = re.search(r"Used \d+ registers.*?(\d+) bytes smem", entry)
-            found[int(architecture), name] = Resources(
+            found[int(architecture), f"{report.parent.name}/{name}"] = Resources(
                 int(re.search(r"Used (\d+) registers", entry)[1]),
                 sum(int(number) for pair in spills for number in pair),
                 int(shared[1]) if shared else 0,

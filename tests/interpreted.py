@@ -1,4 +1,4 @@
-"""The CUDA kernels without a card: csrc/bindings/ built once more, with kernels in PTX alone, over a CUDA runtime
+"""The CUDA kernels without a card: the bindings built once more, with kernels in PTX alone, over a CUDA runtime
 that interprets them and checks every access. Its ops take CPU tensors and go through the very launchers.
 
 Environment: PTXEMU_SM is the architecture of the interpreted card (80 unless given), DIFFKERN_TEST_PTX the one that the

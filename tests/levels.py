@@ -9,10 +9,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -20,7 +22,8 @@ from torch import Tensor
 
 from diffkern import _C
 
-ALL_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx")
+TABLE = Path(__file__).parents[1] / "csrc" / "cpu" / "levels.def"
+ALL_LEVELS = ("baseline", *re.findall(r"^DIFFKERN_LEVEL\((\w+),", TABLE.read_text(), re.MULTILINE))
 LEVELS = tuple(reversed(_C.cpu_levels()))
 """The levels that this processor has: tests run at each of them, and say at their end which ones they could not run."""
 WIDTHS = ALL_LEVELS[:3]

@@ -85,11 +85,11 @@ def test_a_level_has_no_instruction_beyond_it(level, beyond):
 
 
 @pytest.mark.skipif("sm_" not in _C.COMPILED_CUDA_ARCHITECTURES, reason="built without machine code for any card")
-@pytest.mark.parametrize("source", sorted(path.name for path in ROOT.glob("csrc/cuda/*.cu")))
+@pytest.mark.parametrize("source", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/ops/*/cuda*.cu")))
 def test_no_cuda_kernel_spills_registers(source):
     """By what ptxas said (-Xptxas -v) of each kernel for each architecture."""
-    (report,) = [object.with_name(object.name + ".ptxas") for object in objects("cuda") if object.stem == source]
-    text = report.read_text()
+    (found,) = (path for path in objects("cuda") if path.match(f"{source}.o"))
+    text = found.with_name(f"{found.name}.ptxas").read_text()
     compiled = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", text)
     architectures = set(re.findall(r"sm_(\w+)", _C.COMPILED_CUDA_ARCHITECTURES))
     assert {architecture for _, architecture in compiled} == architectures

@@ -71,7 +71,7 @@ RADIUS_ULPS, ANGLE_ULPS = 2.23, 2.38  # the worst over all codes: 2.222 and 2.37
 
 
 def word_hash(codes: np.ndarray, *weighted: tuple[np.ndarray, np.ndarray]) -> int:
-    """csrc/cpu/word_hash.cpp in NumPy: (weights, values) pairs."""
+    """csrc/ops/word_hash/cpu.cpp in NumPy: (weights, values) pairs."""
     low = high = 0
     for weight, value in weighted:
         bits = np.ascontiguousarray(value).view(np.uint32)

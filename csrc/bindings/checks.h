@@ -1,4 +1,4 @@
-// What an op may say of its arguments. Every message reads `argument: expected this, got that`.
+// The checks of an op's arguments. Every message reads `argument: expected this, got that`.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "../ops.h"
+#include "cpu/layout_bf16.h"
 
 namespace diffkern {
 

@@ -10,9 +10,9 @@
 #include <utility>
 #include <vector>
 
-#include "../ops.h"
 #include "checks.h"
 #include "program.h"
+#include "view.h"
 
 #ifdef DIFFKERN_EMULATED_CUDA
 extern "C" {

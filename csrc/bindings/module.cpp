@@ -1,4 +1,4 @@
-// diffkern._C: what is no tensor op. The ops of the files beside this one register themselves when it is loaded.
+// diffkern._C: what is no tensor op. The ops register themselves when it is loaded (ops/*/bind.cpp).
 
 #include "module.h"
 
@@ -11,28 +11,13 @@
 #include <string>
 #include <vector>
 
-#include "../cpu/kernels.h"
-#include "../math/philox.h"
 #include "checks.h"
-#include "memory.h"
+#include "cpu/kernels.h"
+#include "math/philox.h"
 #include "program.h"
 
 namespace diffkern {
 namespace {
-
-uint64_t word_hash(const std::string& function, int64_t first_run, int64_t last_run) {
-  check(function == "radius" || function == "angle", "function: expected 'radius' or 'angle', got '", function, "'");
-  check(0 <= first_run && first_run <= last_run && last_run <= (int64_t(1) << 32) / kCodesPerHash,
-        "runs: expected 0 <= first <= last <= 4096, got ", first_run, " and ", last_run);
-  std::vector<uint64_t> hash(last_run);
-  const WordHashParams params{function == "angle", hash.data()};
-  torch::stable::parallel_for(first_run, last_run, 1, [&](int64_t begin, int64_t end) {
-    cpu::level().kernels.word_hash(params, begin, end);
-  });
-  uint64_t sum = 0;
-  for (int64_t run = first_run; run < last_run; ++run) sum += hash[run];
-  return sum;
-}
 
 // The words of one counter, by the very function that the kernels instantiate.
 std::array<uint32_t, 4> philox_words(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
@@ -73,9 +58,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("cpu_level", &cpu_level);
   module.def("cpu_levels", &cpu::supported_levels);
   module.def("philox", &philox_words, arg("counter"), arg("key"));
-  module.def("word_hash", &word_hash, arg("function"), arg("first_run") = 0,
-             arg("last_run") = (int64_t(1) << 32) / kCodesPerHash,
-             pybind11::call_guard<pybind11::gil_scoped_release>());
   add_program(module);
   add_plans(module);
+  add_word_hash(module);
 }

@@ -7,5 +7,6 @@
 namespace diffkern {
 
 void add_plans(pybind11::module_& module);
+void add_word_hash(pybind11::module_& module);
 
 }  // namespace diffkern

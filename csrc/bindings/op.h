@@ -1,4 +1,4 @@
-// What the file of an op includes, and how the op is made known to torch.
+// The header that an op's bind.cpp includes, and the macros that make the op known to torch.
 //
 // An op reads: check, allocate, fill the params, run. It goes through the dispatcher by LibTorch's stable ABI, so that one
 // build serves every later torch, and without a CUDA header, so that it builds and loads beside a CPU torch.
@@ -13,14 +13,13 @@
 #include <tuple>
 #include <vector>
 
-#include "../cpu/kernels.h"
+#include "cpu/kernels.h"
 #include "checks.h"
 #include "memory.h"
 #include "negated.h"
 #include "overlap.h"
 #include "run.h"
 #ifdef DIFFKERN_CUDA
-#include "../cuda/kernels.h"
 #define DIFFKERN_CUDA_LAUNCHER(name) {#name, cuda::name}
 #else
 #define DIFFKERN_CUDA_LAUNCHER(name) {#name, nullptr}

@@ -8,7 +8,7 @@
 
 namespace diffkern {
 
-// Where a tensor's elements lie: within `bytes` of the beginning of each of `samples`, `step` bytes apart.
+// The memory of a tensor's elements: within `bytes` of the beginning of each of `samples`, `step` bytes apart.
 struct Reach {
   const char* begin;
   int64_t bytes, samples, step;

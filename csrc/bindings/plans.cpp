@@ -8,10 +8,11 @@
 #include <utility>
 #include <vector>
 
-#include "../cuda/attention_plan.h"
-#include "../cuda/plan.h"
 #include "checks.h"
+#include "cuda/plan.h"
 #include "module.h"
+#include "ops/attention/plan.h"
+#include "ops/group_norm_silu/plan.h"
 
 namespace diffkern {
 namespace {

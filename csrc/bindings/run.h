@@ -7,11 +7,11 @@
 
 #include <dlfcn.h>
 
-#include "../cpu/kernels.h"
-#include "../ops.h"
+#include "cpu/kernels.h"
 #include "checks.h"
 #include "memory.h"
 #include "program.h"
+#include "view.h"
 
 namespace diffkern {
 

@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "../math/lanes.h"
+#include "lanes/lanes.h"
 
 namespace diffkern {
 

@@ -4,14 +4,14 @@
 // several views (the taps of a convolution). An element's sum goes over the blocks, and in each over the taps: its
 // order depends on these alone.
 //
-// A number may be the sum of several terms, each for what those before it leave (half.h). Of the products of A's and
+// A number may be the sum of several terms, each for what those before it leave (lanes/half.h). Of the products of A's and
 // B's terms those are made that are as large as the numbers' own precision: 1, 3 or 6 of them. Three terms are a float,
 // and six products as exact as a float's: what is left out is below 2^-24 of it.
 
 #pragma once
 
-#include "../ops.h"
-#include "half.h"
+#include "lanes/half.h"
+#include "layout_bf16.h"
 
 namespace diffkern {
 

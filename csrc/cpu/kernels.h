@@ -5,27 +5,38 @@
 
 #include <vector>
 
-#include "../ops.h"
+#include "ops/attention/params.h"
+#include "ops/conv2d/params.h"
+#include "ops/conv3x3/params.h"
+#include "ops/group_norm_silu/params.h"
+#include "ops/noise/params.h"
+#include "ops/noise_loss/params.h"
+#include "ops/q_sample/params.h"
+#include "ops/reverse_step/params.h"
+#include "ops/word_hash/params.h"
 
-// A new kernel is one line here and one file beside this one.
+// A new kernel is one line here, in the first list if it lies in a file that is compiled for the levels of bfloat16, too
+// (CMakeLists.txt), and a function of this name in ops/.
+#define DIFFKERN_BFLOAT16_KERNELS(X)      \
+  X(attention_terms, AttentionParams)     \
+  X(conv_bf16, ConvParams)                \
+  X(group_norm_silu, GroupNormSiluParams)
 #define DIFFKERN_CPU_KERNELS(X)                    \
+  DIFFKERN_BFLOAT16_KERNELS(X)                     \
   X(noise, NoiseParams)                            \
   X(q_sample, QSampleParams)                       \
   X(reverse_step, ReverseStepParams)               \
   X(noise_loss_partial, NoiseLossParams)           \
   X(noise_loss_total, NoiseLossParams)             \
   X(noise_loss_backward, NoiseLossParams)          \
-  X(group_norm_silu, GroupNormSiluParams)          \
   X(group_norm_silu_backward, GroupNormSiluParams) \
   X(attention, AttentionParams)                    \
-  X(attention_terms, AttentionParams)              \
   X(attention_backward, AttentionParams)           \
   X(attention_sum_grad_q, AttentionParams)         \
   X(conv_winograd, ConvParams)                     \
   X(conv_winograd_taps, ConvParams)                \
   X(expand_taps, ExpandTapsParams)                 \
   X(conv_direct, ConvParams)                       \
-  X(conv_bf16, ConvParams)                         \
   X(pack_taps, PackTapsParams)                     \
   X(conv3x3_gradient, Conv3x3GradientParams)       \
   X(conv3x3_sum_parts, Conv3x3GradientParams)      \

@@ -1,6 +1,6 @@
-// Which level's kernels run. CMake defines DIFFKERN_LEVEL_<level> for each level that it builds.
+// Which level's kernels run. CMake defines DIFFKERN_BUILT_<level> for each level of levels.def, as 1 or 0.
 
-#if defined(DIFFKERN_LEVEL_avx512_amx)
+#if DIFFKERN_BUILT_avx512_amx
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
@@ -8,54 +8,43 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
-#include <cstring>
+#include <iterator>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
 
 namespace diffkern::cpu {
 
+// DIFFKERN_IF(DIFFKERN_BUILT_avx2, code) is the code if that level is built, or nothing.
+#define DIFFKERN_IF(built, ...) DIFFKERN_IF_VALUE(built, __VA_ARGS__)
+#define DIFFKERN_IF_VALUE(value, ...) DIFFKERN_IF_##value(__VA_ARGS__)
+#define DIFFKERN_IF_1(...) __VA_ARGS__
+#define DIFFKERN_IF_0(...)
+
+// A level has all kernels, or those with a use for instructions of bfloat16, which replace the ones of the level before.
+#define DIFFKERN_DECLARE(name, Params) void name(const Params&, int64_t begin, int64_t end);
+#define DIFFKERN_REPLACE(name, Params) table.name = name;
+#define DIFFKERN_KERNELS_all    \
+  extern const Kernels kernels; \
+  static void replace(Kernels& table) { table = kernels; }
+#define DIFFKERN_KERNELS_bf16                 \
+  DIFFKERN_BFLOAT16_KERNELS(DIFFKERN_DECLARE) \
+  static void replace(Kernels& table) { DIFFKERN_BFLOAT16_KERNELS(DIFFKERN_REPLACE) }
+
 namespace baseline {
 extern const Kernels kernels;
 }
-#if defined(DIFFKERN_LEVEL_avx2)
-namespace avx2 {
-extern const Kernels kernels;
-}
-#endif
-#if defined(DIFFKERN_LEVEL_avx512)
-namespace avx512 {
-extern const Kernels kernels;
-}
-#endif
-
-// The AVX-512 kernels, but for those that have a use for instructions of bfloat16.
-#define DIFFKERN_BFLOAT16_KERNELS(X)      \
-  X(attention_terms, AttentionParams)     \
-  X(conv_bf16, ConvParams)                \
-  X(group_norm_silu, GroupNormSiluParams)
-#define DIFFKERN_DECLARE(name, Params) void name(const Params&, int64_t begin, int64_t end);
-#define DIFFKERN_REPLACE(name, Params) all.name = name;
-#define DIFFKERN_BFLOAT16_LEVEL(level)          \
-  namespace level {                             \
-  DIFFKERN_BFLOAT16_KERNELS(DIFFKERN_DECLARE)   \
-  static Kernels kernels() {                    \
-    Kernels all = avx512::kernels;              \
-    DIFFKERN_BFLOAT16_KERNELS(DIFFKERN_REPLACE) \
-    return all;                                 \
-  }                                             \
-  }
-#if defined(DIFFKERN_LEVEL_avx512_bf16)
-DIFFKERN_BFLOAT16_LEVEL(avx512_bf16)
-#endif
-#if defined(DIFFKERN_LEVEL_avx512_amx)
-DIFFKERN_BFLOAT16_LEVEL(avx512_amx)
-#endif
+#define DIFFKERN_LEVEL(level, files, ...) \
+  DIFFKERN_IF(DIFFKERN_BUILT_##level, namespace level { DIFFKERN_KERNELS_##files })
+#include "levels.def"
+#undef DIFFKERN_LEVEL
 
 namespace {
 
-#if defined(DIFFKERN_LEVEL_avx512_amx)
+#if DIFFKERN_BUILT_avx512_amx
 // The tiles are 8 KB of a thread's state, which a process has to ask Linux for.
 bool may_use_amx() {
 #if defined(__linux__)
@@ -68,7 +57,6 @@ bool may_use_amx() {
   return false;
 #endif
 }
-
 #endif
 
 struct Candidate {
@@ -80,47 +68,52 @@ struct Candidate {
 // Every level that was built, the best first.
 const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> all = [] {
-    std::vector<Candidate> levels;
+    std::vector<Candidate> levels{{"baseline", true, baseline::kernels}};
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    [[maybe_unused]] const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    [[maybe_unused]] const bool has_avx512 =
-        has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 #endif
-#if defined(DIFFKERN_LEVEL_avx512_amx)
-    levels.push_back({"avx512_amx", has_avx512 && __builtin_cpu_supports("avx512bf16") && may_use_amx(),
-                      avx512_amx::kernels()});
-#endif
-#if defined(DIFFKERN_LEVEL_avx512_bf16)
-    levels.push_back({"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"), avx512_bf16::kernels()});
-#endif
-#if defined(DIFFKERN_LEVEL_avx512)
-    levels.push_back({"avx512", has_avx512, avx512::kernels});
-#endif
-#if defined(DIFFKERN_LEVEL_avx2)
-    levels.push_back({"avx2", has_avx2, avx2::kernels});
-#endif
-    levels.push_back({"baseline", true, baseline::kernels});
+#define has(instructions) __builtin_cpu_supports(instructions)
+#define DIFFKERN_LEVEL(level, files, flags, cpuinfo, here)                                     \
+  DIFFKERN_IF(DIFFKERN_BUILT_##level, {                                                        \
+    levels.insert(levels.begin(), {#level, levels[0].supported && (here), levels[0].kernels}); \
+    level::replace(levels[0].kernels);                                                         \
+  })
+#include "levels.def"
+#undef DIFFKERN_LEVEL
+#undef has
     return levels;
   }();
   return all;
 }
 
+constexpr const char* kKnown[] = {
+    "baseline",
+#define DIFFKERN_LEVEL(level, ...) #level,
+#include "levels.def"
+#undef DIFFKERN_LEVEL
+};
+
+// Why DIFFKERN_CPU_LEVEL cannot have this value.
+const char* refusal(const std::string& wanted) {
+  for (const Candidate& level : candidates())
+    if (level.name == wanted) return "this processor does not have it";
+  if (std::find(std::begin(kKnown), std::end(kKnown), wanted) != std::end(kKnown)) return "this build does not have it";
+  static const std::string expected = [] {
+    std::string names = "expected ";
+    for (const char* const* name = std::begin(kKnown); name != std::end(kKnown); ++name)
+      names += (name == std::begin(kKnown) ? "" : name + 1 == std::end(kKnown) ? " or " : ", ") + std::string(*name);
+    return names;
+  }();
+  return expected.c_str();
+}
+
 Level choose() {
-  const char* wanted = std::getenv("DIFFKERN_CPU_LEVEL");
-  const bool forced = wanted != nullptr && *wanted != '\0';
-  const char* error = forced ? "expected baseline, avx2, avx512, avx512_bf16 or avx512_amx" : nullptr;
-  for (const char* known : {"avx2", "avx512", "avx512_bf16", "avx512_amx"})
-    if (forced && std::strcmp(known, wanted) == 0) error = "this build does not have it";
+  const char* variable = std::getenv("DIFFKERN_CPU_LEVEL");
+  const std::string wanted = variable ? variable : "";
   for (const Candidate& level : candidates())
-    if (forced && std::strcmp(level.name, wanted) == 0) {
-      if (level.supported) return {level.name, nullptr, level.kernels};
-      error = "this processor does not have it";
-    }
+    if (level.supported && level.name == wanted) return {level.name, nullptr, level.kernels};
   for (const Candidate& level : candidates())
-    if (level.supported) return {level.name, error, level.kernels};
+    if (level.supported) return {level.name, wanted.empty() ? nullptr : refusal(wanted), level.kernels};
   __builtin_unreachable();
 }
 

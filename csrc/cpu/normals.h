@@ -5,8 +5,8 @@
 
 #pragma once
 
-#include "../math/normal.h"
-#include "../math/philox.h"
+#include "math/normal.h"
+#include "math/philox.h"
 
 namespace diffkern {
 

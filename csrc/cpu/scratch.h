@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "../math/lanes.h"
+#include "lanes/lanes.h"
 
 namespace diffkern::cpu {
 

@@ -3,9 +3,9 @@
 
 #pragma once
 
-#include "../ops.h"
-#include "half.h"
+#include "lanes/half.h"
 #include "normals.h"
+#include "view.h"
 
 namespace diffkern {
 

@@ -5,15 +5,13 @@
 
 #pragma once
 
-#include "../math/lanes.h"
-#include "../ops.h"
+#include "integers.h"
+#include "lanes/lanes.h"
 #include "scratch.h"
 
 namespace diffkern::cpu::DIFFKERN_CPU_LEVEL {
 
 namespace {
-
-DIFFKERN_FN int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int kTile = 4, kSize = kTile + 2, kMatrices = kSize * kSize;
 

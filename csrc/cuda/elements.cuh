@@ -6,11 +6,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "../math/normal.h"
-#include "../math/philox.h"
-#include "../ops.h"
-#include "kernels.h"
+#include "math/normal.h"
+#include "math/philox.h"
 #include "plan.h"
+#include "stream.h"
+#include "view.h"
 
 namespace diffkern::cuda {
 

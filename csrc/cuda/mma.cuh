@@ -13,7 +13,7 @@
 
 #include <cstdint>
 
-#include "../math/lanes.h"
+#include "lanes/lanes.h"
 
 namespace diffkern::cuda {
 

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "lanes.h"
+#include "lanes/lanes.h"
 
 namespace diffkern {
 

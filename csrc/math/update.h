@@ -4,7 +4,7 @@
 #pragma once
 
 #include "exp.h"
-#include "lanes.h"
+#include "lanes/lanes.h"
 #include "row.h"
 
 namespace diffkern {

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import build_kernels
 
-OLDEST = (2, 10)  # whose stable ABI has all that csrc/bindings uses
+OLDEST = (2, 10)  # whose stable ABI has all that the bindings use
 PINNED = "2.13.0"
 
 _PROBE = """

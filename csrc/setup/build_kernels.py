@@ -3,7 +3,7 @@
 Environment, beside what build_cuda.py reads:
 
     CXX, CXXFLAGS        the C++ compiler and its flags
-    DIFFKERN_CPU_LEVELS  "all", "native", or some of avx2 avx512 avx512_bf16 avx512_amx, beside baseline
+    DIFFKERN_CPU_LEVELS  "all", "native", or some of the names in csrc/cpu/levels.def, beside baseline
     DIFFKERN_BUILD_DIR   a folder to build in (default: build, in the source)
     DIFFKERN_CMAKE_ARGS  arguments for CMake, quoted as in a shell
     MAX_JOBS             how many compilations run at a time
@@ -97,11 +97,12 @@ def build(default: str, torch_has_cuda: bool) -> dict[str, str]:
     return info
 
 
-LEVELS = {  # each with what Linux calls the instructions that it adds to the one before
-    "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"},
-    "avx512_bf16": {"avx512_bf16"},
-    "avx512_amx": {"amx_tile", "amx_bf16"},
+# Each level of csrc/cpu/levels.def, with what Linux calls the instructions that it adds to the one before.
+LEVELS = {
+    name: set(cpuinfo.split())
+    for name, cpuinfo in re.findall(
+        r'^DIFFKERN_LEVEL\((\w+), \w+, "[^"]*",\s*"([^"]*)"', (ROOT / "csrc/cpu/levels.def").read_text(), re.MULTILINE
+    )
 }
 
 

@@ -68,8 +68,8 @@ def test_attention_issues_no_product_that_the_arithmetic_does_not_need(architect
 @with_registers
 @architectures
 def test_a_multiprocessor_holds_as_many_warps_as_the_plan_of_attention_says(architecture):
-    """The table in csrc/cuda/attention_plan.h."""
-    text = (ROOT / "csrc" / "cuda" / "attention_plan.h").read_text()
+    """The table in csrc/ops/attention/plan.h."""
+    text = (ROOT / "csrc" / "ops" / "attention" / "plan.h").read_text()
 
     def held(d: int, tokens: int, kernel: str, dtype: torch.dtype = torch.bfloat16) -> int:
         cases = cuda_on_paper.attention_cases(tokens, d, dtype, architecture)

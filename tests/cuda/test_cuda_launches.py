@@ -17,15 +17,16 @@ INVALID = 1  # cudaErrorInvalidValue
 
 def test_a_group_norm_that_fails_to_launch_says_so_and_the_next_op_is_fine(interpreter):
     x, ones = values((1, 8, 4, 4)), torch.ones(8)
-    ptx = real(interpreter)["group_norm_silu.cu"]
+    file = "ops/group_norm_silu/cuda.cu"
+    ptx = real(interpreter)[file]
     too_large = re.sub(r"(\.shared \.align \d+ \.b8 \w*rstd\w*)\[\d+\]", r"\1[200000]", ptx)
     assert too_large != ptx
-    register(interpreter, too_large)
+    register(interpreter, file, too_large)
     try:
         with pytest.raises(RuntimeError, match="^group_norm_silu: expected its CUDA kernels to launch, got: "):
             interpreter.ops.group_norm_silu(x, ones, ones, 2, 1e-5, None, None, None, True)
     finally:
-        register(interpreter, ptx)
+        register(interpreter, file, ptx)
     assert interpreter.runtime.cudaPeekAtLastError() == 0
     assert interpreter.ops.noise(SEEDS, [8], torch.tensor(0), 0, torch.float32).isfinite().all()
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cuda
 
 class Bug(NamedTuple):
     case: str
-    kernels: str  # a file of csrc/cuda
+    kernels: str  # a file of csrc
     change: tuple[str, str, str]  # in which file, what, into what
     complaint: str
 
@@ -30,69 +30,82 @@ BUGS = {
     # bounds
     "a vector's tail written past the end": Bug(
         "noise",
-        "noise.cu",
-        ("elements.cuh", "i < kVector<T> && first + i < end; ++i) *address", "i < kVector<T>; ++i) *address"),
+        "ops/noise/cuda.cu",
+        ("cuda/elements.cuh", "i < kVector<T> && first + i < end; ++i) *address", "i < kVector<T>; ++i) *address"),
         OUTSIDE,
     ),
     "a vector's tail read past the end": Bug(
         "q_sample",
-        "q_sample.cu",
-        ("elements.cuh", "i < kVector<T> && first + i < end; ++i) packed", "i < kVector<T>; ++i) packed"),
+        "ops/q_sample/cuda.cu",
+        ("cuda/elements.cuh", "i < kVector<T> && first + i < end; ++i) packed", "i < kVector<T>; ++i) packed"),
         OUTSIDE,
     ),
     "a last chunk of pixels taken for a whole one": Bug(
         "group norm, several chunks",
-        "group_norm_silu.cu",
+        "ops/group_norm_silu/cuda.cu",
         (
-            "group_norm_silu.cu",
+            "ops/group_norm_silu/cuda.cu",
             "int(::min(int64_t(plan.chunk_pixels), p.pixels - tile.first_pixel));",
             "plan.chunk_pixels;",
         ),
         OUTSIDE,
     ),
     "tokens fetched past the last": Bug(
-        HELD, "attention.cu", ("attention.cuh", "wide && first + row < rows.count;", "wide;"), OUTSIDE
+        HELD, "ops/attention/cuda.cu", ("ops/attention/cuda.cuh", "wide && first + row < rows.count;", "wide;"), OUTSIDE
     ),
     "channels fetched past the last": Bug(
-        WARP_ROWS, "attention.cu", ("attention.cuh", "wide = offset < channels;", "wide = true;"), OUTSIDE
+        WARP_ROWS,
+        "ops/attention/cuda.cu",
+        ("ops/attention/cuda.cuh", "wide = offset < channels;", "wide = true;"),
+        OUTSIDE,
     ),
     "rows written past the last": Bug(
-        HELD, "attention.cu", ("attention.cuh", "if (first + row >= rows.count) break;", ""), OUTSIDE
+        HELD, "ops/attention/cuda.cu", ("ops/attention/cuda.cuh", "if (first + row >= rows.count) break;", ""), OUTSIDE
     ),
     "tokens staged past the last": Bug(
-        SIMT, "attention_any.cu", ("attention_any.cu", "first + token < rows.count && channel", "channel"), OUTSIDE
+        SIMT,
+        "ops/attention/cuda_any.cu",
+        ("ops/attention/cuda_any.cu", "first + token < rows.count && channel", "channel"),
+        OUTSIDE,
     ),
     # asynchronous copies, and ldmatrix of what they bring
     "a chunk read before its copy is there": Bug(
-        HELD, "attention.cu", ("attention.cuh", "    wait_for_copies<kAhead - 1>();\n", ""), EARLY
+        HELD, "ops/attention/cuda.cu", ("ops/attention/cuda.cuh", "    wait_for_copies<kAhead - 1>();\n", ""), EARLY
     ),
     "a chunk waited for one copy too late": Bug(
         SEVERAL,
-        "attention.cu",
-        ("attention.cuh", "wait_for_copies<kAhead - 1>();", "wait_for_copies<kAhead>();"),
+        "ops/attention/cuda.cu",
+        ("ops/attention/cuda.cuh", "wait_for_copies<kAhead - 1>();", "wait_for_copies<kAhead>();"),
         EARLY,
     ),
     "a chunk read before the others' copies are there": Bug(
-        HELD, "attention.cu", ("attention.cuh", "1>();\n    __syncthreads();\n", "1>();\n"), f"{RACE}|{EARLY}"
+        HELD,
+        "ops/attention/cuda.cu",
+        ("ops/attention/cuda.cuh", "1>();\n    __syncthreads();\n", "1>();\n"),
+        f"{RACE}|{EARLY}",
     ),
     "a chunk overwritten while it is read": Bug(
         WARP_ROWS,
-        "attention.cu",
-        ("attention_plan.h", "held ? 2 + kAhead : 1 + kAhead", "kAhead"),
+        "ops/attention/cuda.cu",
+        ("ops/attention/plan.h", "held ? 2 + kAhead : 1 + kAhead", "kAhead"),
         f"{RACE}|{EARLY}",
     ),
     # shared memory between warps
     "probabilities read before the other warps put theirs": Bug(
         SEVERAL,
-        "attention.cu",
-        ("attention.cuh", "put<T, Tiling>(exchange, s);\n    __syncthreads();\n", "put<T, Tiling>(exchange, s);\n"),
+        "ops/attention/cuda.cu",
+        (
+            "ops/attention/cuda.cuh",
+            "put<T, Tiling>(exchange, s);\n    __syncthreads();\n",
+            "put<T, Tiling>(exchange, s);\n",
+        ),
         RACE,
     ),
     "maxima combined before the other warps put theirs": Bug(
         SEVERAL,
-        "attention.cu",
+        "ops/attention/cuda.cu",
         (
-            "attention.cu",
+            "ops/attention/cuda.cu",
             "if constexpr (Tiling::column_warps > 1) {\n    __syncthreads();\n",
             "if constexpr (Tiling::column_warps > 1) {\n",
         ),
@@ -100,9 +113,9 @@ BUGS = {
     ),
     "rows written before they are put": Bug(
         HELD,
-        "attention.cu",
+        "ops/attention/cuda.cu",
         (
-            "attention.cuh",
+            "ops/attention/cuda.cuh",
             "int channels) {\n  __syncthreads();\n  for",
             "int channels) {\n  for",
         ),
@@ -110,15 +123,15 @@ BUGS = {
     ),
     "gradients put over operands that are still read": Bug(
         HELD,
-        "attention_backward.cu",
-        ("attention_backward.cu", "  __syncthreads();  // a and b are no longer read\n", ""),
+        "ops/attention/cuda_backward.cu",
+        ("ops/attention/cuda_backward.cu", "  __syncthreads();  // a and b are no longer read\n", ""),
         r"race within a warp \(write after read, shared",
     ),
     "statistics of half of the queries": Bug(
         HELD,
-        "attention_backward.cu",
+        "ops/attention/cuda_backward.cu",
         (
-            "attention_backward.cu",
+            "ops/attention/cuda_backward.cu",
             "channel == 0 && threadIdx.x < kTokens)",
             "channel == 0 && threadIdx.x < kTokens / 2)",
         ),
@@ -126,9 +139,9 @@ BUGS = {
     ),
     "operands read before they are staged": Bug(
         SIMT,
-        "attention_any.cu",
+        "ops/attention/cuda_any.cu",
         (
-            "attention_any.cu",
+            "ops/attention/cuda_any.cu",
             "first_token, channel, channels);\n    __syncthreads();\n",
             "first_token, channel, channels);\n",
         ),
@@ -136,37 +149,40 @@ BUGS = {
     ),
     "operands staged while the last are read": Bug(
         SIMT,
-        "attention_any.cu",
-        ("attention_any.cu", "__syncthreads();\n    stage<kDepth>(work", "stage<kDepth>(work"),
+        "ops/attention/cuda_any.cu",
+        ("ops/attention/cuda_any.cu", "__syncthreads();\n    stage<kDepth>(work", "stage<kDepth>(work"),
         RACE,
     ),
     "warps' sums added before they are there": Bug(
-        "noise_loss", "noise_loss.cu", ("noise_loss.cu", "= sum;\n      __syncthreads();\n", "= sum;\n"), RACE
+        "noise_loss",
+        "ops/noise_loss/cuda.cu",
+        ("ops/noise_loss/cuda.cu", "= sum;\n      __syncthreads();\n", "= sum;\n"),
+        RACE,
     ),
     "a tree of sums that does not wait for its branches": Bug(
         "group norm, one chunk, channels_last",
-        "group_norm_silu.cu",
-        ("group_norm_silu.cu", "rows > 1;) {\n        __syncthreads();\n", "rows > 1;) {\n"),
+        "ops/group_norm_silu/cuda.cu",
+        ("ops/group_norm_silu/cuda.cu", "rows > 1;) {\n        __syncthreads();\n", "rows > 1;) {\n"),
         RACE,
     ),
     "channels' sums used before they are there": Bug(
         "group norm, one chunk",
-        "group_norm_silu.cu",
-        ("group_norm_silu.cu", "  });\n  __syncthreads();\n}\n\n// Calls done", "  });\n}\n\n// Calls done"),
+        "ops/group_norm_silu/cuda.cu",
+        ("ops/group_norm_silu/cuda.cu", "  });\n  __syncthreads();\n}\n\n// Calls done", "  });\n}\n\n// Calls done"),
         RACE,
     ),
     "coefficients used before they are there": Bug(
         "group norm, one chunk",
-        "group_norm_silu.cu",
-        ("group_norm_silu.cu", "__syncthreads();\n      normalise", "normalise"),
+        "ops/group_norm_silu/cuda.cu",
+        ("ops/group_norm_silu/cuda.cu", "__syncthreads();\n      normalise", "normalise"),
         RACE,
     ),
     # global memory between blocks and launches
     "a chunk's sums that nobody wrote": Bug(
         "group norm, several chunks",
-        "group_norm_silu.cu",
+        "ops/group_norm_silu/cuda.cu",
         (
-            "group_norm_silu.cu",
+            "ops/group_norm_silu/cuda.cu",
             "if (phase == Phase::sums) {\n      if (g < tile.groups) {",
             "if (phase == Phase::sums) {\n      if (g + 1 < tile.groups) {",
         ),
@@ -174,16 +190,16 @@ BUGS = {
     ),
     "chunks that write each other's sums": Bug(
         "group norm, several chunks, channels_last",
-        "group_norm_silu.cu",
-        ("group_norm_silu.cu", "(group * plan.chunks + tile.chunk) * 2;", "group * plan.chunks * 2;"),
+        "ops/group_norm_silu/cuda.cu",
+        ("ops/group_norm_silu/cuda.cu", "(group * plan.chunks + tile.chunk) * 2;", "group * plan.chunks * 2;"),
         r"race between blocks \(write after write, global\)",
     ),
     # shuffles
     "a shuffle without the lanes that have no element": Bug(
         "noise_loss",
-        "noise_loss.cu",
+        "ops/noise_loss/cuda.cu",
         (
-            "noise_loss.cu",
+            "ops/noise_loss/cuda.cu",
             "sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);",
             "if (sum != 0) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);",
         ),

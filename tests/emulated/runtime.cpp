@@ -3,8 +3,8 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
-#include "../../csrc/cpu/kernels.h"
-#include "memory.h"
+#include "bindings/memory.h"
+#include "cpu/kernels.h"
 
 namespace diffkern::cpu {
 
