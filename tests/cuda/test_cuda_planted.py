@@ -44,7 +44,7 @@ BUGS = {
         "group norm, several chunks",
         "ops/group_norm_silu/cuda.cu",
         (
-            "ops/group_norm_silu/cuda.cu",
+            "ops/group_norm_silu/cuda.cuh",
             "int(::min(int64_t(plan.chunk_pixels), p.pixels - tile.first_pixel));",
             "plan.chunk_pixels;",
         ),
@@ -162,13 +162,13 @@ BUGS = {
     "a tree of sums that does not wait for its branches": Bug(
         "group norm, one chunk, channels_last",
         "ops/group_norm_silu/cuda.cu",
-        ("ops/group_norm_silu/cuda.cu", "rows > 1;) {\n        __syncthreads();\n", "rows > 1;) {\n"),
+        ("ops/group_norm_silu/cuda.cuh", "rows > 1;) {\n        __syncthreads();\n", "rows > 1;) {\n"),
         RACE,
     ),
     "channels' sums used before they are there": Bug(
         "group norm, one chunk",
         "ops/group_norm_silu/cuda.cu",
-        ("ops/group_norm_silu/cuda.cu", "  });\n  __syncthreads();\n}\n\n// Calls done", "  });\n}\n\n// Calls done"),
+        ("ops/group_norm_silu/cuda.cuh", "  });\n  __syncthreads();\n}\n\n// Calls done", "  });\n}\n\n// Calls done"),
         RACE,
     ),
     "coefficients used before they are there": Bug(
