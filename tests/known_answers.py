@@ -28,7 +28,7 @@ from torch import Tensor
 from diffkern import ops
 from diffkern.data import Dataset, epoch_order
 from diffkern.model import Model, save
-from diffkern.samplers import PREDICTIONS, ddim, ddpm, dpmpp_2m, fold_x0
+from diffkern.samplers import ddim, ddpm, dpmpp_2m, fold_x0
 from diffkern.sampling import Step, sample
 from diffkern.schedule import Schedule
 from diffkern.training import CHECKPOINT, Config, Trainer, draw, new_model
@@ -79,6 +79,7 @@ SAMPLERS = {
 }
 COLUMNS = ("p_x", "p_o", "k_x", "k_o", "k_0", "sigma", "log_var_min", "log_var_max")
 LOGS = [COLUMNS.index("log_var_min"), COLUMNS.index("log_var_max")]
+PREDICTIONS = ("eps", "x0", "v", "score")
 STEPS = (1, 7, 20, 50, 250, 1000)
 
 
@@ -99,8 +100,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 
 def tables(schedule: str, sampler: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield a name and the coefficients [rows, 8 + J] of each prediction, not folded and folded, over all of STEPS and
-    SPACINGS."""
+    """Yield, by name, the coefficients [rows, 8 + J] of each prediction over all of STEPS and SPACINGS, and folded."""
     s, make = SCHEDULES[schedule], SAMPLERS[sampler]
     choices = dict.fromkeys(tuple(s.timesteps(N, spacing)) for N in STEPS for spacing in SPACINGS)  # without repeats
     for prediction in PREDICTIONS:
@@ -185,6 +185,7 @@ CASES |= {
     "one step": dict(steps=1),
     "given steps": dict(sampler="dpmpp_2m", steps=[999, 700, 40, 3]),
     "given variances": dict(sampler="ddpm", steps=7, variance=torch.arange(7, dtype=torch.float64, device="cpu") / 64),
+    "zero terminal SNR": dict(prediction="v", schedule=Schedule([0.1, 0.2, 0.3, 0.5, 1.0])),
     "variance is dropped": dict(model=network_with_variance, sampler="ddpm", variance="fixed_small", steps=7),
     "guidance 1": dict(GUIDED, guidance=1.0, steps=7),
     "guidance 0": dict(GUIDED, guidance=0.0, steps=7),
