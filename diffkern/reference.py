@@ -16,6 +16,7 @@ from .ops.noise import cos_sin, normals, radius
 from .ops.noise import reference as noise
 from .ops.noise_loss import reference as noise_loss
 from .ops.q_sample import reference as q_sample
-from .ops.reverse_step import COLUMNS, exp
+from .ops.reverse_step import exp
 from .ops.reverse_step import reference as reverse_step
+from .ops.row import COLUMNS
 from .philox import philox4x32

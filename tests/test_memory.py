@@ -39,6 +39,8 @@ def calls(
     table = torch.rand(1, 10) * (torch.arange(10) != 8)  # t is 0
     step = dict(x=x, out=image(n, 2 * c, h, w), table=table, step=noise["t"], seeds=noise["seeds"])
     step |= dict(out_uncond=image(n, 2 * c, h, w), guidance=2.0, clip=True, learned_variance=True, history=[x])
+    long = step | dict(table=torch.rand(1, 24), guidance=1.0, clip=False, address=torch.tensor([[5, 2]]))
+    long |= dict(grad=x, known=x, mask=values((1, 1, h, w)))
     attention = dict(q=tokens(q, 2), k=tokens(keys, 3), v=tokens(keys, 4))
     lse = values((n, heads, q))
     norm = dict(weight=values((c,)), bias=values((c,)), groups=groups, scale_shift=values((n, 2 * c)), silu=True)
@@ -51,6 +53,8 @@ def calls(
         "q_sample_": noise | dict(x_0=x, table=torch.rand(1, 2)),
         "reverse_step": step | dict(return_x0=True),
         "reverse_step_": step | dict(x0_hat=x),
+        "reverse_step, long rows": long | dict(return_x0=True),
+        "reverse_step_, long rows": long | dict(x0_hat=None, kept=x),
         "noise_loss": noise | dict(out=x, weights=torch.rand(n)),
         "noise_loss_backward": noise | dict(grad_loss=torch.rand(n), out=x, weights=torch.rand(n)),
         "attention": attention | dict(scale=None),

@@ -21,13 +21,16 @@ from .group_norm_silu import group_norm_silu
 from .noise import noise
 from .noise_loss import noise_loss
 from .q_sample import q_sample, q_sample_
-from .reverse_step import COLUMNS, reverse_step, reverse_step_
+from .reverse_step import reverse_step, reverse_step_
+from .row import COLUMNS, LONG_COLUMNS, MAX_HISTORY, has_long_rows, long_columns
 from .seeds import Seeds, as_seeds
 
 flops.register()
 
 __all__ = [
     "COLUMNS",
+    "LONG_COLUMNS",
+    "MAX_HISTORY",
     "PackedConv",
     "Seeds",
     "as_seeds",
@@ -36,6 +39,8 @@ __all__ = [
     "conv3x3",
     "expand_taps",
     "group_norm_silu",
+    "has_long_rows",
+    "long_columns",
     "noise",
     "noise_loss",
     "pack_conv",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from long_rows import OPERANDS, raw_long_case
 from torch import Tensor
 
 pytestmark = pytest.mark.cuda
@@ -20,18 +21,19 @@ def same_bits(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours.view(bits), theirs.view(bits), rtol=0, atol=0)
 
 
+def to_device(cuda, argument):
+    if isinstance(argument, Tensor):
+        return argument.to(cuda.device)
+    return [to_device(cuda, a) for a in argument] if isinstance(argument, list) else argument
+
+
 @pytest.fixture
 def on(cuda):
     """Runs an op on the CPU and by its CUDA kernel, and returns both results, each as a tuple."""
 
-    def to_cuda(argument):
-        if isinstance(argument, Tensor):
-            return argument.to(cuda.device)
-        return [to_cuda(a) for a in argument] if isinstance(argument, list) else argument
-
     def run(name: str, *arguments) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         results = (
-            getattr(cuda.ops, name)(*(to_cuda(a) for a in arguments)),
+            getattr(cuda.ops, name)(*(to_device(cuda, a) for a in arguments)),
             getattr(CPU, name)(*arguments),
         )
         return tuple(r if isinstance(r, tuple) else (r,) for r in results)
@@ -44,7 +46,10 @@ def seeds_and_steps() -> tuple[Tensor, Tensor]:
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int, layout: str = "contiguous") -> Tensor:
-    x = torch.randn(N, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return laid_out_as(layout, torch.randn(N, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
+
+
+def laid_out_as(layout: str, x: Tensor) -> Tensor:
     if layout == "channels_last":
         return x.to(memory_format=torch.channels_last)
     if layout == "unaligned":  # a step of one element past an aligned start
@@ -100,6 +105,50 @@ def test_a_reverse_step_is_the_cpus(on, dtype, learned, guided, layout):
         )
         for a, b in zip(ours, theirs, strict=True):
             same_bits(a, b)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "unaligned", "transposed"])
+@pytest.mark.parametrize("with_", [(), OPERANDS[:1], OPERANDS[1:2], OPERANDS[2:3], OPERANDS], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_by_long_rows_is_the_cpus(on, dtype, with_, layout):
+    for shape in SHAPES:
+        x, out, table, _, seeds, uncond, *fields = raw_long_case((4, *shape), dtype, 6 if with_ else 0, with_)
+        x, out = (laid_out_as(layout, tensor) for tensor in (x, out))
+        ours, theirs = on("reverse_step", x, out, table, torch.arange(4), seeds, uncond, *fields)
+        for a, b in zip(ours, theirs, strict=True):
+            same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_long_row_without_a_call_is_the_cpus(on, dtype):
+    x, _, *rest = raw_long_case((4, 3, 8, 8), dtype, 2, OPERANDS[1:3])
+    ours, theirs = on("reverse_step", x, None, *rest)
+    for a, b in zip(ours, theirs, strict=True):
+        same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kept_may_take_the_place_of_any_slot(cuda, dtype):
+    for slot in range(3):
+        arguments = [to_device(cuda, a) for a in raw_long_case((4, 3, 5, 7), dtype, 3, OPERANDS[:3])]
+        expected = cuda.ops.reverse_step(*arguments)
+        x, history = arguments[0], arguments[9]
+        cuda.ops.reverse_step_(*arguments[:10], None, *arguments[11:], history[slot])
+        for ours, theirs in zip((x, history[slot]), expected, strict=True):
+            same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("entry", [(-1, 1), (2**32, 1), (5, 0), (5, 7), (5, -1), (2**62, 2**62), None])
+def test_noise_without_an_address_gives_nan_in_its_sample_alone(cuda, entry):
+    x, out, table, _, seeds, *fields = raw_long_case((4, 3, 8, 8), torch.float32, 0, OPERANDS[2:3])
+    if entry is None:
+        fields[6] = None
+    else:
+        fields[6][2] = torch.tensor(entry)
+    arguments = [to_device(cuda, a) for a in (x, out, table, torch.tensor([0, 1, 2, 3]), seeds, *fields)]
+    x_next, kept = cuda.ops.reverse_step(*arguments)
+    assert kept.isfinite().all() and x_next[1].isfinite().all() and x_next[2].isnan().all()
+    assert x_next[[0, 3]].isnan().all() if entry is None else x_next[[0, 3]].isfinite().all()
 
 
 def test_one_row_serves_all_samples(on):
