@@ -55,6 +55,9 @@ def calls(
         "reverse_step_": step | dict(x0_hat=x),
         "reverse_step, long rows": long | dict(return_x0=True),
         "reverse_step_, long rows": long | dict(x0_hat=None, kept=x),
+        "moments": dict(a=x, b=image(n, c, h, w, seed=7)),
+        "abs_quantile": dict(x=x, out=long["out"], table=long["table"], step=step["step"], q=0.5)
+        | dict(out_uncond=step["out_uncond"], guidance=1.0, grad=x, learned_variance=True),
         "noise_loss": noise | dict(out=x, weights=torch.rand(n)),
         "noise_loss_backward": noise | dict(grad_loss=torch.rand(n), out=x, weights=torch.rand(n)),
         "attention": attention | dict(scale=None),

@@ -14,10 +14,12 @@ what came: RuntimeError for shapes, dtypes, devices and indices, TypeError and V
 """
 
 from . import flops
+from .abs_quantile import abs_quantile
 from .attention import attention
 from .conv2d import PackedConv, conv2d, expand_taps, pack_conv, pack_taps, pack_upsampling
 from .conv3x3 import conv3x3
 from .group_norm_silu import group_norm_silu
+from .moments import moments
 from .noise import noise
 from .noise_loss import noise_loss
 from .q_sample import q_sample, q_sample_
@@ -33,6 +35,7 @@ __all__ = [
     "MAX_HISTORY",
     "PackedConv",
     "Seeds",
+    "abs_quantile",
     "as_seeds",
     "attention",
     "conv2d",
@@ -41,6 +44,7 @@ __all__ = [
     "group_norm_silu",
     "has_long_rows",
     "long_columns",
+    "moments",
     "noise",
     "noise_loss",
     "pack_conv",

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from types import NoneType
+from types import NoneType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -198,6 +198,26 @@ def _plus(total: Tensor, k: Tensor, value: Tensor) -> Tensor:
     return torch.where(k == 0, total, total + k * value)
 
 
+def outputs(
+    row: SimpleNamespace, x: Tensor, out: Tensor | None, out_uncond: Tensor | None, learned_variance: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(o, out_uncond, the second half of out), the last two where they are there. Without out, o and its row are 0."""
+    if out is None:
+        row.p_o = row.k_o = row.q_o = row.p_x.new_zeros(())
+        return torch.zeros_like(x), None, None
+    o, *second_half = wide(out).chunk(2, 1) if learned_variance else (wide(out),)
+    u = None
+    if out_uncond is not None:
+        u = wide(out_uncond).chunk(2, 1)[0] if learned_variance else wide(out_uncond)
+        o = u + row.w * (o - u)
+    return o, u, *(second_half or [None])
+
+
+def unclamped_x0(row: SimpleNamespace, x: Tensor, o: Tensor, grad: Tensor | None) -> Tensor:
+    x0 = row.p_x * x + row.p_o * o
+    return x0 if grad is None else _plus(x0, row.p_g, grad)
+
+
 def _summed_noise(
     noise: Callable[..., Tensor], seeds: Tensor, x: Tensor, address: Tensor, count: Tensor, most: int, stream: int
 ) -> Tensor:
@@ -264,38 +284,26 @@ def composite(
     """See :func:`diffkern.ops.reverse_step`."""
     _check_operands(x, out, table, out_uncond, learned_variance, history, address, grad, known, mask)
     check_shape("seeds", seeds, (x.shape[0],))
-    row, zero = read_rows(step, table, x, clip, guidance), table.new_zeros(())
+    row = read_rows(step, table, x, clip, guidance)
     if mask is None:
-        row.b_0 = row.b_z = zero
+        row.b_0 = row.b_z = table.new_zeros(())
     first, count = addresses(row, step, address, x)
     dtype, x = x.dtype, wide(x)
 
-    def halves(out: Tensor) -> Sequence[Tensor]:
-        return wide(out).chunk(2, 1) if learned_variance else (wide(out),)
-
-    if out is None:
-        row.p_o = row.k_o = row.q_o = zero
-        o = torch.zeros_like(x)
-    else:
-        o, *second_half = halves(out)
-    if out_uncond is not None:
-        u = halves(out_uncond)[0]
-        o = u + row.w * (o - u)
-    x0 = row.p_x * x + row.p_o * o
-    if grad is not None:
-        g = wide(grad)
-        x0 = _plus(x0, row.p_g, g)
+    o, u, second_half = outputs(row, x, out, out_uncond, learned_variance)
+    g = None if grad is None else wide(grad)
+    x0 = unclamped_x0(row, x, o, g)
     x0 = x0.clamp(-row.limit, row.limit)
     x_next = row.k_x * x + row.k_o * o + row.k_0 * x0
     for k, h in zip(row.k_j, history, strict=False):
         x_next = _plus(x_next, k, wide(h)) if has_long_rows(table) else x_next + k * wide(h)
-    if out_uncond is not None:
+    if u is not None:
         x_next = _plus(x_next, row.k_u, u)
     std = row.sigma
     if learned_variance:
-        v = (second_half[0] + 1) * 0.5
+        v = (second_half + 1) * 0.5
         std = row.sigma * exp(0.5 * (row.log_var_min + v * (row.log_var_max - row.log_var_min)))
-    if grad is not None:
+    if g is not None:
         k_g = torch.where(row.sigma == 0, 0, row.k_g) if learned_variance else row.k_g
         shift = k_g * (std * std) if learned_variance else k_g
         x_next = torch.where(k_g == 0, x_next, x_next + shift * g)

@@ -211,6 +211,32 @@ def test_the_noise_loss_and_its_gradient_are_the_cpus(on, shape, dtype):
     same_bits(*ours, *theirs)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "unaligned"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments_are_the_cpus(on, shape, dtype, layout):
+    (ours,), (theirs,) = on("moments", random(shape, dtype, 3, layout), random(shape, dtype, 4))
+    torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-4)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "unaligned"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q", [0.0, 0.3, 0.995, 1.0])
+def test_quantiles_of_predictions_are_the_cpus(on, q, dtype, layout):
+    for shape in SHAPES:
+        x, out, table, step, _, uncond, *fields = raw_long_case((4, *shape), dtype, 1, OPERANDS)
+        x, out = (laid_out_as(layout, tensor) for tensor in (x, out))
+        x[1, 0, 0, 0] = torch.nan if shape == SHAPES[0] else 1.0
+        ours, theirs = on("abs_quantile", x, out, table, step, q, uncond, 1.0, fields[6], True)
+        same_bits(*ours, *theirs)
+
+
+def test_a_quantile_by_a_row_outside_the_table_is_nan(cuda):
+    x, out = random((3, 8, 8), torch.float32, 3).to(cuda.device), random((3, 8, 8), torch.float32, 4).to(cuda.device)
+    step = torch.tensor([0, ROWS, -1]).to(cuda.device)
+    assert cuda.ops.abs_quantile(x, out, table().to(cuda.device), step, 0.5).isnan().tolist() == [False, True, True]
+
+
 def test_an_empty_batch_launches_nothing(on):
     empty = torch.empty(0, 3, 8, 8)
     none = torch.empty(0, dtype=torch.int64)
