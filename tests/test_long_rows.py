@@ -248,7 +248,7 @@ def test_a_learned_variance_scales_the_gradient_of_the_mean():
     variance = row["sigma"] ** 2 * (v * row["log_var_max"] + (1 - v) * row["log_var_min"]).exp()
     expected = ops.reverse_step(x, out, table, 0, seeds, **without) + row["k_g"] * variance * options["grad"]
     got = ops.reverse_step(x, out, table, 0, seeds, **options)
-    torch.testing.assert_close(got.double(), expected, **REVERSE_STEP)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-5)  # exponents of order 10
 
 
 # --- independence and the dispatcher ---

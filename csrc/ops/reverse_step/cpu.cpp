@@ -16,11 +16,14 @@ struct Buffers {
   Buffer x, out, uncond, variance, grad, history[kMaxHistory], x_next, kept, known, mask, z, term;
 };
 
-// The history's slots that a row reads.
-struct Slots {
-  int count = 0;
+// A chunk's elements, of what its row uses.
+struct Operands {
+  int count;
+  const float *x, *out, *uncond, *variance, *grad, *z;
+  int slots;  // of the history, those that the row reads
   float k[kMaxHistory];
-  const float* data[kMaxHistory];
+  const float* slot[kMaxHistory];
+  float *x_next, *kept;
 };
 
 // z = the sum of the row's noises. What is wanted afterwards comes with the first.
@@ -52,68 +55,69 @@ void blend(const ReverseStepParams& p, const Row& row, const Chunk& chunk, Buffe
   }
 }
 
+// kMore: what rows of few samplers have. The loop of the others is short, and has no branches for it.
+template <bool kGuided, bool kLearned, bool kNoisy, bool kMore>
+__attribute__((noinline)) void update(const Row& of_sample, const Operands& of_chunk) {
+  const Row row = of_sample;  // a copy, that what is stored cannot change
+  const Operands at = of_chunk;
+  for (int i = 0; i < at.count; i += kLanes) {
+    const f32v x = load(at.x + i);
+    f32v o = kMore && !at.out ? f32v{} : load(at.out + i);
+    if constexpr (kGuided) o = guided(row.w, o, load(at.uncond + i));
+    f32v x0 = predicted_x0(row, x, o);
+    if (kMore && row.p_g != 0) x0 = x0 + row.p_g * load(at.grad + i);
+    x0 = clamped(x0, row.limit);
+    f32v next = next_mean(row, x, o, x0);
+    for (int s = 0; s < at.slots; ++s) next = next + at.k[s] * load(at.slot[s] + i);
+    if constexpr (kGuided && kMore)
+      if (row.k_u != 0) next = next + row.k_u * load(at.uncond + i);
+    f32v sigma = f32v{} + row.sigma;
+    if constexpr (kNoisy && kLearned) sigma = learned_sigma(row, load(at.variance + i));
+    if (kMore && row.k_g != 0) {
+      const f32v g = load(at.grad + i);
+      next = next + (kLearned ? learned_shift(row, sigma, g) : row.k_g * g);
+    }
+    if constexpr (kNoisy) next = next + sigma * load(at.z + i);
+    store(at.x_next + i, next);
+    if (at.kept) store(at.kept + i, kMore ? kept(row, x, o, x0) : x0);
+  }
+}
+
 template <bool kGuided, bool kLearned>
 void steps(const ReverseStepParams& p, int64_t begin, int64_t end) {
   Buffers& buffers = scratch<Buffers>();
-  const float* const z = buffers.z.data;
   for (int64_t item = begin; item < end; ++item) {
     const Chunk chunk = chunk_of(item, p.elements);
     const Row row = read_row(p, p.step[chunk.sample * p.step_stride]);
-    if (row.sigma != 0) sum_noises(p, row, chunk, buffers, wanted(kGuided ? p.out_uncond : p.x_next, chunk));
+    const bool noisy = row.sigma != 0, has_grad = row.p_g != 0 || row.k_g != 0;
+    if (noisy) sum_noises(p, row, chunk, buffers, wanted(kGuided ? p.out_uncond : p.x_next, chunk));
 
     Chunk second_half = chunk;
     second_half.first += p.elements;
-    const bool has_out = p.out.data, has_grad = row.p_g != 0 || row.k_g != 0, has_kept = p.kept.data;
-    const float* x = staged(p.x, chunk, buffers.x);
-    const float* out = has_out ? staged(p.out, chunk, buffers.out) : nullptr;
-    const float* uncond = kGuided ? staged(p.out_uncond, chunk, buffers.uncond) : nullptr;
-    const float* variance = kLearned ? staged(p.out, second_half, buffers.variance) : nullptr;
-    const float* grad = has_grad ? staged(p.grad, chunk, buffers.grad) : nullptr;
-    Slots slots;
+    Operands at{};
+    at.count = chunk.padded();
+    at.x = staged(p.x, chunk, buffers.x);
+    if (p.out.data) at.out = staged(p.out, chunk, buffers.out);
+    if (kGuided) at.uncond = staged(p.out_uncond, chunk, buffers.uncond);
+    if (kLearned) at.variance = staged(p.out, second_half, buffers.variance);
+    if (has_grad) at.grad = staged(p.grad, chunk, buffers.grad);
+    at.z = buffers.z.data;
     for (int h = 0; h < p.history_count; ++h)
       if (reads_slot(row, h)) {
-        slots.k[slots.count] = row.k_j[h];
-        slots.data[slots.count++] = staged(p.history[h], chunk, buffers.history[h]);
+        at.k[at.slots] = row.k_j[h];
+        at.slot[at.slots++] = staged(p.history[h], chunk, buffers.history[h]);
       }
-    float* x_next = target(p.x_next, chunk, buffers.x_next);
-    float* to_keep = has_kept ? target(p.kept, chunk, buffers.kept) : nullptr;
+    at.x_next = target(p.x_next, chunk, buffers.x_next);
+    if (p.kept.data) at.kept = target(p.kept, chunk, buffers.kept);
 
-    // kMore: what rows of few steps have. The others' loop is short, and has no branches for it.
-    const auto update = [&]<bool kNoisy, bool kMore>() __attribute__((always_inline)) {
-      for (int i = 0; i < chunk.padded(); i += kLanes) {
-        const f32v x_t = load(x + i);
-        f32v o = kMore && !has_out ? f32v{} : load(out + i);
-        if constexpr (kGuided) o = guided(row.w, o, load(uncond + i));
-        f32v x0 = predicted_x0(row, x_t, o);
-        if (kMore && row.p_g != 0) x0 = x0 + row.p_g * load(grad + i);
-        x0 = clamped(x0, row.limit);
-        f32v next = next_mean(row, x_t, o, x0);
-        for (int s = 0; s < slots.count; ++s) next = next + slots.k[s] * load(slots.data[s] + i);
-        if constexpr (kGuided && kMore)
-          if (row.k_u != 0) next = next + row.k_u * load(uncond + i);
-        f32v sigma;
-        if constexpr (kNoisy && kLearned) sigma = learned_sigma(row, load(variance + i));
-        if (kMore && row.k_g != 0) {
-          const f32v g = load(grad + i);
-          if constexpr (kNoisy && kLearned)
-            next = next + learned_shift(row, sigma, g);
-          else
-            next = next + row.k_g * g;
-        }
-        if constexpr (kNoisy && kLearned) next = next + sigma * load(z + i);
-        if constexpr (kNoisy && !kLearned) next = next + row.sigma * load(z + i);
-        store(x_next + i, next);
-        if (has_kept) store(to_keep + i, kMore ? kept(row, x_t, o, x0) : x0);
-      }
-    };
-    const bool more = !has_out || has_grad || row.k_u != 0 || row.q_x != 0 || row.q_o != 0 || row.q_0 != 1;
-    if (row.sigma != 0)
-      more ? update.template operator()<true, true>() : update.template operator()<true, false>();
+    const bool more = !at.out || has_grad || row.k_u != 0 || row.q_x != 0 || row.q_o != 0 || row.q_0 != 1;
+    if (noisy)
+      more ? update<kGuided, kLearned, true, true>(row, at) : update<kGuided, kLearned, true, false>(row, at);
     else
-      more ? update.template operator()<false, true>() : update.template operator()<false, false>();
-    if (blends(row)) blend(p, row, chunk, buffers, x_next);
+      more ? update<kGuided, kLearned, false, true>(row, at) : update<kGuided, kLearned, false, false>(row, at);
+    if (blends(row)) blend(p, row, chunk, buffers, at.x_next);
     commit(p.x_next, chunk, buffers.x_next);
-    if (has_kept) commit(p.kept, chunk, buffers.kept);
+    if (at.kept) commit(p.kept, chunk, buffers.kept);
   }
 }
 
