@@ -16,6 +16,25 @@ struct Accesses {
   Access<T> x, out, out_uncond, grad, known, mask, x_next, kept, history[kMaxHistory];
 };
 
+// The row once more, from the cache: what is used only from here on takes no registers before.
+DIFFKERN_FN Row read_again(const ReverseStepParams& p, int64_t step) {
+  asm volatile("" ::: "memory");
+  return read_row(p, step);
+}
+
+template <int n>
+struct Noise {
+  float z[n];
+};
+
+// For the noises that few rows draw: in line, they would take registers from all.
+template <int n>
+__device__ __noinline__ Noise<n> more_noise(uint64_t seed, int64_t address, uint32_t stream, int64_t first) {
+  Noise<n> noise;
+  normals(seed, address, stream, first, noise.z);
+  return noise;
+}
+
 // z = the sum of the row's noises; NaN if one has no address.
 template <int n>
 DIFFKERN_FN void sum_noises(const Row& row, uint64_t seed, int64_t first, float (&z)[n]) {
@@ -24,15 +43,18 @@ DIFFKERN_FN void sum_noises(const Row& row, uint64_t seed, int64_t first, float 
   normals(seed, valid ? row.address : -1, kReverseStep, first, z);
 #pragma unroll 1
   for (uint32_t i = 1; i < count; ++i) {
-    float term[n];
-    normals(seed, row.address - i, kReverseStep, first, term);
+    const Noise<n> term = more_noise<n>(seed, row.address - i, kReverseStep, first);
 #pragma unroll
-    for (int e = 0; e < n; ++e) z[e] = __fadd_rn(z[e], term[e]);
+    for (int e = 0; e < n; ++e) z[e] = __fadd_rn(z[e], term.z[e]);
   }
 }
 
+// Blocks that a multiprocessor must have registers for: of float32, as many as without the terms that few samplers have.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 4 ? 3 : 2;
+
 template <class T, bool kGuided, bool kLearned>
-__global__ void reverse_step_kernel(const __grid_constant__ ReverseStepParams p, const __grid_constant__ Accesses<T> at) {
+__global__ void __launch_bounds__(256, kBlocks<T>) reverse_step_kernel(const __grid_constant__ ReverseStepParams p, const __grid_constant__ Accesses<T> at) {
   constexpr int n_vector = kVector<T>;
   for_each_vector<n_vector>(p.samples, p.elements, [&](int64_t n, int64_t first) {
     const int64_t step = p.step[n * p.step_stride];
@@ -44,7 +66,7 @@ __global__ void reverse_step_kernel(const __grid_constant__ ReverseStepParams p,
       if (at.kept.view.data) store(at.kept, n, first, p.elements, value);
       return;
     }
-    const Row row = read_row(p, step);
+    Row row = read_row(p, step);
 
     float x[n_vector], o[n_vector] = {}, x0[n_vector], next[n_vector];
     load(at.x, n, first, p.elements, x);
@@ -87,6 +109,7 @@ __global__ void reverse_step_kernel(const __grid_constant__ ReverseStepParams p,
 #pragma unroll
       for (int i = 0; i < n_vector; ++i) next[i] = (next[i] + Rounded(row.k_u) * uncond[i]).value;
     }
+    row = read_again(p, step);
     float sigma[n_vector];
     if (kLearned && row.sigma != 0) {
       load(at.out, n, p.elements + first, 2 * p.elements, sigma);
@@ -110,16 +133,19 @@ __global__ void reverse_step_kernel(const __grid_constant__ ReverseStepParams p,
         next[i] = (next[i] + Rounded(kLearned ? sigma[i] : row.sigma) * z[i]).value;
     }
     if (blends(row)) {
-      float known[n_vector], mask[n_vector], z[n_vector];
-      load(at.known, n, first, p.elements, known);
-      load(at.mask, n, first, p.elements, mask);
-      if (row.b_z != 0) normals(uint64_t(p.seeds[n]), has_address(row) ? row.address : -1, kKnown, first, z);
+      float noisy[n_vector], mask[n_vector];
+      load(at.known, n, first, p.elements, noisy);
 #pragma unroll
-      for (int i = 0; i < n_vector; ++i) {
-        Rounded noisy = Rounded(row.b_0) * known[i];
-        if (row.b_z != 0) noisy = noisy + Rounded(row.b_z) * z[i];
-        next[i] = blended<Rounded>(mask[i], next[i], noisy).value;
+      for (int i = 0; i < n_vector; ++i) noisy[i] = (Rounded(row.b_0) * noisy[i]).value;
+      if (row.b_z != 0) {
+        const int64_t address = has_address(row) ? row.address : -1;
+        const Noise<n_vector> noise = more_noise<n_vector>(uint64_t(p.seeds[n]), address, kKnown, first);
+#pragma unroll
+        for (int i = 0; i < n_vector; ++i) noisy[i] = (noisy[i] + Rounded(row.b_z) * noise.z[i]).value;
       }
+      load(at.mask, n, first, p.elements, mask);
+#pragma unroll
+      for (int i = 0; i < n_vector; ++i) next[i] = blended<Rounded>(mask[i], next[i], noisy[i]).value;
     }
     store(at.x_next, n, first, p.elements, next);
     if (at.kept.view.data) store(at.kept, n, first, p.elements, x0);
