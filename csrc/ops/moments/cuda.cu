@@ -14,7 +14,7 @@ template <class T>
 __global__ void partial_kernel(const __grid_constant__ MomentsParams p, const __grid_constant__ Access<T> at_a,
                                const __grid_constant__ Access<T> at_b) {
   __shared__ float warp_sums[kWarps][kMoments];
-  const int64_t per_sample = chunks(p.elements);
+  const int64_t per_sample = (p.elements + kChunk - 1) / kChunk;
   for (int64_t n = blockIdx.y; n < p.samples; n += gridDim.y)
     for (int64_t chunk = blockIdx.x; chunk < per_sample; chunk += gridDim.x) {
       const int64_t chunk_end = (chunk + 1) * kChunk, end = chunk_end < p.elements ? chunk_end : p.elements;
@@ -46,7 +46,7 @@ __global__ void partial_kernel(const __grid_constant__ MomentsParams p, const __
 }
 
 __global__ void total_kernel(const __grid_constant__ MomentsParams p) {
-  const int64_t per_sample = chunks(p.elements), total = p.samples * kMoments;
+  const int64_t per_sample = (p.elements + kChunk - 1) / kChunk, total = p.samples * kMoments;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < total; i += int64_t(gridDim.x) * blockDim.x) {
     const int64_t n = i / kMoments, m = i % kMoments;
     double sum = 0;
