@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from levels import digest
 from long_rows import OPERANDS, raw_long_case
 from torch import Tensor
 
@@ -227,8 +228,8 @@ def test_quantiles_of_predictions_are_the_cpus(on, q, dtype, layout):
         x, out, table, step, _, uncond, *fields = raw_long_case((4, *shape), dtype, 1, OPERANDS)
         x, out = (laid_out_as(layout, tensor) for tensor in (x, out))
         x[1, 0, 0, 0] = torch.nan if shape == SHAPES[0] else 1.0
-        ours, theirs = on("abs_quantile", x, out, table, step, q, uncond, 1.0, fields[6], True)
-        same_bits(*ours, *theirs)
+        (ours,), (theirs,) = on("abs_quantile", x, out, table, step, q, uncond, 1.0, fields[6], True)
+        assert digest(ours.cpu()) == digest(theirs)
 
 
 def test_a_quantile_by_a_row_outside_the_table_is_nan(cuda):
