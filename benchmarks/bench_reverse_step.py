@@ -1,10 +1,12 @@
 """The reverse step, in place as the sampling loop runs it: read x and the network's output once, write x once."""
 
+import functools
+
 import peers
 import pytest
 import torch
 
-from diffkern import ops, reference
+from diffkern import ops, reference, torch_ops
 from diffkern.samplers import ddpm
 from diffkern.schedule import Schedule
 
@@ -72,4 +74,23 @@ def test_reverse_step_without_noise(compare, shape):
         tolerance=1e-5,
         elements=x.numel(),
         bytes=3 * x.numel() * x.itemsize,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_reverse_step_by_long_rows_with_everything(compare, shape):
+    """Guidance, a gradient, two slots of history, what is kept, an inpainting mask and noise in one pass."""
+    x, out, uncond, grad, known, *history = torch.randn((7, *shape), generator=torch.Generator().manual_seed(0))
+    mask = torch.rand((shape[0], 1, *shape[2:]), generator=torch.Generator().manual_seed(1)).round()
+    table = torch.linspace(0.1, 0.9, ops.long_columns(2))[None]
+    arguments = (x, out, table, torch.tensor(0), torch.arange(shape[0]))
+    options = dict(out_uncond=uncond, grad=grad, known=known, mask=mask, history=history)
+    options |= dict(address=torch.tensor([[T, 1]]), return_kept=True)
+    step = functools.partial(ops.reverse_step, *arguments, **options)
+    compare(
+        f"reverse_step with everything {list(shape)}",
+        step,
+        {"torch": torch_ops()(step)},
+        elements=x.numel(),
+        bytes=round((9 + 1 / shape[1]) * x.numel() * x.itemsize),
     )

@@ -19,6 +19,10 @@ SEEDS, Q_TABLE, STEPS = [1, 2], torch.zeros(10, 2), torch.zeros(5, 9)
 PACKED, TAPS = (pack(torch.zeros(5, 3, 3, 3)) for pack in (ops.pack_conv, ops.pack_taps))
 
 
+LONG = dict(table=torch.zeros(5, 20))
+LONG_NOISY = torch.eye(1, 20).roll(9, 1)  # one row, whose sigma is 1
+
+
 def noisy(t: float) -> torch.Tensor:
     """Rows whose sigma is 1, so that their t is used."""
     return torch.tensor([[0.0] * 5 + [1.0, 0.0, 0.0, t]])
@@ -30,6 +34,8 @@ GOOD = {
     ops.q_sample_: dict(x_0=X.clone(), t=0, seeds=SEEDS, table=Q_TABLE),
     ops.reverse_step: dict(x=X, out=X, table=STEPS, step=0, seeds=SEEDS),
     ops.reverse_step_: dict(x=X.clone(), out=X, table=STEPS, step=0, seeds=SEEDS),
+    ops.moments: dict(a=X, b=X),
+    ops.abs_quantile: dict(x=X, out=X, table=STEPS, step=0, q=0.5),
     ops.noise_loss: dict(out=X, seeds=SEEDS, t=0),
     ops.pack_conv: dict(weight=torch.zeros(5, 3, 3, 3)),
     ops.expand_taps: dict(taps=TAPS),
@@ -274,7 +280,7 @@ BAD = {
             "history: expected shape (2, 3, 4, 4), got (2, 3, 4)",
         ),
         (dict(history=[X.half()], table=torch.zeros(5, 10)), RuntimeError, "history: expected float32, got float16"),
-        (dict(history=[X] * 5, table=torch.zeros(5, 14)), RuntimeError, "history: expected at most 4 tensors, got 5"),
+        (dict(history=[X] * 7, table=torch.zeros(5, 16)), RuntimeError, "history: expected at most 6 tensors, got 7"),
         (
             dict(history=X, table=torch.zeros(5, 11)),
             TypeError,
@@ -287,6 +293,81 @@ BAD = {
             dict(history=[X.to("meta")], table=torch.zeros(5, 10)),
             RuntimeError,
             "history: expected device cpu, got meta",
+        ),
+        (
+            dict(address=index(0, 1).expand(5, 2)),
+            RuntimeError,
+            "address: expected None with short rows, got a tensor",
+        ),
+        (dict(grad=X), RuntimeError, "grad: expected None with short rows, got a tensor"),
+        (dict(known=X, mask=X), RuntimeError, "known: expected None with short rows, got a tensor"),
+        (
+            dict(return_kept=True),
+            ValueError,
+            "return_kept: expected False with short rows, which have return_x0, got True",
+        ),
+        (
+            LONG | dict(return_x0=True),
+            ValueError,
+            "return_x0: expected False with long rows, which have return_kept, got True",
+        ),
+        (LONG | dict(clip=True), ValueError, "clip: expected False with long rows, which have a limit, got True"),
+        (
+            LONG | dict(guidance=2.5),
+            ValueError,
+            "guidance: expected 1 with long rows, which have w, got 2.5",
+        ),
+        (dict(table=torch.zeros(5, 21)), RuntimeError, "table: expected shape (steps, 20), got (5, 21)"),
+        (dict(table=torch.zeros(5, 32)), RuntimeError, "table: expected shape (steps, 20), got (5, 32)"),
+        (
+            dict(table=torch.zeros(5, 20), history=[X]),
+            RuntimeError,
+            "table: expected shape (steps, 24), got (5, 20)",
+        ),
+        (
+            dict(table=torch.zeros(101)[1:].view(5, 20)),
+            RuntimeError,
+            "table: expected memory at a multiple of 16 bytes, got 4 beyond one",
+        ),
+        (
+            LONG | dict(out=None, out_uncond=X),
+            RuntimeError,
+            "out_uncond: expected None without out, got a tensor",
+        ),
+        (
+            LONG | dict(out=None, learned_variance=True),
+            RuntimeError,
+            "learned_variance: expected False without out, got True",
+        ),
+        (LONG | dict(out=3), TypeError, "out: expected a tensor or None, got 3"),
+        (LONG | dict(known=X), RuntimeError, "mask: expected a tensor with known, got None"),
+        (LONG | dict(mask=X), RuntimeError, "known: expected a tensor with mask, got None"),
+        (LONG | dict(grad=X.half()), RuntimeError, "grad: expected float32, got float16"),
+        (LONG | dict(grad=X[:1]), RuntimeError, "grad: expected shape (2, 3, 4, 4), got (1, 3, 4, 4)"),
+        (LONG | dict(known=X[:, :1], mask=X), RuntimeError, "known: expected shape (2, 3, 4, 4), got (2, 1, 4, 4)"),
+        (
+            LONG | dict(known=X, mask=X[:, :2]),
+            RuntimeError,
+            "mask: expected shape (2, 3, 4, 4) or 1 in place of any size, got (2, 2, 4, 4)",
+        ),
+        (LONG | dict(known=X, mask=X > 0), RuntimeError, "mask: expected float32, got another dtype"),
+        (LONG | dict(known=X, mask=X.to("meta")), RuntimeError, "mask: expected device cpu, got meta"),
+        (LONG | dict(address=index(0, 1)), RuntimeError, "address: expected shape (5, 2), got (2,)"),
+        (LONG | dict(address=torch.zeros(5, 2)), RuntimeError, "address: expected int64, got float32"),
+        (LONG | dict(address=7), TypeError, "address: expected a tensor or None, got 7"),
+        (
+            dict(table=LONG_NOISY),
+            RuntimeError,
+            "address: expected a tensor, for row 0 draws noise, got None",
+        ),
+        *(
+            (
+                dict(table=LONG_NOISY, address=torch.tensor([[address, count]])),
+                RuntimeError,
+                f"address: expected 1 <= count <= address + 1 and address < 2^32, got count {count} and address "
+                f"{address} in row 0",
+            )
+            for address, count in ((-1, 1), (2**32, 1), (5, 0), (5, 7), (2**63 - 1, 2**63 - 1))
         ),
         (dict(return_x0="yes"), TypeError, "return_x0: expected True or False, got 'yes'"),
         (dict(return_x0=None), TypeError, "return_x0: expected True or False, got None"),
@@ -306,8 +387,46 @@ BAD = {
         ),
         (dict(x0_hat=X.to("meta")), RuntimeError, "x0_hat: expected device cpu, got meta"),
         (dict(x0_hat=True), TypeError, "x0_hat: expected a tensor or None, got True"),
+        (
+            dict(kept=X.clone()),
+            RuntimeError,
+            "kept: expected None with short rows, which have x0_hat, got a tensor",
+        ),
+        (
+            LONG | dict(x0_hat=X.clone()),
+            RuntimeError,
+            "x0_hat: expected None with long rows, which have kept, got a tensor",
+        ),
+        (LONG | dict(kept=X.half()), RuntimeError, "kept: expected float32, got float16"),
+        (LONG | dict(kept=X[:1]), RuntimeError, "kept: expected shape (2, 3, 4, 4), got (1, 3, 4, 4)"),
         (dict(step=5), RuntimeError, "step: expected values in [0, 5), got 5"),
         (dict(out=torch.zeros(2, 3, 4)), RuntimeError, "out: expected shape (2, 3, 4, 4), got (2, 3, 4)"),
+    ],
+    ops.moments: [
+        (dict(a=torch.zeros(())), RuntimeError, "a: expected [N, ...], got shape ()"),
+        (
+            dict(a=X[:, :0], b=X[:, :0]),
+            RuntimeError,
+            "a: expected at least one element a sample, got shape (2, 0, 4, 4)",
+        ),
+        (dict(a=None), TypeError, "a: expected a tensor, got None"),
+        (dict(b=X[:1]), RuntimeError, "b: expected shape (2, 3, 4, 4), got (1, 3, 4, 4)"),
+        (dict(b=X.half()), RuntimeError, "b: expected float32, got float16"),
+        (dict(b=X.to("meta")), RuntimeError, "b: expected device cpu, got meta"),
+    ],
+    ops.abs_quantile: [
+        (dict(q=1.5), ValueError, "q: expected a number in [0, 1], got 1.5"),
+        (dict(q=math.nan), ValueError, "q: expected a number in [0, 1], got nan"),
+        (dict(q="median"), TypeError, "q: expected a number, got 'median'"),
+        (
+            dict(x=X[:, :0], out=X[:, :0]),
+            RuntimeError,
+            "x: expected 1 to 2^32 - 1 elements a sample, got shape (2, 0, 4, 4)",
+        ),
+        (dict(out=None), RuntimeError, "out: expected a tensor with short rows, got None"),
+        (dict(table=torch.zeros(5, 16)), RuntimeError, "table: expected shape (steps, 9), got (5, 16)"),
+        (dict(step=5), RuntimeError, "step: expected values in [0, 5), got 5"),
+        (dict(grad=X), RuntimeError, "grad: expected None with short rows, got a tensor"),
     ],
     ops.noise_loss: [
         (dict(out=torch.zeros(())), RuntimeError, "out: expected [N, ...], got shape ()"),

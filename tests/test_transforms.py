@@ -28,6 +28,12 @@ def steps(*k_h: float) -> Tensor:
     return torch.stack([torch.cat((row * scale, torch.tensor([t, *k_h]))) for scale, t in ((1.0, 7), (0.8, 3))])
 
 
+LONG_ROW = torch.tensor(
+    [
+        [*(0.9, -0.4, 0.3, 50.0), *(0.7, 0.2, 0.4, 0.5), *(0.6, 0.3, -2.0, -1.0), *(2.0, 0.1, 0.2, 0.3)]
+        + [0.8, 0.5, 0.0, 0.0, 0.3, 0.0, 0.0, 0.0]
+    ]
+)
 TABLE = diffkern.Schedule.linear(10).q_table()
 SMALL = values(2, 2, 2, 2, seed=1)
 OPS = {  # a function of tensors; the tensors
@@ -37,6 +43,23 @@ OPS = {  # a function of tensors; the tensors
             x, out, steps(0.3), 1, SEEDS, out_uncond=uncond, guidance=2.0, learned_variance=True, history=[h]
         ),
         [SMALL, values(2, 4, 2, 2, seed=2), values(2, 4, 2, 2, seed=3), values(2, 2, 2, 2, seed=4)],
+    ),
+    "reverse_step by long rows": (
+        lambda x, out, uncond, h, g, known: ops.reverse_step(
+            x,
+            out,
+            LONG_ROW,
+            0,
+            SEEDS,
+            out_uncond=uncond,
+            learned_variance=True,
+            history=[h],
+            address=torch.tensor([[7, 2]]),
+            grad=g,
+            known=known,
+            mask=torch.tensor([0.2, 0.9]).view(1, 1, 1, 2),
+        ),
+        [SMALL, *(values(2, 4, 2, 2, seed=n) for n in (2, 3)), *(values(2, 2, 2, 2, seed=n) for n in (4, 5, 6))],
     ),
     "noise_loss": (lambda out: ops.noise_loss(out, SEEDS, T, torch.tensor([0.5, 2.0])), [SMALL]),
     "group_norm_silu": (

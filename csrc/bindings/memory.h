@@ -138,10 +138,12 @@ inline DType dtype_of(const char* name, ScalarType dtype) {
   }
 }
 
-inline View view_of(const char* name, const Tensor& tensor) {
-  View view{memory<void>(name, tensor), dtype_of(name, tensor.scalar_type()), 0, tensor.stride(0), {}, {}};
+// As if the tensor were expanded to these sizes: it has stride 0 along the dimensions in which its own size is 1.
+inline View expanded_view_of(const char* name, const Tensor& tensor, const int64_t* sizes) {
+  const auto stride_of = [&](int64_t d) { return tensor.size(d) == 1 ? 0 : tensor.stride(d); };
+  View view{memory<void>(name, tensor), dtype_of(name, tensor.scalar_type()), 0, stride_of(0), {}, {}};
   for (int64_t d = 1; d < tensor.dim(); ++d) {
-    const int64_t size = tensor.size(d), stride = tensor.stride(d);
+    const int64_t size = sizes[d], stride = stride_of(d);
     if (size == 1) continue;
     const int32_t last = view.dims - 1;
     if (view.dims > 0 && view.strides[last] == size * stride) {
@@ -158,6 +160,10 @@ inline View view_of(const char* name, const Tensor& tensor) {
     view.dims = 1;
   }
   return view;
+}
+
+inline View view_of(const char* name, const Tensor& tensor) {
+  return expanded_view_of(name, tensor, tensor.sizes().data());
 }
 
 inline int64_t elements_of(const Tensor& tensor) {  // of one sample

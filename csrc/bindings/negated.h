@@ -47,7 +47,7 @@ const T& resolved(const T& option) {
   return option;
 }
 
-// The next parameter of a schema, "Tensor(a!) x" say, which is taken off it.
+// The next parameter of a schema, "Tensor(a!) x" or "Tensor? y=None" say, which is taken off it.
 inline std::string_view next_parameter(std::string_view& parameters) {
   parameters.remove_prefix(std::min(parameters.find_first_not_of(", "), parameters.size()));
   const std::string_view parameter = parameters.substr(0, parameters.find(','));
@@ -57,7 +57,8 @@ inline std::string_view next_parameter(std::string_view& parameters) {
 
 template <class T>
 void check_argument(std::string_view parameter, const T& value, bool may_be_cuda) {
-  const std::string_view name = parameter.substr(parameter.rfind(' ') + 1);
+  std::string_view name = parameter.substr(parameter.rfind(' ') + 1);
+  name = name.substr(0, name.find('='));
   if constexpr (std::is_same_v<T, std::optional<Tensor>>) {
     if (value) check_argument(parameter, *value, may_be_cuda);
   } else if constexpr (std::is_same_v<T, Tensor>) {

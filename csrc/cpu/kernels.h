@@ -5,10 +5,12 @@
 
 #include <vector>
 
+#include "ops/abs_quantile/params.h"
 #include "ops/attention/params.h"
 #include "ops/conv2d/params.h"
 #include "ops/conv3x3/params.h"
 #include "ops/group_norm_silu/params.h"
+#include "ops/moments/params.h"
 #include "ops/noise/params.h"
 #include "ops/noise_loss/params.h"
 #include "ops/q_sample/params.h"
@@ -23,12 +25,15 @@
   X(group_norm_silu, GroupNormSiluParams)
 #define DIFFKERN_CPU_KERNELS(X)                    \
   DIFFKERN_BFLOAT16_KERNELS(X)                     \
+  X(abs_quantile, AbsQuantileParams)               \
   X(noise, NoiseParams)                            \
   X(q_sample, QSampleParams)                       \
   X(reverse_step, ReverseStepParams)               \
   X(noise_loss_partial, NoiseLossParams)           \
   X(noise_loss_total, NoiseLossParams)             \
   X(noise_loss_backward, NoiseLossParams)          \
+  X(moments_partial, MomentsParams)                \
+  X(moments_total, MomentsParams)                  \
   X(group_norm_silu_backward, GroupNormSiluParams) \
   X(attention, AttentionParams)                    \
   X(attention_backward, AttentionParams)           \

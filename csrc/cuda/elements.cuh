@@ -36,17 +36,22 @@ __device__ __forceinline__ __half from_f32<__half>(float a) {
   return __float2half_rn(a);
 }
 
-// A view, and whether every vector of it is 16 aligned bytes.
+// A view, and whether every vector of it is 16 aligned bytes: `vectors` where a sample lies together, `runs` where the
+// vectors of its innermost dimension do, as in a mask that all channels share.
 template <class T>
 struct Access {
   View view;
-  bool vectors;
+  bool vectors, runs;
 
   Access() = default;
-  Access(const View& v, int64_t elements)
-      : view(v),
-        vectors(v.data != nullptr && v.contiguous() && elements % kVector<T> == 0 && v.batch_stride % kVector<T> == 0 &&
-                reinterpret_cast<uintptr_t>(v.data) % 16 == 0) {}
+  Access(const View& v, int64_t elements) : view(v), vectors(false), runs(false) {
+    if (v.data == nullptr || reinterpret_cast<uintptr_t>(v.data) % 16 != 0) return;
+    const int last = v.dims - 1;
+    runs = elements % kVector<T> == 0 && v.batch_stride % kVector<T> == 0 && v.strides[last] == 1 &&
+           v.sizes[last] % kVector<T> == 0;
+    for (int d = 0; d < last; ++d) runs = runs && v.strides[d] % kVector<T> == 0;
+    vectors = runs && v.contiguous();
+  }
 };
 
 template <class T>
@@ -66,12 +71,13 @@ DIFFKERN_FN T* address(const View& view, int64_t sample, int64_t element) {
   return static_cast<T*>(view.data) + offset + element * view.strides[0];
 }
 
-// Elements that are no aligned vector go one by one, out of line: most of a kernel's code would be copies of this.
+// What is no aligned vector of a whole sample goes out of line: most of a kernel's code would be copies of this.
 template <class T>
-__device__ __noinline__ Packed<T> gather(const View& view, int64_t sample, int64_t first, int64_t end) {
+__device__ __noinline__ Packed<T> gather(const Access<T>& access, int64_t sample, int64_t first, int64_t end) {
+  if (access.runs) return *reinterpret_cast<const Packed<T>*>(address<T>(access.view, sample, first));
   Packed<T> packed{};
 #pragma unroll 1
-  for (int i = 0; i < kVector<T> && first + i < end; ++i) packed.value[i] = *address<T>(view, sample, first + i);
+  for (int i = 0; i < kVector<T> && first + i < end; ++i) packed.value[i] = *address<T>(access.view, sample, first + i);
   return packed;
 }
 
@@ -90,7 +96,7 @@ DIFFKERN_FN Packed<T>* vector_address(const View& view, int64_t sample, int64_t 
 template <class T>
 DIFFKERN_FN void load(const Access<T>& access, int64_t sample, int64_t first, int64_t end, float (&to)[kVector<T>]) {
   const Packed<T> packed =
-      access.vectors ? *vector_address<T>(access.view, sample, first) : gather<T>(access.view, sample, first, end);
+      access.vectors ? *vector_address<T>(access.view, sample, first) : gather<T>(access, sample, first, end);
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) to[i] = to_f32(packed.value[i]);
 }

@@ -44,6 +44,6 @@ DIFFKERN_FN Words<W> philox(Words<W> counter, const Keys& keys) {
 }
 
 // What a counter's fourth word says the noise is for.
-enum Stream : uint32_t { kInitial = 0, kReverseStep = 1, kForwardNoising = 2 };
+enum Stream : uint32_t { kInitial = 0, kReverseStep = 1, kForwardNoising = 2, kKnown = 6 };
 
 }  // namespace diffkern

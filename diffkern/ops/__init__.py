@@ -14,28 +14,37 @@ what came: RuntimeError for shapes, dtypes, devices and indices, TypeError and V
 """
 
 from . import flops
+from .abs_quantile import abs_quantile
 from .attention import attention
 from .conv2d import PackedConv, conv2d, expand_taps, pack_conv, pack_taps, pack_upsampling
 from .conv3x3 import conv3x3
 from .group_norm_silu import group_norm_silu
+from .moments import moments
 from .noise import noise
 from .noise_loss import noise_loss
 from .q_sample import q_sample, q_sample_
-from .reverse_step import COLUMNS, reverse_step, reverse_step_
+from .reverse_step import reverse_step, reverse_step_
+from .row import COLUMNS, LONG_COLUMNS, MAX_HISTORY, has_long_rows, long_columns
 from .seeds import Seeds, as_seeds
 
 flops.register()
 
 __all__ = [
     "COLUMNS",
+    "LONG_COLUMNS",
+    "MAX_HISTORY",
     "PackedConv",
     "Seeds",
+    "abs_quantile",
     "as_seeds",
     "attention",
     "conv2d",
     "conv3x3",
     "expand_taps",
     "group_norm_silu",
+    "has_long_rows",
+    "long_columns",
+    "moments",
     "noise",
     "noise_loss",
     "pack_conv",

@@ -4,27 +4,25 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from types import NoneType
+from types import NoneType, SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import as_index, check_shape, check_types, look_up, wide
+from .arguments import as_index, check_shape, check_types, wide
 from .noise import composite as noise_composite
 from .noise import horner
 from .noise import reference as noise_reference
 from .registration import by_torch_in_place, fake, native, refuse_gradient, run, same_device
+from .row import COLUMNS, MAX_HISTORY, addresses, has_long_rows, long_columns, read_rows
 from .seeds import Seeds, as_seeds
-from .transforms import by_torch, mark_written
-
-COLUMNS = ("p_x", "p_o", "k_x", "k_o", "k_0", "sigma", "log_var_min", "log_var_max", "t")
-"""What a row of the coefficient table holds; a column for each of the history's tensors follows."""
+from .transforms import by_torch, mark_written, readable
 
 
 def reverse_step(
     x: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     table: Tensor,
     step: int | Tensor,
     seeds: Seeds,
@@ -35,62 +33,81 @@ def reverse_step(
     learned_variance: bool = False,
     history: Sequence[Tensor] = (),
     return_x0: bool = False,
+    address: Tensor | None = None,
+    grad: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    return_kept: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One step of any sampler, by a row of coefficients (:mod:`diffkern.samplers`).
 
     ::
 
-        o       = out_uncond + guidance (out - out_uncond), or out
-        x0_hat  = p_x x + p_o o, clamped to [-1, 1] with ``clip``
-        x_next  = k_x x + k_o o + k_0 x0_hat + sum_j k_j h_j + sigma z
+        o       = out_uncond + w (out - out_uncond), or out
+        x0_hat  = p_x x + p_o o + p_g grad, clamped to [-limit, limit]
+        kept    = q_x x + q_o o + q_0 x0_hat
+        x_next  = k_x x + k_o o + k_0 x0_hat + sum_j k_j h_j + k_u out_uncond + k_g var grad + std z
+        x_next  = mask x_next + (1 - mask) (b_0 known + b_z z')
 
     so that Algorithm 2 of Ho et al. 2020, ``(x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t) + sigma_t z``,
-    is the row with ``k_0 = 0``. z is ``noise(seeds, shape, step=t, stream=1)`` with the row's t, where sigma is not 0.
+    is the row with ``k_0 = 0``. std is sigma, and sigma exp(log_var / 2) with ``learned_variance``; var is std^2 with
+    ``learned_variance`` and 1 without, where k_g has the variance in it.
+
+    The length of its rows says which kind a table has.
+
+    A *long* row has the columns :data:`LONG_COLUMNS`, then k_j for each slot of the history, and zeros up to a multiple
+    of 4 (:func:`long_columns`). A coefficient of 0 leaves its term out and its operand unread, but for p_x, p_o, k_x,
+    k_o and k_0. A row with b_0 = b_z = 0 does not blend. z is the sum of ``noise(seeds, shape, step=address - i,
+    stream=1)`` over i = 0, ..., count - 1, and z' is ``noise(seeds, shape, step=address, stream=6)``.
+
+    A *short* row has the columns :data:`COLUMNS`, then k_j for each tensor of the history. Its w is ``guidance``. Its
+    limit is 1 with ``clip`` and infinite without. It keeps x0_hat, and z is ``noise(seeds, shape, step=t, stream=1)``.
+
+    Noise is drawn where sigma, or b_z, is not 0. There the address, or t, must lie in [0, 2^32), and the count in
+    [1, address + 1]. Otherwise the CPU raises, for the rows that are used, and CUDA gives NaN.
 
     x                 [N, ...]; [N, C, ...] with ``learned_variance``
-    out               like x, the network's output; [N, 2C, ...] with ``learned_variance``
-    table             float32 [steps, 9 + J]: the columns :data:`COLUMNS`, then k_j. Where sigma is not 0, t must lie in
-                      [0, 2^32): the CPU raises otherwise, in the rows that are used; CUDA does not look
+    out               like x, the network's output; [N, 2C, ...] with ``learned_variance``. None for a long row without
+                      a call: o is then 0, and so are p_o, k_o and q_o
+    table             float32 [steps, columns]; long rows begin at a multiple of 16 bytes
     step              the row: one, or an int64 tensor [N]. Out of range: raises on the CPU, gives NaN on CUDA
     seeds             int64 [N]
     out_uncond        like out: the output without its condition (Ho & Salimans 2022, eq. 6)
+    guidance, clip    for short rows
     learned_variance  out's second half interpolates the log-variance (Nichol & Dhariwal 2021, eq. 15)
-    history           J tensors like x
-    return_x0         also return x0_hat, like x
+    history           up to 6 tensors like x
+    return_x0         also return x0_hat, like x: for short rows
+    address           int64 [steps, 2], address and count of each row: for long rows that draw noise
+
+    For long rows alone:
+
+    grad              like x: the gradient of ln p(condition | x) (Dhariwal & Nichol 2021), or another that guides
+    known, mask       the image that x_next is blended with at its noise level, like x, and 1 where x_next stays. The
+                      mask has x's dtype, and in each dimension x's size or 1
+    return_kept       also return what is kept, like x
     """
-    _check_step(x, out, table, out_uncond, guidance, clip, learned_variance, history)
-    check_types("True or False", bool, return_x0=return_x0)
+    options = dict(out_uncond=out_uncond, guidance=guidance, clip=clip, learned_variance=learned_variance)
+    options |= dict(history=history)
+    operands = dict(address=address, grad=grad, known=known, mask=mask)
+    _check_step(x, out, table, **options, operands=operands)
+    check_types("True or False", bool, return_x0=return_x0, return_kept=return_kept)
+    if return_x0 and has_long_rows(table):
+        raise ValueError("return_x0: expected False with long rows, which have return_kept, got True")
+    if return_kept and not has_long_rows(table):
+        raise ValueError("return_kept: expected False with short rows, which have return_x0, got True")
+    both = return_x0 or return_kept
     step, seeds = as_index("step", step, x.device), as_seeds(seeds, x.device)
-    if by_torch(x, out, table, out_uncond, history):
-        return composite(
-            x,
-            out,
-            table,
-            step,
-            seeds,
-            out_uncond=out_uncond,
-            guidance=guidance,
-            clip=clip,
-            learned_variance=learned_variance,
-            history=history,
-            return_x0=return_x0,
-        )
-    refuse_gradient(
-        "reverse_step outside of diffkern.torch_ops()",
-        x=x,
-        out=out,
-        table=table,
-        out_uncond=out_uncond,
-        history=history,
-    )
-    options = (out_uncond, guidance, clip, learned_variance, history)
-    x_next, x0_hat = run(native.reverse_step, x, out, table, step, seeds, *options, return_x0)
-    return (x_next, x0_hat) if return_x0 else x_next
+    if by_torch(x, out, table, out_uncond, history, grad, known, mask):
+        return composite(x, out, table, step, seeds, **options, **operands, return_x0=both)
+    tensors = dict(x=x, out=out, table=table, out_uncond=out_uncond, history=history) | operands
+    refuse_gradient("reverse_step outside of diffkern.torch_ops()", **tensors)
+    x_next, kept = run(native.reverse_step, x, out, table, step, seeds, *options.values(), both, *operands.values())
+    return (x_next, kept) if both else x_next
 
 
 def reverse_step_(
     x: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     table: Tensor,
     step: int | Tensor,
     seeds: Seeds,
@@ -101,33 +118,47 @@ def reverse_step_(
     learned_variance: bool = False,
     history: Sequence[Tensor] = (),
     x0_hat: Tensor | None = None,
+    address: Tensor | None = None,
+    grad: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> None:
-    """:func:`reverse_step` in place: x becomes x_next, and ``x0_hat``, a tensor like x, receives the prediction.
+    """:func:`reverse_step` in place: x becomes x_next, and a tensor like x receives the second result.
 
-    Each of the two may lie where an input does: x0_hat in the history's place, x in that of ``out``, or of its first
+    That is ``x0_hat`` for short rows, and ``kept`` for long ones. Each of the two tensors may lie where an input does,
+    but not where ``known`` or ``mask`` does: kept in the place of the history, x in that of ``out``, or of its first
     half with ``learned_variance``. RuntimeError where they overlap otherwise.
     """
-    _check_step(x, out, table, out_uncond, guidance, clip, learned_variance, history)
-    check_types("a tensor or None", (Tensor, NoneType), x0_hat=x0_hat)
+    options = dict(out_uncond=out_uncond, guidance=guidance, clip=clip, learned_variance=learned_variance)
+    options |= dict(history=history)
+    operands = dict(address=address, grad=grad, known=known, mask=mask)
+    _check_step(x, out, table, **options, operands=operands)
+    check_types("a tensor or None", (Tensor, NoneType), x0_hat=x0_hat, kept=kept)
     tensors = dict(x=x, out=out, table=table, out_uncond=out_uncond, history=history, x0_hat=x0_hat)
+    tensors |= operands | dict(kept=kept)
     refuse_gradient("reverse_step_", **tensors)
     step, seeds = as_index("step", step, x.device), as_seeds(seeds, x.device)
     if not by_torch_in_place("reverse_step_", **tensors):
-        options = (out_uncond, guidance, clip, learned_variance, history)
-        run(native.reverse_step_, x, out, table, step, seeds, *options, x0_hat)
-        mark_written(x, x0_hat)
+        arguments = (*options.values(), x0_hat, *operands.values(), kept)
+        run(native.reverse_step_, x, out, table, step, seeds, *arguments)
+        mark_written(x, x0_hat, kept)
         return
-    options = dict(out_uncond=out_uncond, guidance=guidance, clip=clip, learned_variance=learned_variance)
-    x_next, predicted = composite(x, out, table, step, seeds, **options, history=history, return_x0=True)
+    x_next, second = composite(x, out, table, step, seeds, **options, **operands, return_x0=True)
     x.copy_(x_next)
-    if x0_hat is not None:
-        x0_hat.copy_(predicted)
+    for target in (x0_hat, kept):
+        if target is not None:
+            target.copy_(second)
 
 
-def _check_step(x, out, table, out_uncond, guidance, clip, learned_variance, history) -> None:
+def _check_step(x, out, table, out_uncond, guidance, clip, learned_variance, history, operands) -> None:
     """The types and values that the dispatcher would let pass, or whose names it would not say."""
-    check_types("a tensor", Tensor, x=x, out=out, table=table)
-    check_types("a tensor or None", (Tensor, NoneType), out_uncond=out_uncond)
+    check_types("a tensor", Tensor, x=x, table=table)
+    if has_long_rows(table):
+        check_types("a tensor or None", (Tensor, NoneType), out=out)
+    else:
+        check_types("a tensor", Tensor, out=out)
+    check_types("a tensor or None", (Tensor, NoneType), out_uncond=out_uncond, **operands)
     check_types("a number", Real, guidance=guidance)
     if not math.isfinite(guidance):
         raise ValueError(f"guidance: expected a finite number, got {guidance}")
@@ -135,19 +166,26 @@ def _check_step(x, out, table, out_uncond, guidance, clip, learned_variance, his
     check_types("a list of tensors", (list, tuple), history=history)
     for h in history:
         check_types("tensors", Tensor, history=h)
+    if has_long_rows(table):
+        if guidance != 1:
+            raise ValueError(f"guidance: expected 1 with long rows, which have w, got {guidance}")
+        if clip:
+            raise ValueError("clip: expected False with long rows, which have a limit, got True")
 
 
 @fake("reverse_step")
-def _(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, return_x0):
+def _(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, return_x0, *operands):
     same_device(x, out=out, table=table, step=step, seeds=seeds, out_uncond=out_uncond)
+    same_device(x, **dict(zip(("address", "grad", "known", "mask"), operands, strict=False)))
     for h in history:
         same_device(x, history=h)
     return torch.empty_like(x), torch.empty_like(x) if return_x0 else x.new_empty(0)
 
 
 @fake("reverse_step_")
-def _(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, x0_hat):
+def _(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, x0_hat, *operands):
     same_device(x, out=out, table=table, step=step, seeds=seeds, out_uncond=out_uncond, x0_hat=x0_hat)
+    same_device(x, **dict(zip(("address", "grad", "known", "mask", "kept"), operands, strict=False)))
     for h in history:
         same_device(x, history=h)
 
@@ -155,9 +193,76 @@ def _(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, 
 # --- composite ---------------------------------------------------------------------------------------------------
 
 
+def _plus(total: Tensor, k: Tensor, value: Tensor) -> Tensor:
+    """total + k value. Where k is 0 it is the total, whatever the value: it may be memory that nobody wrote."""
+    return torch.where(k == 0, total, total + k * value)
+
+
+def outputs(
+    row: SimpleNamespace, x: Tensor, out: Tensor | None, out_uncond: Tensor | None, learned_variance: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(o, out_uncond, the second half of out), the last two where they are there. Without out, o and its row are 0."""
+    if out is None:
+        row.p_o = row.k_o = row.q_o = row.p_x.new_zeros(())
+        return torch.zeros_like(x), None, None
+    o, *second_half = wide(out).chunk(2, 1) if learned_variance else (wide(out),)
+    u = None
+    if out_uncond is not None:
+        u = wide(out_uncond).chunk(2, 1)[0] if learned_variance else wide(out_uncond)
+        o = u + row.w * (o - u)
+    return o, u, *(second_half or [None])
+
+
+def unclamped_x0(row: SimpleNamespace, x: Tensor, o: Tensor, grad: Tensor | None) -> Tensor:
+    x0 = row.p_x * x + row.p_o * o
+    return x0 if grad is None else _plus(x0, row.p_g, grad)
+
+
+def _summed_noise(
+    noise: Callable[..., Tensor], seeds: Tensor, x: Tensor, address: Tensor, count: Tensor, most: int, stream: int
+) -> Tensor:
+    """z(address) + z(address - 1) + ... of ``count`` terms, and of no more than ``most``; NaN of none."""
+    count = count.reshape(-1, *[1] * (x.ndim - 1))
+    z = noise(seeds, x.shape[1:], step=address, stream=stream)
+    for i in range(1, most):
+        term = noise(seeds, x.shape[1:], step=(address - i).clamp(min=0), stream=stream)
+        z = torch.where(count > i, z + term, z)
+    return torch.where(count > 0, z, torch.nan)
+
+
+def _check_operands(x, out, table, out_uncond, learned_variance, history, address, grad, known, mask) -> None:
+    """Which ones go with which rows, and their shapes: as csrc/bindings/reverse_step.cpp."""
+    shape, is_long = tuple(x.shape), has_long_rows(table)
+    doubled = (shape[0], 2 * shape[1], *shape[2:]) if learned_variance else shape
+    for name, tensor in dict(address=address, grad=grad, known=known, mask=mask).items():
+        if tensor is not None and not is_long:
+            raise RuntimeError(f"{name}: expected None with short rows, got a tensor")
+    if out is None and out_uncond is not None:
+        raise RuntimeError("out_uncond: expected None without out, got a tensor")
+    if out is None and learned_variance:
+        raise RuntimeError("learned_variance: expected False without out, got True")
+    for name, tensor, other, beside in (("known", known, "mask", mask), ("mask", mask, "known", known)):
+        if tensor is None and beside is not None:
+            raise RuntimeError(f"{name}: expected a tensor with {other}, got None")
+    for name, tensor in (("out", out), ("out_uncond", out_uncond)):
+        check_shape(name, tensor, doubled)
+    for name, tensor in (("grad", grad), ("known", known), *(("history", h) for h in history)):
+        check_shape(name, tensor, shape)
+    if mask is not None and not (mask.ndim == x.ndim and all(mask.shape[d] in (1, shape[d]) for d in range(x.ndim))):
+        raise RuntimeError(f"mask: expected shape {shape} or 1 in place of any size, got {tuple(mask.shape)}")
+    if len(history) > MAX_HISTORY:
+        raise RuntimeError(f"history: expected at most {MAX_HISTORY} tensors, got {len(history)}")
+    columns = long_columns(len(history)) if is_long else len(COLUMNS) + len(history)
+    most = long_columns(MAX_HISTORY) if is_long else columns
+    check_shape("table", table, *((table.shape[0], width) for width in range(columns, most + 1, 4)))
+    check_shape("address", address, (table.shape[0], 2))
+    if address is not None and address.dtype != torch.int64:
+        raise RuntimeError(f"address: expected int64, got {str(address.dtype).removeprefix('torch.')}")
+
+
 def composite(
     x: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     table: Tensor,
     step: Tensor,
     seeds: Tensor,
@@ -168,40 +273,54 @@ def composite(
     learned_variance: bool = False,
     history: Sequence[Tensor] = (),
     return_x0: bool = False,
+    address: Tensor | None = None,
+    grad: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    return_kept: bool = False,
     noise: Callable[..., Tensor] = noise_composite,
     exp: Callable[[Tensor], Tensor] = torch.exp,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`diffkern.ops.reverse_step`."""
-    n = x.shape[0]
-    doubled = (n, 2 * x.shape[1], *x.shape[2:]) if learned_variance else tuple(x.shape)
-    check_shape("out", out, doubled)
-    check_shape("out_uncond", out_uncond, doubled)
-    for h in history:
-        check_shape("history", h, tuple(x.shape))
-    check_shape("seeds", seeds, (n,))
-    check_shape("table", table, (table.shape[0], len(COLUMNS) + len(history)))
-    p_x, p_o, k_x, k_o, k_0, sigma, log_var_min, log_var_max, t, *k_h = look_up("step", step, table, x)
+    _check_operands(x, out, table, out_uncond, learned_variance, history, address, grad, known, mask)
+    check_shape("seeds", seeds, (x.shape[0],))
+    row = read_rows(step, table, x, clip, guidance)
+    if mask is None:
+        row.b_0 = row.b_z = table.new_zeros(())
+    first, count = addresses(row, step, address, x)
+    dtype, x = x.dtype, wide(x)
 
-    def halves(out: Tensor) -> Sequence[Tensor]:
-        return wide(out).chunk(2, 1) if learned_variance else (wide(out),)
-
-    o, *second_half = halves(out)
-    if out_uncond is not None:
-        u = halves(out_uncond)[0]
-        o = u + guidance * (o - u)
-    x0 = p_x * wide(x) + p_o * o
-    if clip:
-        x0 = x0.clamp(-1, 1)
-    x_next = k_x * wide(x) + k_o * o + k_0 * x0
-    for k, h in zip(k_h, history, strict=True):
-        x_next = x_next + k * wide(h)
-    std = sigma
+    o, u, second_half = outputs(row, x, out, out_uncond, learned_variance)
+    g = None if grad is None else wide(grad)
+    x0 = unclamped_x0(row, x, o, g)
+    x0 = x0.clamp(-row.limit, row.limit)
+    x_next = row.k_x * x + row.k_o * o + row.k_0 * x0
+    for k, h in zip(row.k_j, history, strict=False):
+        x_next = _plus(x_next, k, wide(h)) if has_long_rows(table) else x_next + k * wide(h)
+    if u is not None:
+        x_next = _plus(x_next, row.k_u, u)
+    std = row.sigma
     if learned_variance:
-        v = (second_half[0] + 1) * 0.5
-        std = sigma * exp(0.5 * (log_var_min + v * (log_var_max - log_var_min)))
-    z = noise(seeds, x.shape[1:], step=t.detach().flatten().long(), stream=1)
-    x_next = torch.where(sigma == 0, x_next, x_next + std * z).to(x.dtype)
-    return (x_next, x0.to(x.dtype)) if return_x0 else x_next
+        v = (second_half + 1) * 0.5
+        std = row.sigma * exp(0.5 * (row.log_var_min + v * (row.log_var_max - row.log_var_min)))
+    if g is not None:
+        k_g = torch.where(row.sigma == 0, 0, row.k_g) if learned_variance else row.k_g
+        shift = k_g * (std * std) if learned_variance else k_g
+        x_next = torch.where(k_g == 0, x_next, x_next + shift * g)
+    most = 1
+    if address is not None:  # in a transform the samples' own counts are not to be read
+        most = max([1, *count.tolist()]) if readable(count) else int(address[:, 1].max())
+    z = _summed_noise(noise, seeds, x, first, count, most, stream=1)
+    x_next = torch.where(row.sigma == 0, x_next, x_next + std * z)
+    if mask is not None:
+        z = _summed_noise(noise, seeds, x, first, count, 1, stream=6)
+        noisy, m = _plus(row.b_0 * wide(known), row.b_z, z), wide(mask)
+        x_next = torch.where((row.b_0 == 0) & (row.b_z == 0), x_next, m * x_next + (1 - m) * noisy)
+    if not (return_x0 or return_kept):
+        return x_next.to(dtype)
+    kept = row.q_0 * x0
+    kept = torch.where((row.q_x == 0) & (row.q_o == 0), kept, row.q_x * x + row.q_o * o + kept)
+    return x_next.to(dtype), kept.to(dtype)
 
 
 # --- reference ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from levels import rows, values
+from long_rows import raw_long_case
 from torch import Tensor
 
 Ops = torch._ops._OpNamespace
@@ -19,6 +20,9 @@ def elementwise(name: str) -> Case:
             "noise": lambda: (ops.noise(seeds, [3, 31, 29], t, 1, BF16),),
             "q_sample": lambda: ops.q_sample(x, t, seeds, values((3, 2), seed=2), True),
             "reverse_step": lambda: ops.reverse_step(x, out, rows(), t, seeds, out, 2.0, True, False, [], True),
+            "reverse_step by long rows": lambda: ops.reverse_step(*raw_long_case((3, 3, 31, 29), BF16)),
+            "moments": lambda: (ops.moments(x, out),),
+            "abs_quantile": lambda: (ops.abs_quantile(x, out, rows(), t, 0.7, out, 2.0),),
             "noise_loss": lambda: (ops.noise_loss(out, seeds, t, weights),),
             "noise_loss_backward": lambda: (ops.noise_loss_backward(weights, out, seeds, t, weights),),
         }
@@ -48,7 +52,8 @@ def attention(tokens: int, d: int, dtype: torch.dtype) -> Case:
 
 
 CASES = {
-    **{name: elementwise(name) for name in ("noise", "q_sample", "reverse_step", "noise_loss", "noise_loss_backward")},
+    **{name: elementwise(name) for name in ("noise", "q_sample", "noise_loss", "noise_loss_backward")},
+    **{name: elementwise(name) for name in ("reverse_step", "reverse_step by long rows", "moments", "abs_quantile")},
     "group norm, one chunk": group_norm_silu((2, 6, 5, 3), 3, torch.contiguous_format),
     "group norm, one chunk, channels_last": group_norm_silu((2, 32, 4, 4), 8, NHWC),
     "group norm, several chunks": group_norm_silu((1, 16, 50, 46), 2, torch.contiguous_format),

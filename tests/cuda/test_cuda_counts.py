@@ -6,6 +6,9 @@ import re
 import pytest
 import torch
 from interpreted import ROOT, load_interpreter
+from levels import values
+from long_rows import OPERANDS as EVERY
+from long_rows import raw_long_case
 
 from benchmarks import cuda_on_paper
 
@@ -45,6 +48,48 @@ def test_every_request_of_a_warp_takes_as_few_sectors_as_its_bytes(architecture)
         total = sum(asked for asked, _ in counted["sectors"].values())
         for instruction, (asked, fewest) in counted["sectors"].items():
             assert asked == fewest or asked < MINOR * total, (case.op, case.shape, instruction)
+
+
+# Beside x and what it becomes: which tensors of x's size a row reads or writes, and how many.
+OPERANDS = {
+    "out": 1,
+    "nothing": 0,
+    "out, out_uncond": 2,
+    "out, grad": 2,
+    "out, history": 1 + 4,
+    "out, kept": 2,
+    "out, known, mask": 2 + 1 / 3,
+    "out, out_uncond, grad, history, kept, known, mask": 1 + 1 + 1 + 4 + 1 + 1 + 1 / 3,
+}
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+def test_a_step_by_a_long_row_moves_what_the_row_uses_once(operands):
+    shape = (16, 3, 64, 64)
+    x, out, table, _, seeds, uncond, *options, address, grad, known, _ = raw_long_case(
+        shape, torch.float32, 6, EVERY[:3]
+    )
+    table[0, 22:24] = 0  # two of the six slots
+    mask, step, there = values((16, 1, 64, 64)), torch.tensor(0), operands.split(", ")
+    options[3] = options[3] if "history" in there else []
+    options[4] = "kept" in there
+    tensors = dict(out=out, out_uncond=uncond, address=address, grad=grad, known=known, mask=mask)
+    out, uncond, *rest = (tensor if name in (*there, "address") else None for name, tensor in tensors.items())
+    small = 8 * 16 + 8 + 4 * 28 + 16  # seeds, step, row, address
+    of_x = x.numel() * 4
+    case = cuda_on_paper.Case(
+        "reverse_step",
+        operands,
+        lambda ops: ops.reverse_step(x, out, table, step, seeds, uncond, *options, *rest),
+        round((2 + OPERANDS[operands]) * of_x) + small,
+        0,
+        (),
+    )
+    counted = cuda_on_paper.count(case, load_interpreter())
+    assert 1 <= counted["moved"] / case.inputs < 1.01
+    total = sum(asked for asked, _ in counted["sectors"].values())
+    for instruction, (asked, fewest) in counted["sectors"].items():
+        assert asked == fewest or asked < MINOR * total, instruction
 
 
 @with_few

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from levels import digest
+from long_rows import OPERANDS, raw_long_case
 from torch import Tensor
 
 pytestmark = pytest.mark.cuda
@@ -20,18 +22,19 @@ def same_bits(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours.view(bits), theirs.view(bits), rtol=0, atol=0)
 
 
+def to_device(cuda, argument):
+    if isinstance(argument, Tensor):
+        return argument.to(cuda.device)
+    return [to_device(cuda, a) for a in argument] if isinstance(argument, list) else argument
+
+
 @pytest.fixture
 def on(cuda):
     """Runs an op on the CPU and by its CUDA kernel, and returns both results, each as a tuple."""
 
-    def to_cuda(argument):
-        if isinstance(argument, Tensor):
-            return argument.to(cuda.device)
-        return [to_cuda(a) for a in argument] if isinstance(argument, list) else argument
-
     def run(name: str, *arguments) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         results = (
-            getattr(cuda.ops, name)(*(to_cuda(a) for a in arguments)),
+            getattr(cuda.ops, name)(*(to_device(cuda, a) for a in arguments)),
             getattr(CPU, name)(*arguments),
         )
         return tuple(r if isinstance(r, tuple) else (r,) for r in results)
@@ -44,7 +47,10 @@ def seeds_and_steps() -> tuple[Tensor, Tensor]:
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int, layout: str = "contiguous") -> Tensor:
-    x = torch.randn(N, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return laid_out_as(layout, torch.randn(N, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
+
+
+def laid_out_as(layout: str, x: Tensor) -> Tensor:
     if layout == "channels_last":
         return x.to(memory_format=torch.channels_last)
     if layout == "unaligned":  # a step of one element past an aligned start
@@ -100,6 +106,50 @@ def test_a_reverse_step_is_the_cpus(on, dtype, learned, guided, layout):
         )
         for a, b in zip(ours, theirs, strict=True):
             same_bits(a, b)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "unaligned", "transposed"])
+@pytest.mark.parametrize("with_", [(), OPERANDS[:1], OPERANDS[1:2], OPERANDS[2:3], OPERANDS], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_by_long_rows_is_the_cpus(on, dtype, with_, layout):
+    for shape in SHAPES:
+        x, out, table, _, seeds, uncond, *fields = raw_long_case((4, *shape), dtype, 6 if with_ else 0, with_)
+        x, out = (laid_out_as(layout, tensor) for tensor in (x, out))
+        ours, theirs = on("reverse_step", x, out, table, torch.arange(4), seeds, uncond, *fields)
+        for a, b in zip(ours, theirs, strict=True):
+            same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_long_row_without_a_call_is_the_cpus(on, dtype):
+    x, _, *rest = raw_long_case((4, 3, 8, 8), dtype, 2, OPERANDS[1:3])
+    ours, theirs = on("reverse_step", x, None, *rest)
+    for a, b in zip(ours, theirs, strict=True):
+        same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kept_may_take_the_place_of_any_slot(cuda, dtype):
+    for slot in range(3):
+        arguments = [to_device(cuda, a) for a in raw_long_case((4, 3, 5, 7), dtype, 3, OPERANDS[:3])]
+        expected = cuda.ops.reverse_step(*arguments)
+        x, history = arguments[0], arguments[9]
+        cuda.ops.reverse_step_(*arguments[:10], None, *arguments[11:], history[slot])
+        for ours, theirs in zip((x, history[slot]), expected, strict=True):
+            same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("entry", [(-1, 1), (2**32, 1), (5, 0), (5, 7), (5, -1), (2**62, 2**62), None])
+def test_noise_without_an_address_gives_nan_in_its_sample_alone(cuda, entry):
+    x, out, table, _, seeds, *fields = raw_long_case((4, 3, 8, 8), torch.float32, 0, OPERANDS[2:3])
+    if entry is None:
+        fields[6] = None
+    else:
+        fields[6][2] = torch.tensor(entry)
+    arguments = [to_device(cuda, a) for a in (x, out, table, torch.tensor([0, 1, 2, 3]), seeds, *fields)]
+    x_next, kept = cuda.ops.reverse_step(*arguments)
+    assert kept.isfinite().all() and x_next[1].isfinite().all() and x_next[2].isnan().all()
+    assert x_next[[0, 3]].isnan().all() if entry is None else x_next[[0, 3]].isfinite().all()
 
 
 def test_one_row_serves_all_samples(on):
@@ -160,6 +210,32 @@ def test_the_noise_loss_and_its_gradient_are_the_cpus(on, shape, dtype):
     torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-6, atol=1e-7)  # float32 sums in another order
     ours, theirs = on("noise_loss_backward", grad, out, seeds, t, weights)
     same_bits(*ours, *theirs)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "unaligned"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments_are_the_cpus(on, shape, dtype, layout):
+    (ours,), (theirs,) = on("moments", random(shape, dtype, 3, layout), random(shape, dtype, 4))
+    torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-4)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "unaligned"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q", [0.0, 0.3, 0.995, 1.0])
+def test_quantiles_of_predictions_are_the_cpus(on, q, dtype, layout):
+    for shape in SHAPES:
+        x, out, table, step, _, uncond, *fields = raw_long_case((4, *shape), dtype, 1, OPERANDS)
+        x, out = (laid_out_as(layout, tensor) for tensor in (x, out))
+        x[1, 0, 0, 0] = torch.nan if shape == SHAPES[0] else 1.0
+        (ours,), (theirs,) = on("abs_quantile", x, out, table, step, q, uncond, 1.0, fields[6], True)
+        assert digest(ours.cpu()) == digest(theirs)
+
+
+def test_a_quantile_by_a_row_outside_the_table_is_nan(cuda):
+    x, out = random((3, 8, 8), torch.float32, 3).to(cuda.device), random((3, 8, 8), torch.float32, 4).to(cuda.device)
+    step = torch.tensor([0, ROWS, -1]).to(cuda.device)
+    assert cuda.ops.abs_quantile(x, out, table().to(cuda.device), step, 0.5).isnan().tolist() == [False, True, True]
 
 
 def test_an_empty_batch_launches_nothing(on):

@@ -1,109 +1,95 @@
 // One step of a sampler, functional and in place.
 
-#include <cstring>
-
-#include "math/row.h"
-#include "bindings/op.h"
+#include "operands.h"
 
 namespace diffkern {
 namespace {
 
-// The noise of a row is that of its t: on the CPU it is looked at, in the rows that are used and draw noise.
-void check_times(const Index& index, int64_t samples, const float* table, int64_t columns) {
-  for (int64_t n = 0; n < (index.stride ? samples : 1); ++n) {
-    const int64_t number = index.data[n * index.stride];
-    Row row;
-    std::memcpy(&row, table + number * columns, sizeof row);
-    check(row.sigma == 0 || (row.t >= 0 && row.t < 0x1p32f), "table: expected t in [0, 2^32), got ", row.t, " in row ",
-          number);
+// On the CPU, addresses are looked at: of the rows that are used and draw noise.
+void check_addresses(const ReverseStepParams& p) {
+  for (int64_t n = 0; n < (p.step_stride ? p.samples : 1); ++n) {
+    const int64_t number = p.step[n * p.step_stride];
+    const Row row = read_row(p, number);
+    if ((row.sigma == 0 && row.b_z == 0) || has_address(row)) continue;
+    if (p.columns < kLongColumns)
+      check(false, "table: expected t in [0, 2^32), got ", row.k_j[-1], " in row ", number);
+    check(p.address, "address: expected a tensor, for row ", number, " draws noise, got None");
+    check(false, "address: expected 1 <= count <= address + 1 and address < 2^32, got count ", row.count,
+          " and address ", row.address, " in row ", number);
   }
 }
 
-void run_reverse_step(const Tensor& x, const Tensor& out, const Tensor& table, const Tensor& step, const Tensor& seeds,
-                      const std::optional<Tensor>& out_uncond, double guidance, bool clip, bool learned_variance,
-                      const std::vector<Tensor>& history, const Tensor& x_next, const Tensor* x0_hat) {
-  check_samples("x", x, learned_variance);
-  dtype_of("x", x.scalar_type());
-  Sizes out_shape = sizes_of(x);
-  if (learned_variance) out_shape[1] *= 2;
-  check_like("out", out, x, out_shape);
-  if (out_uncond) check_like("out_uncond", *out_uncond, x, out_shape);
-  for (const Tensor& h : history) check_like("history", h, x, sizes_of(x));
-  check(history.size() <= size_t(kMaxHistory), "history: expected at most ", kMaxHistory, " tensors, got ",
-        history.size());
-  const int64_t columns = kRowColumns + int64_t(history.size());
-  check(table.dim() == 2 && table.size(1) == columns, "table: expected shape (steps, ", columns, "), got ",
-        show(sizes_of(table)));
-  check_dtype("table", table, ScalarType::Float);
-  check_device("table", table, x);
-  check_contiguous("table", table);
-  check_vector("seeds", seeds, ScalarType::Long, x.size(0), x);
-  const Index index = index_of("step", step, x.size(0), table.size(0), x);
-
-  ReverseStepParams params{};
-  params.x = view_of("x", x);
-  params.out = view_of("out", out);
+void run_reverse_step(const StepOperands& a, const Tensor& seeds, const Tensor& x_next, const char* kept_name,
+                      const Tensor* kept) {
+  ReverseStepParams params = params_of(a);
+  check_vector("seeds", seeds, ScalarType::Long, a.x.size(0), a.x);
   params.x_next = view_of("x_next", x_next);
-  if (out_uncond) params.out_uncond = view_of("out_uncond", *out_uncond);
-  if (x0_hat) params.x0_hat = view_of("x0_hat", *x0_hat);
-  for (const Tensor& h : history) params.history[params.history_count++] = view_of("history", h);
-  params.samples = x.size(0);
-  params.elements = elements_of(x);
+  if (kept) params.kept = view_of(kept_name, *kept);
   params.seeds = memory<const int64_t>("seeds", seeds);
-  params.table = memory<const float>("table", table);
-  params.rows = table.size(0);
-  params.columns = columns;
-  params.step = index.data;
-  params.step_stride = index.stride;
-  if (!on_cuda(x)) check_times(index, params.samples, params.table, columns);
-  params.guidance = float(guidance);
-  params.clip = clip;
-  params.learned_variance = learned_variance;
-  run_on_chunks(x, params, cpu::level().kernels.reverse_step, DIFFKERN_CUDA_LAUNCHER(reverse_step));
+  if (!on_cuda(a.x)) check_addresses(params);
+  run_on_chunks(a.x, params, cpu::level().kernels.reverse_step, DIFFKERN_CUDA_LAUNCHER(reverse_step));
 }
 
-std::tuple<Tensor, Tensor> reverse_step(const Tensor& x, const Tensor& out, const Tensor& table, const Tensor& step,
-                                        const Tensor& seeds, const std::optional<Tensor>& out_uncond, double guidance,
-                                        bool clip, bool learned_variance, const std::vector<Tensor>& history,
-                                        bool return_x0) {
+// The second result is what is kept: x0_hat with short rows.
+std::tuple<Tensor, Tensor> reverse_step(const Tensor& x, const OptionalTensor& out, const Tensor& table,
+                                        const Tensor& step, const Tensor& seeds, const OptionalTensor& out_uncond,
+                                        double guidance, bool clip, bool learned_variance,
+                                        const std::vector<Tensor>& history, bool return_kept,
+                                        const OptionalTensor& address, const OptionalTensor& grad,
+                                        const OptionalTensor& known, const OptionalTensor& mask) {
   Tensor x_next = empty_as(x);
-  Tensor x0_hat = return_x0 ? empty_as(x) : absent(x);
-  run_reverse_step(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, x_next,
-                   return_x0 ? &x0_hat : nullptr);
-  return {x_next, x0_hat};
+  Tensor kept = return_kept ? empty_as(x) : absent(x);
+  run_reverse_step({x, out, table, step, out_uncond, guidance, clip, learned_variance, history, address, grad, known, mask},
+                   seeds, x_next, "kept", return_kept ? &kept : nullptr);
+  return {x_next, kept};
 }
 
-// A target may lie where what is read element by element lies, or apart from it.
-void check_target(const char* target, const Tensor& written, const Tensor& out, const Tensor& table, const Tensor& step,
-                  const Tensor& seeds, const std::optional<Tensor>& out_uncond, const std::vector<Tensor>& history) {
+// A target may lie where what is read element by element lies, or apart from it. The blend with what is known comes
+// after the rest of a chunk is written.
+void check_target(const char* target, const Tensor& written, const StepOperands& a, const Tensor& seeds) {
   check_writable(target, written);
-  check_apart(target, written, "out", out, true);
-  check_apart(target, written, "out_uncond", out_uncond, true);
-  for (const Tensor& h : history) check_apart(target, written, "history", h, true);
-  check_apart(target, written, "table", table);
-  check_apart(target, written, "step", step);
+  check_apart(target, written, "out", a.out, true);
+  check_apart(target, written, "out_uncond", a.out_uncond, true);
+  check_apart(target, written, "grad", a.grad, true);
+  for (const Tensor& h : a.history) check_apart(target, written, "history", h, true);
+  check_apart(target, written, "known", a.known);
+  check_apart(target, written, "mask", a.mask);
+  check_apart(target, written, "table", a.table);
+  check_apart(target, written, "address", a.address);
+  check_apart(target, written, "step", a.step);
   check_apart(target, written, "seeds", seeds);
 }
 
-void reverse_step_(const Tensor& x, const Tensor& out, const Tensor& table, const Tensor& step, const Tensor& seeds,
-                   const std::optional<Tensor>& out_uncond, double guidance, bool clip, bool learned_variance,
-                   const std::vector<Tensor>& history, const std::optional<Tensor>& x0_hat) {
-  check_target("x", x, out, table, step, seeds, out_uncond, history);
-  if (x0_hat) {
-    check_like("x0_hat", *x0_hat, x, sizes_of(x));
-    check_target("x0_hat", *x0_hat, out, table, step, seeds, out_uncond, history);
-    check_apart("x", x, "x0_hat", *x0_hat);
+void reverse_step_(const Tensor& x, const OptionalTensor& out, const Tensor& table, const Tensor& step,
+                   const Tensor& seeds, const OptionalTensor& out_uncond, double guidance, bool clip,
+                   bool learned_variance, const std::vector<Tensor>& history, const OptionalTensor& x0_hat,
+                   const OptionalTensor& address, const OptionalTensor& grad, const OptionalTensor& known,
+                   const OptionalTensor& mask, const OptionalTensor& kept) {
+  const StepOperands a{x,       out,     table, step,  out_uncond, guidance, clip, learned_variance,
+                       history, address, grad,  known, mask};
+  if (a.long_rows())
+    check_absent("x0_hat", x0_hat, "with long rows, which have kept");
+  else
+    check_absent("kept", kept, "with short rows, which have x0_hat");
+  const OptionalTensor& target = a.long_rows() ? kept : x0_hat;
+  const char* name = a.long_rows() ? "kept" : "x0_hat";
+  check_target("x", x, a, seeds);
+  if (target) {
+    check_like(name, *target, x, sizes_of(x));
+    check_target(name, *target, a, seeds);
+    check_apart("x", x, name, *target);
   }
-  run_reverse_step(x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history, x,
-                   x0_hat ? &*x0_hat : nullptr);
+  run_reverse_step(a, seeds, x, name, target ? &*target : nullptr);
 }
 
 DIFFKERN_OP(reverse_step,
-            "(Tensor x, Tensor out, Tensor table, Tensor step, Tensor seeds, Tensor? out_uncond, float guidance, bool "
-            "clip, bool learned_variance, Tensor[] history, bool return_x0) -> (Tensor, Tensor)")
+            "(Tensor x, Tensor? out, Tensor table, Tensor step, Tensor seeds, Tensor? out_uncond, float guidance, bool "
+            "clip, bool learned_variance, Tensor[] history, bool return_x0, Tensor? address=None, Tensor? grad=None, "
+            "Tensor? known=None, Tensor? mask=None) -> (Tensor, Tensor)")
 DIFFKERN_OP(reverse_step_,
-            "(Tensor(a!) x, Tensor out, Tensor table, Tensor step, Tensor seeds, Tensor? out_uncond, float guidance, "
-            "bool clip, bool learned_variance, Tensor[] history, Tensor(b!)? x0_hat) -> ()")
+            "(Tensor(a!) x, Tensor? out, Tensor table, Tensor step, Tensor seeds, Tensor? out_uncond, float guidance, "
+            "bool clip, bool learned_variance, Tensor[] history, Tensor(b!)? x0_hat, Tensor? address=None, Tensor? "
+            "grad=None, Tensor? known=None, Tensor? mask=None, Tensor(c!)? kept=None) -> ()")
 
 }  // namespace
 }  // namespace diffkern

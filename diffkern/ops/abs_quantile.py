@@ -1,0 +1,86 @@
+"""A quantile of each sample's predicted magnitudes: the threshold of dynamic thresholding."""
+
+import math
+from numbers import Real
+from types import NoneType
+
+import torch
+from torch import Tensor
+
+from .arguments import as_index, check_types, wide
+from .registration import fake, native, refuse_gradient, run, same_device
+from .reverse_step import outputs, unclamped_x0
+from .row import read_rows
+from .transforms import by_torch
+
+
+def abs_quantile(
+    x: Tensor,
+    out: Tensor | None,
+    table: Tensor,
+    step: int | Tensor,
+    q: float,
+    *,
+    out_uncond: Tensor | None = None,
+    guidance: float = 1.0,
+    grad: Tensor | None = None,
+    learned_variance: bool = False,
+) -> Tensor:
+    """The q-quantile of each sample's abs(x0_hat), x0_hat before it is clamped (Saharia et al. 2022): float32 [N].
+
+    It is ``torch.quantile``'s: linear between the two nearest elements, and NaN where one is NaN. Dynamic thresholding
+    takes S, the result or 1, whichever is larger: x0_hat / S clamped to [-1, 1] is the x0_hat of a row with p_x / S,
+    p_o / S and p_g / S.
+
+    q  in [0, 1]
+
+    The other arguments are those of :func:`reverse_step`; the rows may have any slots of history.
+    """
+    check_types("a tensor", Tensor, x=x, table=table)
+    check_types("a tensor or None", (Tensor, NoneType), out=out, out_uncond=out_uncond, grad=grad)
+    check_types("a number", Real, q=q, guidance=guidance)
+    check_types("True or False", bool, learned_variance=learned_variance)
+    if not 0 <= q <= 1:
+        raise ValueError(f"q: expected a number in [0, 1], got {q}")
+    step = as_index("step", step, x.device)
+    options = dict(out_uncond=out_uncond, guidance=guidance, grad=grad, learned_variance=learned_variance)
+    if by_torch(x, out, table, out_uncond, grad):
+        return composite(x, out, table, step, q, **options)
+    tensors = dict(x=x, out=out, table=table, out_uncond=out_uncond, grad=grad)
+    refuse_gradient("abs_quantile outside of diffkern.torch_ops()", **tensors)
+    return run(native.abs_quantile, x, out, table, step, q, *options.values())
+
+
+@fake("abs_quantile")
+def _(x, out, table, step, q, out_uncond=None, guidance=1.0, grad=None, learned_variance=False):
+    same_device(x, out=out, table=table, step=step, out_uncond=out_uncond, grad=grad)
+    return x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+# --- composite and reference -------------------------------------------------------------------------------------
+
+
+def composite(
+    x: Tensor,
+    out: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    q: float,
+    *,
+    out_uncond: Tensor | None = None,
+    guidance: float = 1.0,
+    grad: Tensor | None = None,
+    learned_variance: bool = False,
+) -> Tensor:
+    """See :func:`diffkern.ops.abs_quantile`."""
+    row, x = read_rows(step, table, x, False, guidance), wide(x)
+    o, *_ = outputs(row, x, out, out_uncond, learned_variance)
+    magnitudes = unclamped_x0(row, x, o, None if grad is None else wide(grad)).abs().unsqueeze(-1).flatten(1)
+    ordered = magnitudes.sort(1).values.double()
+    rank = q * (ordered.shape[1] - 1)
+    lower, upper, weight = ordered[:, math.floor(rank)], ordered[:, math.ceil(rank)], rank - math.floor(rank)
+    quantile = torch.where(lower == upper, lower, lower + weight * (upper - lower))
+    return torch.where(ordered[:, -1].isnan(), torch.nan, quantile).to(magnitudes.dtype)
+
+
+reference = composite

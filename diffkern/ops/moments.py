@@ -1,0 +1,41 @@
+"""Sums over each sample of two tensors and of their products: means, deviations, norms and angles follow from them."""
+
+import torch
+from torch import Tensor
+
+from .arguments import check_shape, check_types, wide
+from .registration import fake, native, refuse_gradient, run, same_device
+from .transforms import by_torch
+
+
+def moments(a: Tensor, b: Tensor) -> Tensor:
+    """The sums of a, b, a^2, a b and b^2 over each sample, in one pass: float64 [N, 5].
+
+    a, b  [N, ...] of one shape and dtype, with at least one element a sample
+
+    A sample's bits depend neither on its batch nor on the number of threads.
+    """
+    check_types("a tensor", Tensor, a=a, b=b)
+    if by_torch(a, b):
+        return composite(a, b)
+    refuse_gradient("moments outside of diffkern.torch_ops()", a=a, b=b)
+    return run(native.moments, a, b)
+
+
+@fake("moments")
+def _(a, b):
+    same_device(a, b=b)
+    return a.new_empty((a.shape[0], 5), dtype=torch.float64)
+
+
+# --- composite and reference -------------------------------------------------------------------------------------
+
+
+def composite(a: Tensor, b: Tensor) -> Tensor:
+    """See :func:`diffkern.ops.moments`."""
+    check_shape("b", b, tuple(a.shape))
+    a, b = (wide(tensor).double().unsqueeze(-1).flatten(1) for tensor in (a, b))
+    return torch.stack([product.sum(1) for product in (a, b, a * a, a * b, b * b)], 1)
+
+
+reference = composite
