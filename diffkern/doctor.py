@@ -5,32 +5,31 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import _C, __version__, ops, reference
 from .engine import optimize
 from .networks import UNet
 from .networks.defaults import float32_on
-
-OPS = ("noise", "q_sample", "reverse_step", "noise_loss", "group_norm_silu", "attention")
+from .ops.example import Example, examples_of, modules
 
 
 def main() -> int:
     """Print it all; the exit status: 0 if every check holds, else 1."""
     print("\n".join(f"{name:<10} {value}" for name, value in facts()))
     print(f"\n{'op':<18}" + "".join(f"{device:<18}" for device in ("cpu", "cuda")))
-    for op in OPS:
+    for op in examples():
         print(f"{op:<18}{cpu_backend(op):<18}{cuda_backend(op):<18}")
     print("\nself-check")
     failures = 0
     for name, check in checks():
         error = _error(check)
         failures += error is not None
-        print(f"  {name:<60} {'ok' if error is None else 'FAILED: ' + error}")
+        print(f"  {name:<64} {'ok' if error is None else 'FAILED: ' + error}")
     print(f"\n{'all is well' if failures == 0 else f'broken: {failures} of the checks failed'}")
     return int(failures > 0)
 
@@ -90,8 +89,9 @@ def cuda_backend(op: str) -> str:
 
 
 def _has_kernel(op: str, key: str) -> bool:
-    registered = hasattr(torch.ops.diffkern, op)
-    return registered and torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{op}", key)
+    """Has the registered op of that name a kernel? One that writes into given memory has ``_out`` in its name."""
+    names = [name for name in (op, f"{op}_out") if hasattr(torch.ops.diffkern, name)]
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(f"diffkern::{name}", key) for name in names)
 
 
 # --- does it work ------------------------------------------------------------------------------------------------
@@ -116,10 +116,13 @@ def checks() -> Iterator[tuple[str, Check]]:
     yield "DIFFKERN_CPU_LEVEL, if set, names a level of this processor", lambda: bool(_C.cpu_level())
     for device in (torch.device("cpu"), *(_cuda_devices() if architectures() else [])):
         yield f"{device}: noise has its known answers", functools.partial(_noise_is_known, device)
-        for op, cases in examples().items():
-            what = "agrees with its reference" if op in INEXACT else "has the bits of its reference"
-            yield f"{device}: {op} {what}", functools.partial(_agrees, device, op, cases)
-    yield "cpu: conv3x3 and its gradients agree with torch's", _convolves
+        for op, calls in examples().items():
+            if _has_kernel(op, device.type.upper()):
+                differentiable = hasattr(torch.ops.diffkern, f"{op}_backward")
+                exact = all(example.tolerance == 0 for example in calls)
+                subject = f"{op} and its gradients" if differentiable else op
+                agree = "agree with" if differentiable else "has the bits of" if exact else "agrees with"
+                yield f"{device}: {subject} {agree} the reference", functools.partial(_agrees, device, op)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
         name = str(dtype).removeprefix("torch.")
         yield f"cpu: optimize in {name} agrees with its network", functools.partial(_optimizes, dtype, tolerance)
@@ -140,62 +143,53 @@ def _noise_is_known(device: torch.device) -> bool:
     return all(normals(step, stream) == [float.fromhex(z) for z in known.split()] for step, stream, _, known in NOISE)
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INEXACT = {  # sums, whose order is the kernel's own: relative and absolute tolerance
-    "noise_loss": (1e-5, 1e-5, 1e-5),
-    "group_norm_silu": (1e-5, 4e-2, 4e-3),
-    "attention": (1e-5, 4e-2, 4e-3),
-}
-
-
 @functools.cache
-def examples() -> dict[str, list[tuple[list, dict]]]:
-    """For each op its arguments, in each of DTYPES: sizes that no vector register divides."""
-    cases: dict[str, list[tuple[list, dict]]] = {op: [] for op in OPS}
-    generator = torch.Generator().manual_seed(0)
-    seeds, t, step = (_int64(*values) for values in ((0, 31337, -1), (999, 0, 500), (0, 1, 2)))
-    for dtype in DTYPES:
-
-        def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return _normal(shape, generator).to(dtype)
-
-        def table(*shape: int) -> Tensor:
-            return normal(*shape, dtype=torch.float32)
-
-        x, out = normal(3, 2, 7, 11), normal(3, 4, 7, 11)
-        rows = table(3, len(ops.COLUMNS))
-        rows[:, ops.COLUMNS.index("t")] = t
-        options = dict(out_uncond=out.flip(0), guidance=3.0, learned_variance=True, clip=True)
-        cases["noise"].append(([seeds, (2, 7, 11)], dict(step=t, stream=2, dtype=dtype)))
-        cases["q_sample"].append(([x, t, seeds, table(1000, 2)], {}))
-        cases["reverse_step"].append(([x, out, rows, step, seeds], options))
-        cases["noise_loss"].append(([x, seeds, t], {}))
-        cases["group_norm_silu"].append(([out, table(4), table(4), 2], dict(residual=out)))
-        cases["attention"].append(([normal(2, 3, 35, 16) for _ in "qkv"], {}))
-    return cases
+def examples() -> dict[str, list[Example]]:
+    """Return the examples of each op that there is a reference for."""
+    files = {op: module for op, module in modules().items() if hasattr(module, "reference")}
+    return {op: [example for example in examples_of(module) if example.op == op] for op, module in files.items()}
 
 
-def _agrees(device: torch.device, op: str, cases: list[tuple[list, dict]]) -> bool:
-    def there(value):
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    for (args, options), tolerance in zip(cases, INEXACT.get(op, (0.0, 0.0, 0.0)), strict=True):
-        got = getattr(ops, op)(*map(there, args), **{name: there(value) for name, value in options.items()}).cpu()
-        expected = getattr(reference, op)(*args, **options)
-        if got.dtype != expected.dtype or not torch.allclose(got, expected, rtol=tolerance, atol=tolerance):
-            return False
-    return True
+def _agrees(device: torch.device, op: str) -> bool:
+    """Are the results those of the reference, and in float32 the gradients, if the kernel has them?"""
+    return all(_results_agree(device, example) and _gradients_agree(device, example) for example in examples()[op])
 
 
-def _convolves() -> bool:
-    generator = torch.Generator().manual_seed(0)
-    arguments = [_normal(shape, generator) for shape in ((2, 35, 9, 6), (33, 35, 3, 3), (33,))]
-    results = []
-    for convolution in (ops.conv3x3, functools.partial(F.conv2d, padding=1)):
-        leaves = [tensor.clone().requires_grad_() for tensor in arguments]
-        y = convolution(*leaves)
-        results.append((y, *torch.autograd.grad(y.square().mean(), leaves)))
-    return all(_near(got, expected, 1e-4) for got, expected in zip(*results, strict=True))
+def _results_agree(device: torch.device, example: Example) -> bool:
+    got = _called(getattr(ops, example.op), _moved(example.arguments, device))
+    expected = _called(getattr(reference, example.op), example.arguments)
+    return all(_close(*results, example.tolerance) for results in zip(got, expected, strict=True))
+
+
+def _gradients_agree(device: torch.device, example: Example) -> bool:
+    names = [name for name in example.differentiable if isinstance(example.arguments.get(name), Tensor)]
+    single = all(example.arguments[name].dtype == torch.float32 for name in names)
+    if not (names and single and hasattr(torch.ops.diffkern, f"{example.op}_backward")):
+        return True
+    gradients = []
+    for function, there in ((getattr(ops, example.op), device), (getattr(reference, example.op), torch.device("cpu"))):
+        leaves = {name: example.arguments[name].to(there).detach().requires_grad_() for name in names}
+        y = function(**_moved(example.arguments, there) | leaves)
+        gradients.append([gradient.cpu() for gradient in torch.autograd.grad(y.square().mean(), [*leaves.values()])])
+    return all(_near(got, expected, 1e-4) for got, expected in zip(*gradients, strict=True))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The same with each tensor on the device."""
+    if isinstance(value, dict):
+        return {name: _moved(one, device) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_moved(one, device) for one in value]
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _called(function: Callable, arguments: dict[str, Any]) -> list[Tensor]:
+    results = function(**arguments)
+    return [tensor.cpu() for tensor in (results if isinstance(results, tuple) else (results,))]
+
+
+def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return got.dtype == expected.dtype and torch.allclose(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def _optimizes(dtype: torch.dtype, tolerance: float) -> bool:

@@ -1,13 +1,16 @@
 """Bad inputs, each with its error and its whole message: what a user reads who made that mistake."""
 
+import inspect
 import math
 import re
 
 import numpy as np
 import pytest
 import torch
+from calls import moved, name_of
 
 from diffkern import _C, ops
+from diffkern.ops.example import Example, all_examples
 
 
 def index(*values: int) -> torch.Tensor:
@@ -28,39 +31,24 @@ def noisy(t: float) -> torch.Tensor:
     return torch.tensor([[0.0] * 5 + [1.0, 0.0, 0.0, t]])
 
 
-GOOD = {
-    ops.noise: dict(seeds=SEEDS, shape=(3, 4), step=0),
-    ops.q_sample: dict(x_0=X, t=0, seeds=SEEDS, table=Q_TABLE),
-    ops.q_sample_: dict(x_0=X.clone(), t=0, seeds=SEEDS, table=Q_TABLE),
-    ops.reverse_step: dict(x=X, out=X, table=STEPS, step=0, seeds=SEEDS),
-    ops.reverse_step_: dict(x=X.clone(), out=X, table=STEPS, step=0, seeds=SEEDS),
-    ops.moments: dict(a=X, b=X),
-    ops.abs_quantile: dict(x=X, out=X, table=STEPS, step=0, q=0.5),
-    ops.noise_loss: dict(out=X, seeds=SEEDS, t=0),
-    ops.pack_conv: dict(weight=torch.zeros(5, 3, 3, 3)),
-    ops.expand_taps: dict(taps=TAPS),
-    ops.conv2d: dict(x=X, packed=PACKED),
-    ops.conv3x3: dict(x=X, weight=torch.zeros(5, 3, 3, 3), bias=None),
-    torch.ops.diffkern.conv3x3_backward: dict(
-        grad_y=torch.zeros(2, 5, 4, 4), x=X, weight=torch.zeros(5, 3, 3, 3), of_x=True, of_weight=True
-    ),
-    torch.ops.diffkern.conv2d_out: dict(
-        y=torch.empty(2, 5, 4, 4).contiguous(memory_format=torch.channels_last),
-        x=X.contiguous(memory_format=torch.channels_last),
-        skip=None,
-        packed=PACKED.tensor,
-        in_channels=3,
-        out_channels=5,
-        bias=None,
-        add=None,
-        residual=None,
-        stride=1,
-        padding=1,
-        upsample=False,
-    ),
-    torch.ops.diffkern.fingerprint: dict(hash=torch.zeros(1, dtype=torch.int64), weights=[X], exact=True),
-    _C.word_hash: dict(function="radius", first_run=0, last_run=0),
-}
+def plain(value):
+    """As a script says it: ints and lists of them."""
+    integers = isinstance(value, torch.Tensor) and value.dtype == torch.int64 and value.ndim <= 1
+    return value.tolist() if integers else value
+
+
+def good_calls() -> dict:
+    """Return the first example of each op, as the public function's where there is one."""
+    calls = {}
+    for example in all_examples(n=2, c=3, k=5, h=4, w=4):
+        function = getattr(ops, example.op, None)
+        public = inspect.isfunction(function)
+        op = function if public else getattr(torch.ops.diffkern, example.op)
+        calls.setdefault(op, {name: plain(value) if public else value for name, value in example.arguments.items()})
+    return calls
+
+
+GOOD = good_calls() | {_C.word_hash: dict(function="radius", first_run=0, last_run=0)}
 
 # of each op: what is wrong in an otherwise good call, the error, its message
 BAD = {
@@ -650,24 +638,23 @@ def test_a_layout_without_strides_finds_no_kernel():
         ops.q_sample(**GOOD[ops.q_sample] | dict(x_0=X.to_sparse()))
 
 
-HEADS, ONE_EACH, VECTOR = torch.zeros(2, 1, 4, 8), torch.zeros(2, 3), torch.zeros(3)
-WITH_GRADIENTS = {
-    "noise_loss": (X, index(1, 2), index(0), torch.zeros(2)),
-    "noise_loss_backward": (torch.zeros(2), X, index(1, 2), index(0), torch.zeros(2)),
-    "attention": (HEADS, HEADS, HEADS, None),
-    "attention_backward": (HEADS, HEADS, HEADS, HEADS, HEADS, HEADS[..., 0], None),
-    "group_norm_silu": (X, VECTOR, VECTOR, 3, 1e-5, torch.zeros(2, 6), ONE_EACH, X, True),
-    "group_norm_silu_backward": (X, X, *[ONE_EACH] * 2, VECTOR, VECTOR, 3, torch.zeros(2, 6), ONE_EACH, True),
-    "conv3x3": (X, torch.zeros(5, 3, 3, 3), torch.zeros(5)),
-    "conv3x3_backward": (torch.zeros(2, 5, 4, 4), X, torch.zeros(5, 3, 3, 3), True, True),
-}
+def tensors(example: Example) -> list[tuple[str, torch.Tensor | list]]:
+    """Return the registered op's arguments that are tensors or lists of them."""
+    arguments = example.registered_arguments() if example.registered() else {}
+    return [
+        (name, value)
+        for name, value in arguments.items()
+        if torch.is_tensor(value) or isinstance(value, list) and value
+    ]
 
 
-@pytest.mark.parametrize("name", WITH_GRADIENTS)
+MIXED = {name_of(example): example for example in all_examples() if len(tensors(example)) > 1}
+
+
+@pytest.mark.parametrize("name", MIXED)
 def test_one_tensor_without_memory_among_others_is_refused(name):
     """Its fake would answer for the op, and make tensors without values of everything."""
-    op, arguments = getattr(torch.ops.diffkern, name), WITH_GRADIENTS[name]
-    for i, argument in enumerate(arguments):
-        if isinstance(argument, torch.Tensor):
-            with pytest.raises(RuntimeError, match=": expected device (cpu, got meta|meta, got cpu)"):
-                op(*arguments[:i], argument.to("meta"), *arguments[i + 1 :])
+    example = MIXED[name]
+    for argument, value in tensors(example):
+        with pytest.raises(RuntimeError, match=": expected device (cpu, got meta|meta, got cpu)"):
+            example.registered()(**example.registered_arguments() | {argument: moved(value, torch.device("meta"))})

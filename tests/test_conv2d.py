@@ -227,7 +227,6 @@ def test_the_matrices_made_of_taps_are_winograds():
     matrices, expected = ops.expand_taps(taps).tensor, reference.expand_taps(wide).tensor
     assert matrices.shape == expected.shape
     assert (matrices.double() - expected).abs().max() <= 4 * 2**-24 * expected.abs().max()
-    torch.library.opcheck(torch.ops.diffkern.expand_taps.default, (taps.tensor,))
 
 
 AT_A_LEVEL = """
@@ -314,20 +313,6 @@ def test_few_columns_are_packed_one_a_block():
 
 
 # --- through the dispatcher ---
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_conv2d_out_passes_opcheck(packing):
-    x, weight, options = arguments(2, 6, 9, 4, 5, bias=True, skip=True, add=True, residual=True)
-    packed = pack(weight, packing)
-    last = [image.contiguous(memory_format=torch.channels_last) for image in (x, options["skip"], options["residual"])]
-    for skip, bias, add, residual in ((last[1], options["bias"], options["add"], last[2]), (None,) * 4):
-        given = packed if skip is not None else pack(weight[:, :6], packing)
-        sized = given.tensor, given.in_channels, given.out_channels
-        y = torch.empty_like(last[2])
-        torch.library.opcheck(
-            torch.ops.diffkern.conv2d_out.default, (y, last[0], skip, *sized, bias, add, residual, 1, 1, False)
-        )
 
 
 def test_it_compiles_into_a_graph():

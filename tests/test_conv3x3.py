@@ -172,22 +172,6 @@ def test_each_cpu_level_is_exact(at_every_level):
     at_every_level(AT_A_LEVEL, WIDTHS)
 
 
-# --- through the dispatcher ---
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_conv3x3_passes_opcheck(memory_format):
-    x, weight, bias, grad_y = arguments(2, 6, 9, 4, 5)
-    x, weight, grad_y = (tensor.contiguous(memory_format=memory_format) for tensor in (x, weight, grad_y))
-    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
-    for given_bias in (bias, None):
-        torch.library.opcheck(_ops.conv3x3.default, (*leaves[:2], given_bias))
-    x, weight = x.detach(), weight.detach()
-    for of_x, of_weight in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(_ops.conv3x3_backward.default, (grad_y, x, weight, of_x, of_weight))
-    torch.library.opcheck(_ops.pack_taps.default, (weight,))
-
-
 # --- in the network ---
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from calls import public_examples, results
 from networks import diffusers_twin
 from torch import Tensor, nn
 
@@ -95,7 +96,9 @@ class Uses:
 
     def ops(self) -> list[Tensor]:
         draws = draw(torch.tensor([3, 4], dtype=torch.int64, device="cpu").numpy(), 0, 20, 0.5)
-        return [ops.noise([1, 2], (5,), step=3), ops.noise(1, (5,), step=3, device="cpu"), draws.t, draws.seeds]
+        called = [result for e in public_examples() for result in results(getattr(ops, e.op), e.arguments)]
+        noise = [ops.noise([1, 2], (5,), step=3), ops.noise(1, (5,), step=3, device="cpu")]
+        return [*called, *noise, draws.t, draws.seeds]
 
 
 USES = [name for name, value in vars(Uses).items() if isinstance(value, Callable) and not name.startswith("_")]

@@ -317,27 +317,6 @@ def test_an_empty_image_gives_an_empty_result_and_zero_gradients(shape):
 # --- the dispatcher ---
 
 
-@pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1], OPTIONS[-2]])
-def test_group_norm_silu_passes_opcheck(options, dtype, memory_format):
-    (x, weight, bias, groups), chosen = arguments(2, 12, 4, 3, 5, dtype=dtype, **options)
-    x = x.contiguous(memory_format=memory_format).requires_grad_()
-    weight, bias = weight.requires_grad_(), bias.requires_grad_()
-    extras = [chosen.get(name) for name in ("scale_shift", "add", "residual")]
-    extras = [tensor if tensor is None else tensor.requires_grad_() for tensor in extras]
-    torch.library.opcheck(
-        torch.ops.diffkern.group_norm_silu.default, (x, weight, bias, groups, 1e-5, *extras, chosen["silu"])
-    )
-    with torch.no_grad():
-        statistics = [torch.ones(2, groups), torch.ones(2, groups)]
-        torch.library.opcheck(
-            torch.ops.diffkern.group_norm_silu_backward.default,
-            (x.detach(), x.detach(), *statistics, weight, bias, groups, extras[0], extras[1], chosen["silu"]),
-            test_utils=("test_schema", "test_faketensor"),
-        )
-
-
 def test_a_permuted_image_comes_out_as_the_compiler_expects():
     x, *parameters = arguments(2, 12, 4, 3, 5)[0]
     x = laid_out(x, order=(2, 0, 3, 1), steps=(1, 1, 1, 1), offset=0)
@@ -501,16 +480,6 @@ def test_two_sources_are_one_image_also_where_a_group_straddles_them(own):
     assert ((y - exact(x, *parameters)).abs() <= GROUP_NORM * (4 + y.abs())).all()
     for n in range(3):
         assert torch.equal(norm_out(x[n : n + 1, :own], x[n : n + 1, own:], *parameters), y[n : n + 1])
-
-
-def test_group_norm_silu_out_passes_opcheck():
-    (x, *parameters), chosen = arguments(2, 12, 4, 3, 5, scale_shift=True)
-    x = x.contiguous(memory_format=torch.channels_last)
-    y, (a, b) = torch.empty_like(x), (part.contiguous(memory_format=torch.channels_last) for part in x.split((5, 7), 1))
-    for images in ((y, x, None), (y, a, b)):
-        torch.library.opcheck(
-            torch.ops.diffkern.group_norm_silu_out.default, (*images, *parameters, 1e-5, chosen["scale_shift"], True)
-        )
 
 
 @pytest.mark.parametrize(

@@ -1,100 +1,26 @@
 """Every raw op and the memory of its arguments: none, freed, shared with what it writes, negated; and its own stack."""
 
+import inspect
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
+from calls import moved, name_of
 from levels import values
 from torch import Tensor
 
 from diffkern import ops
+from diffkern.ops.example import Example, all_examples, examples_of, modules
 
 _ops = torch.ops.diffkern
 
 
-def image(n: int, c: int, h: int, w: int, seed: int = 0) -> Tensor:
-    return values((n, c, h, w), seed=seed).contiguous(memory_format=torch.channels_last)
-
-
-def calls(
-    n: int = 2,
-    c: int = 32,
-    k: int = 33,
-    h: int = 5,
-    w: int = 6,
-    heads: int = 2,
-    q: int = 40,
-    keys: int = 70,
-    d: int = 32,
-) -> dict[str, dict]:
-    """Arguments for every op, each with memory of its own: by the op's name, and the kernel's where it has several."""
-
-    def tokens(count: int, seed: int) -> Tensor:
-        return values((n, count, heads, d), seed=seed).transpose(1, 2)
-
-    x, y, weight, groups = image(n, c, h, w), image(n, k, h, w, seed=1), values((k, c, 3, 3), scale=0.1), min(c, 4)
-    noise = dict(seeds=torch.arange(n), t=torch.tensor(0))
-    table = torch.rand(1, 10) * (torch.arange(10) != 8)  # t is 0
-    step = dict(x=x, out=image(n, 2 * c, h, w), table=table, step=noise["t"], seeds=noise["seeds"])
-    step |= dict(out_uncond=image(n, 2 * c, h, w), guidance=2.0, clip=True, learned_variance=True, history=[x])
-    long = step | dict(table=torch.rand(1, 24), guidance=1.0, clip=False, address=torch.tensor([[5, 2]]))
-    long |= dict(grad=x, known=x, mask=values((1, 1, h, w)))
-    attention = dict(q=tokens(q, 2), k=tokens(keys, 3), v=tokens(keys, 4))
-    lse = values((n, heads, q))
-    norm = dict(weight=values((c,)), bias=values((c,)), groups=groups, scale_shift=values((n, 2 * c)), silu=True)
-    norm_out = norm | dict(y=x, x=x, skip=None, eps=1e-5)
-    conv = dict(y=y, x=x, skip=None, in_channels=c, out_channels=k, bias=values((k,)), add=values((n, k)), residual=y)
-    conv |= dict(stride=1, padding=1, upsample=False)
-    all_calls = {
-        "noise": dict(seeds=noise["seeds"], shape=(c, h, w), step=noise["t"], stream=0, dtype=torch.float32),
-        "q_sample": noise | dict(x_0=x, table=torch.rand(1, 2), return_eps=True),
-        "q_sample_": noise | dict(x_0=x, table=torch.rand(1, 2)),
-        "reverse_step": step | dict(return_x0=True),
-        "reverse_step_": step | dict(x0_hat=x),
-        "reverse_step, long rows": long | dict(return_x0=True),
-        "reverse_step_, long rows": long | dict(x0_hat=None, kept=x),
-        "moments": dict(a=x, b=image(n, c, h, w, seed=7)),
-        "abs_quantile": dict(x=x, out=long["out"], table=long["table"], step=step["step"], q=0.5)
-        | dict(out_uncond=step["out_uncond"], guidance=1.0, grad=x, learned_variance=True),
-        "noise_loss": noise | dict(out=x, weights=torch.rand(n)),
-        "noise_loss_backward": noise | dict(grad_loss=torch.rand(n), out=x, weights=torch.rand(n)),
-        "attention": attention | dict(scale=None),
-        "attention_backward": attention | dict(grad_out=tokens(q, 5), out=tokens(q, 6), lse=lse, scale=None),
-        "pack_taps": dict(weight=weight),
-        "expand_taps": dict(taps=_ops.pack_taps(weight)),
-        "conv3x3": dict(x=x, weight=weight, bias=values((k,))),
-        "conv3x3_backward": dict(grad_y=y, x=x, weight=weight, of_x=True, of_weight=True),
-        "group_norm_silu": norm | dict(x=x, eps=1e-5, add=values((n, c)), residual=x),
-        "group_norm_silu_backward": norm
-        | dict(grad_y=x, x=x, mean=values((n, groups)), rstd=values((n, groups)), add=values((n, c))),
-        "group_norm_silu_out": norm_out,
-        "fingerprint": dict(hash=torch.zeros(1, dtype=torch.int64), weights=[weight, x], exact=True),
-    }
-    for terms in (None, 1, 2, 3):
-        all_calls[f"attention_out, {terms} terms"] = attention | dict(out=tokens(q, 5), scale=None, terms=terms)
-        if terms:
-            blocked = torch.zeros(n, c // 32, terms, h + 2, w + 2, 32, dtype=torch.bfloat16)
-            all_calls[f"group_norm_silu_out, {terms} terms"] = norm_out | dict(y=blocked)
-        if c and k:
-            packed = ops.pack_conv(weight, terms=terms).tensor
-            all_calls[f"conv2d_out, {terms} terms"] = conv | dict(packed=packed)
-    if c and k:
-        taps, upsampled = ops.pack_taps(weight), conv | dict(y=image(n, k, 2 * h, 2 * w), residual=None, upsample=True)
-        all_calls["conv2d_out, taps"] = conv | dict(packed=taps.tensor)
-        all_calls["conv2d_out, matrices"] = conv | dict(packed=ops.expand_taps(taps).tensor)
-        all_calls["conv2d_out, upsampling"] = upsampled | dict(packed=ops.pack_upsampling(weight, terms=3).tensor)
-    return {name: fresh(call) for name, call in all_calls.items()}
-
-
-def fresh(call: dict) -> dict:
-    """The same arguments in memory of their own, with the same strides."""
-
-    def copy(value):
-        return [*map(copy, value)] if isinstance(value, list) else value.clone() if isinstance(value, Tensor) else value
-
-    return {name: copy(value) for name, value in call.items()}
+def calls_of(examples: Iterable[Example]) -> dict[str, dict]:
+    """Arguments of the registered ops, each with memory of its own, by the names of op and example."""
+    registered = [example for example in examples if example.registered()]
+    return {name_of(example): moved(example.registered_arguments()) for example in registered}
 
 
 def tensors(call: dict) -> Iterator[tuple[str, Tensor]]:
@@ -125,14 +51,15 @@ def outcome(name: str, call: dict) -> tuple:
     except RuntimeError as error:
         return (str(error),)
     results = results if isinstance(results, tuple) else (results,)
-    return *(result for result in results if result is not None), *(call[target] for target in written(name, call))
+    return tuple(result for result in (*results, *map(call.get, written(name, call))) if result is not None)
 
 
-CALLS = calls()
+CALLS = calls_of(all_examples())
 WRITING = [name for name, call in CALLS.items() if written(name, call)]
+SIZES = [(op, size) for op, module in modules().items() for size in inspect.signature(module.examples).parameters]
 
 
-def test_the_table_of_calls_has_every_op():
+def test_every_registered_op_has_an_example():
     everything = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("diffkern::")}
     assert {f"diffkern::{name.split(',')[0]}" for name in CALLS} == everything
 
@@ -140,27 +67,30 @@ def test_the_table_of_calls_has_every_op():
 # --- none ---
 
 
-@pytest.mark.parametrize("size", ["n", "c", "k", "h", "w", "heads", "q", "keys", "d"])
-def test_an_empty_argument_gives_nothing_or_zeros_or_an_error_in_words(size):
-    for name, call in calls(**{size: 0}).items():
-        if all(tensor.numel() for _, tensor in tensors(call)) and name != "noise":
+@pytest.mark.parametrize(("op", "size"), SIZES)
+def test_an_empty_argument_gives_nothing_or_zeros_or_an_error_in_words(op, size):
+    for name, call in calls_of(examples_of(modules()[op], **{size: 0})).items():
+        if all(tensor.numel() for _, tensor in tensors(call)) and op != "noise":
             continue
         for result in outcome(name, call):
             if isinstance(result, str):
                 assert re.match(r"[\w, ]+: expected ", result), f"{name}: {result}"
-            elif name not in ("noise", "fingerprint") or not call.get("shape", (1,)):
+            elif op not in ("noise", "fingerprint") or not all(call.get("shape", (1,))):
                 assert not result.any(), name
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_freed_storage_is_refused_by_its_arguments_name(name):
     for argument, _ in tensors(CALLS[name]):
-        call = fresh(CALLS[name])
+        call = moved(CALLS[name])
         for other, tensor in tensors(call):
             if other == argument:
                 tensor.untyped_storage().resize_(0)
-        (message,) = outcome(name, call)
-        assert re.fullmatch(rf"{argument}: expected a storage of at least \d+ bytes, got 0", message)
+        results = outcome(name, call)
+        if isinstance(results[0], str):
+            assert re.fullmatch(rf"{argument}: expected a storage of at least \d+ bytes, got 0", results[0])
+        else:  # it was not read
+            torch.testing.assert_close(results, outcome(name, moved(CALLS[name])), rtol=0, atol=0)
 
 
 def test_a_freed_storage_is_refused_where_torch_would_copy_it_first():
@@ -199,7 +129,7 @@ def test_a_target_that_overlaps_another_argument_is_refused_and_left_as_it_was(n
                 continue
             memory = torch.rand(100_000)
             before = memory.clone()
-            call = replaced(fresh(CALLS[name]), target, lambda tensor: inside(memory, tensor, 0))  # noqa: B023
+            call = replaced(moved(CALLS[name]), target, lambda tensor: inside(memory, tensor, 0))  # noqa: B023
             call = replaced(call, argument, lambda tensor: inside(memory, tensor, 1))  # noqa: B023
             (message,) = outcome(name, call)
             assert re.fullmatch(rf"({target}|{argument}): expected .*memory.*, got some of it", message), message
@@ -220,7 +150,7 @@ def test_a_table_that_holds_the_target_is_refused():
 
 
 def test_the_norm_may_write_where_its_image_lies():
-    call, in_place = fresh(CALLS["group_norm_silu_out"]), fresh(CALLS["group_norm_silu_out"])
+    call, in_place = (moved(CALLS["group_norm_silu_out, one image"]) for _ in range(2))
     _ops.group_norm_silu_out(**call)
     _ops.group_norm_silu_out(**in_place | dict(y=in_place["x"]))
     assert torch.equal(in_place["x"], call["y"])
@@ -234,12 +164,15 @@ def test_a_negated_view_is_read_as_its_values_and_not_written_to(name):
     for argument, tensor in tensors(CALLS[name]):
         if not tensor.is_floating_point():
             continue
-        results = outcome(name, replaced(fresh(CALLS[name]), argument, torch._neg_view))
+        results = outcome(name, replaced(moved(CALLS[name]), argument, torch._neg_view))
         if argument in written(name, CALLS[name]):
             assert results == (f"{argument}: expected a tensor to write to, got a view with the negative bit",)
         else:
-            expected = outcome(name, replaced(fresh(CALLS[name]), argument, torch.neg))
-            torch.testing.assert_close(results, expected, rtol=0, atol=0, equal_nan=True)
+            expected = outcome(name, replaced(moved(CALLS[name]), argument, torch.neg))
+            if isinstance(expected[0], str):
+                assert results == expected
+            else:
+                torch.testing.assert_close(results, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_imaginary_part_of_a_conjugate_is_read_as_its_values():
@@ -256,11 +189,11 @@ def test_the_imaginary_part_of_a_conjugate_is_read_as_its_values():
 
 def test_every_op_runs_in_a_thread_with_a_stack_of_256_kilobytes():
     """On the thread itself. A larger frame would end the process."""
-    expected, results = {name: outcome(name, fresh(call)) for name, call in CALLS.items()}, {}
+    expected, results = {name: outcome(name, moved(call)) for name, call in CALLS.items()}, {}
 
     def run() -> None:
         torch.set_num_threads(1)
-        results.update({name: outcome(name, fresh(call)) for name, call in CALLS.items()})
+        results.update({name: outcome(name, moved(call)) for name, call in CALLS.items()})
 
     threads, size = torch.get_num_threads(), threading.stack_size(256 * 1024)
     try:

@@ -1,9 +1,12 @@
 """Derivatives of every op and of the network: forwards, of higher order, in float64, in torch.func; or an error."""
 
 import copy
+from collections.abc import Callable
+from types import FunctionType
 
 import pytest
 import torch
+from calls import fullest, name_of
 from networks import with_random_weights
 from tolerances import UNET
 from torch import Tensor
@@ -13,6 +16,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 import diffkern
 from diffkern import ops, reference
+from diffkern.ops.example import Example, all_examples
+from diffkern.ops.transforms import named
 from diffkern.unet import UNet
 
 SEEDS, T = torch.tensor([1, -2]), torch.tensor([3, 9])
@@ -28,49 +33,33 @@ def steps(*k_h: float) -> Tensor:
     return torch.stack([torch.cat((row * scale, torch.tensor([t, *k_h]))) for scale, t in ((1.0, 7), (0.8, 3))])
 
 
-LONG_ROW = torch.tensor(
-    [
-        [*(0.9, -0.4, 0.3, 50.0), *(0.7, 0.2, 0.4, 0.5), *(0.6, 0.3, -2.0, -1.0), *(2.0, 0.1, 0.2, 0.3)]
-        + [0.8, 0.5, 0.0, 0.0, 0.3, 0.0, 0.0, 0.0]
-    ]
-)
 TABLE = diffkern.Schedule.linear(10).q_table()
 SMALL = values(2, 2, 2, 2, seed=1)
-OPS = {  # a function of tensors; the tensors
-    "q_sample": (lambda x: ops.q_sample(x, T, SEEDS, TABLE), [SMALL]),
-    "reverse_step": (
-        lambda x, out, uncond, h: ops.reverse_step(
-            x, out, steps(0.3), 1, SEEDS, out_uncond=uncond, guidance=2.0, learned_variance=True, history=[h]
-        ),
-        [SMALL, values(2, 4, 2, 2, seed=2), values(2, 4, 2, 2, seed=3), values(2, 2, 2, 2, seed=4)],
-    ),
-    "reverse_step by long rows": (
-        lambda x, out, uncond, h, g, known: ops.reverse_step(
-            x,
-            out,
-            LONG_ROW,
-            0,
-            SEEDS,
-            out_uncond=uncond,
-            learned_variance=True,
-            history=[h],
-            address=torch.tensor([[7, 2]]),
-            grad=g,
-            known=known,
-            mask=torch.tensor([0.2, 0.9]).view(1, 1, 1, 2),
-        ),
-        [SMALL, *(values(2, 4, 2, 2, seed=n) for n in (2, 3)), *(values(2, 2, 2, 2, seed=n) for n in (4, 5, 6))],
-    ),
-    "noise_loss": (lambda out: ops.noise_loss(out, SEEDS, T, torch.tensor([0.5, 2.0])), [SMALL]),
-    "group_norm_silu": (
-        lambda x, weight, bias, both, add, residual: ops.group_norm_silu(
-            x, weight, bias, 2, eps=1e-2, scale_shift=both, add=add, residual=residual
-        ),
-        [values(2, 4, 2, 2), *(values(n, seed=n) for n in (4, 4)), values(2, 8), values(2, 4), values(2, 4, 2, 2)],
-    ),
-    "attention": (lambda q, k, v: ops.attention(q, k, v, scale=0.6), [values(1, 2, n, 3, seed=n) for n in (2, 4, 4)]),
-    "conv3x3": (ops.conv3x3, [values(2, 2, 3, 3), values(3, 2, 3, 3, seed=1), values(3, seed=2)]),
-}
+
+
+def function_of(example: Example) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Return a function of the tensors that the example may be differentiated by, and these tensors."""
+    lists = {name: example.arguments[name] for name in example.differentiable if name in example.arguments}
+    leaves = list(named(lists))
+
+    def function(*tensors: Tensor) -> Tensor:
+        given = {name: [] if isinstance(value, list) else None for name, value in lists.items()}
+        for (name, _), tensor in zip(leaves, tensors, strict=True):
+            given[name] = [*given[name], tensor] if isinstance(lists[name], list) else tensor
+        return getattr(ops, example.op)(**example.arguments | given)
+
+    return function, [tensor for _, tensor in leaves]
+
+
+def is_smooth(example: Example) -> bool:
+    """Is it a float32 call of a public function that may be differentiated?"""
+    tensors = named({name: example.arguments.get(name) for name in example.differentiable})
+    single = all(tensor.dtype == torch.float32 for _, tensor in tensors)
+    return bool(example.differentiable) and single and isinstance(getattr(ops, example.op, None), FunctionType)
+
+
+EXAMPLES = all_examples(n=2, c=4, k=3, h=2, w=2, heads=2, queries=2, keys=4, d=3)
+OPS = {name_of(e): function_of(e) for e in fullest(filter(is_smooth, EXAMPLES))}  # a function of tensors; the tensors
 
 
 # a U-Net of every kind of block
@@ -113,7 +102,10 @@ def test_torch_func_agrees_with_itself_forwards_backwards_and_by_sample(name):
     assert close(each[0], gradient) and close(each[1], grad(loss)(2 * x))
 
 
-@pytest.mark.parametrize("name", ["noise_loss", "group_norm_silu", "attention", "conv3x3", "UNet"])
+WITH_KERNELS = [name for name in OPS if hasattr(torch.ops.diffkern, f"{name.split(',')[0]}_backward")]
+
+
+@pytest.mark.parametrize("name", [*WITH_KERNELS, "UNet"])
 def test_gradients_of_torch_func_are_those_of_the_kernels(name):
     f, inputs = OPS[name]
     leaves = [x.clone().requires_grad_() for x in inputs]
@@ -169,7 +161,7 @@ def test_the_network_is_traced_and_has_fake_tensors(optimized):
 
 
 def test_a_derivative_compiles_with_its_value():
-    f = lambda x: jvp(OPS["q_sample"][0], (x,), (2 * x,))  # noqa: E731
+    f = lambda x: jvp(lambda x: ops.q_sample(x, T, SEEDS, TABLE), (x,), (2 * x,))  # noqa: E731
     for got, expected in zip(torch.compile(f, fullgraph=True, backend="eager")(SMALL), f(SMALL), strict=True):
         assert torch.equal(got, expected)
 

@@ -3,7 +3,8 @@
 Each op has a kernel for the CPU and for CUDA (``csrc/``), and a file here of the same name. The file holds the public
 function, its fake, its gradient, its ``composite`` and its ``reference``, all with one signature. The composite is made
 of torch's own ops: it runs in ``diffkern.torch_ops()``, in a transform of ``torch.func``, and for tensors with a
-tangent (``transforms.py``). :mod:`diffkern.reference` gathers the references.
+tangent (``transforms.py``). :mod:`diffkern.reference` gathers the references. The file's ``examples`` are small calls
+(``example.py``): the doctor and the tests of all ops read them, and have no lists of ops of their own.
 
 Noise is addressed, never drawn from a state: the seed of a sample, a step and a stream name it, and with them come the
 same bits on any device, in any batch, on any number of threads (``docs/noise.md``).
@@ -13,7 +14,7 @@ Shapes are ``[N, ...]``: N samples of any shape, images as a rule. Errors name t
 what came: RuntimeError for shapes, dtypes, devices and indices, TypeError and ValueError for options.
 """
 
-from . import flops
+from . import fingerprint, flops  # noqa: F401  registers the former's shapes
 from .abs_quantile import abs_quantile
 from .attention import attention
 from .conv2d import PackedConv, conv2d, expand_taps, pack_conv, pack_taps, pack_upsampling

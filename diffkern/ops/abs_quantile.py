@@ -1,6 +1,7 @@
 """A quantile of each sample's predicted magnitudes: the threshold of dynamic thresholding."""
 
 import math
+from collections.abc import Iterator
 from numbers import Real
 from types import NoneType
 
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .arguments import as_index, check_types, wide
+from .example import Example
 from .registration import fake, native, refuse_gradient, run, same_device
+from .reverse_step import examples as reverse_step_examples
 from .reverse_step import outputs, unclamped_x0
 from .row import read_rows
 from .transforms import by_torch
@@ -84,3 +87,14 @@ def composite(
 
 
 reference = composite
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+def examples(n: int = 3, c: int = 3, h: int = 7, w: int = 11) -> Iterator[Example]:
+    """See :mod:`diffkern.ops.example`. Those of reverse_step with another prediction."""
+    names = ("x", "out", "table", "step", "out_uncond", "guidance", "grad", "learned_variance")
+    for example in reverse_step_examples(n, c, h, w):
+        if example.op == "reverse_step" and not example.name.endswith("clip"):
+            given = {name: value for name, value in example.arguments.items() if name in names}
+            yield Example("abs_quantile", example.name, given | dict(q=0.7), example.images, tolerance=1e-6)

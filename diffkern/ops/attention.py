@@ -1,12 +1,14 @@
 """Attention."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .arguments import check_shape, wide
+from .example import DTYPES, SUMS, Example, label, normal
 from .flops import Shape, formula
 from .registration import fake, gradient, native, run, same_device
 from .transforms import by_torch
@@ -109,3 +111,29 @@ def composite(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
 
 
 reference = composite
+
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+def examples(n: int = 2, heads: int = 2, queries: int = 35, keys: int = 21, d: int = 32) -> Iterator[Example]:
+    """See :mod:`diffkern.ops.example`."""
+
+    def tokens(count: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return normal(n, count, heads, d, dtype=dtype, seed=seed).transpose(1, 2)
+
+    names = ("q", "k", "v")
+    for dtype in DTYPES:
+        q, k, v = tokens(queries, 1, dtype), tokens(keys, 2, dtype), tokens(keys, 3, dtype)
+        for scale in (None, 0.3):
+            given, name = dict(q=q, k=k, v=v, scale=scale), label(dtype, *(["scale"] if scale else []))
+            yield Example("attention", name, given, names, names, SUMS[dtype])
+            backward = dict(grad_out=tokens(queries, 4, dtype), out=tokens(queries, 5, dtype))
+            backward |= dict(lse=normal(n, heads, queries, seed=6))
+            images = (*names, "grad_out", "out")
+            yield Example("attention_backward", name, given | backward, images, tolerance=SUMS[dtype])
+    for terms in (None, 1, 2, 3):
+        given = dict(out=tokens(queries, 5), q=tokens(queries, 1), k=tokens(keys, 2), v=tokens(keys, 3))
+        given |= dict(scale=0.3, terms=terms)
+        name, cpu_only = f"{terms} terms", terms is not None
+        yield Example("attention_out", name, given, tolerance=SUMS[torch.float32], cpu_only=cpu_only)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from types import NoneType
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .arguments import check_memory, check_types, dense
+from .example import Example, normal
 from .flops import Shape, convolution, formula
 from .registration import fake, native, refuse_gradient, same_device
 
@@ -295,3 +297,45 @@ def reference(
     if add is not None:
         y = y + add[:, :, None, None]
     return y if residual is None else y + residual
+
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+def examples(n: int = 2, c: int = 32, k: int = 33, h: int = 5, w: int = 6) -> Iterator[Example]:
+    """See :mod:`diffkern.ops.example`."""
+
+    def image(channels: int, seed: int, factor: int = 1) -> Tensor:
+        return normal(n, channels, factor * h, factor * w, seed=seed, last=True)
+
+    weight = 0.1 * normal(k, c, 3, 3, seed=1)
+    yield Example("pack_conv", "3x3", dict(weight=weight))
+    yield Example("pack_taps", "3x3", dict(weight=weight), ("weight",))
+    taps = PackedConv(native.pack_taps(weight), c, k, 3)
+    yield Example("expand_taps", "3x3", dict(taps=taps))
+    if weight.numel() == 0:
+        return
+    x, packed = dict(x=image(c, 2)), pack_conv(weight)
+    options = dict(bias=normal(k, seed=3), add=normal(n, k, seed=4), residual=image(k, 5))
+    parts = dict(x=image(c // 3, 2), skip=image(c - c // 3, 6))
+    calls = {
+        "plain": (packed, x, 1e-4),
+        "every option": (packed, options | parts, 1e-4),
+        "upsampling": (packed, options | x | dict(residual=image(k, 5, factor=2), upsample=True), 1e-4),
+        "stride": (packed, x | dict(stride=2, padding=0), 1e-4),
+        "1x1": (pack_conv(weight[:, :, :1, :1]), options | x | dict(padding=0), 1e-4),
+        "taps": (taps, options | x, 1e-4),
+        "matrices": (expand_taps(taps), options | x, 1e-4),
+    }
+    for terms, tolerance in ((1, 5e-2), (2, 1e-3), (3, 1e-4)):
+        calls[f"{terms} terms"] = (pack_conv(weight, terms=terms), options | x, tolerance)
+        upsampling = pack_upsampling(weight, terms=terms)
+        calls[f"{terms} terms, upsampling"] = (upsampling, dict(add=options["add"], upsample=True) | x, tolerance)
+    images = ("x", "skip", "residual")
+    for name, (packed, given, tolerance) in calls.items():
+        yield Example("conv2d", name, given | dict(packed=packed), images, tolerance=tolerance)
+        every = dict(skip=None, bias=None, add=None, residual=None, stride=1, padding=1, upsample=False) | given
+        height, width = (-(-size * (2 if every["upsample"] else 1) // every["stride"]) for size in (h, w))
+        counts = dict(in_channels=packed.in_channels, out_channels=packed.out_channels)
+        y = normal(n, k, height, width, seed=7, last=True)
+        yield Example("conv2d_out", name, every | counts | dict(y=y, packed=packed.tensor))

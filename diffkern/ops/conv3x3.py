@@ -1,6 +1,6 @@
 """The convolution of training, whose weight changes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import NoneType
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .arguments import check_shape, check_types, dense
+from .example import Example, normal
 from .flops import Shape, convolution, formula
 from .registration import fake, gradient, native, run, same_device
 from .transforms import by_torch
@@ -87,3 +88,17 @@ def composite(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 reference = composite
+
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+def examples(n: int = 2, c: int = 6, k: int = 9, h: int = 4, w: int = 5) -> Iterator[Example]:
+    """See :mod:`diffkern.ops.example`."""
+    given = dict(x=normal(n, c, h, w, seed=1), weight=normal(k, c, 3, 3, seed=2))
+    for name, options in (("plain", dict(bias=None)), ("bias", dict(bias=normal(k, seed=3)))):
+        differentiable = ("x", "weight", "bias")
+        yield Example("conv3x3", name, given | options, ("x", "weight"), differentiable, tolerance=1e-4)
+    for of_x, of_weight in ((True, True), (True, False), (False, True)):
+        backward = given | dict(grad_y=normal(n, k, h, w, seed=4), of_x=of_x, of_weight=of_weight)
+        yield Example("conv3x3_backward", f"{of_x}, {of_weight}", backward, ("x", "weight", "grad_y"))

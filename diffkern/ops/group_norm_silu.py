@@ -1,12 +1,14 @@
 """Group norm, SiLU, and what a residual block has around them."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .arguments import check_shape, dense, wide
+from .example import DTYPES, SUMS, Example, label, normal
 from .registration import fake, gradient, native, run, same_device
 from .transforms import by_torch
 
@@ -152,3 +154,33 @@ def composite(
 
 
 reference = composite
+
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+def examples(n: int = 2, c: int = 32, h: int = 5, w: int = 7) -> Iterator[Example]:
+    """See :mod:`diffkern.ops.example`."""
+    groups = max(c // 8, 1)
+    norm = dict(weight=normal(c, seed=1), bias=normal(c, seed=2), groups=groups)
+    both = dict(scale_shift=normal(n, 2 * c, seed=3))
+    options = {(): {}, ("without silu",): dict(silu=False)}
+    for dtype in DTYPES:
+        x, residual, grad_y = (normal(n, c, h, w, dtype=dtype, seed=seed) for seed in (4, 5, 6))
+        options["every option",] = both | dict(add=normal(n, c, seed=7), residual=residual, eps=1e-2)
+        for names, chosen in options.items():
+            given = norm | dict(x=x) | chosen
+            differentiable = ("x", "weight", "bias", "scale_shift", "add", "residual")
+            images, name = ("x", "residual"), label(dtype, *names)
+            yield Example("group_norm_silu", name, given, images, differentiable, SUMS[dtype])
+            statistics = dict(mean=normal(n, groups, seed=8), rstd=normal(n, groups, seed=9).abs())
+            backward = dict(scale_shift=None, add=None, silu=True) | given | statistics | dict(grad_y=grad_y)
+            yield Example("group_norm_silu_backward", name, backward, ("x", "grad_y"), tolerance=SUMS[dtype])
+    given = norm | both | dict(eps=1e-5, silu=True)
+    images = dict(y=normal(n, c, h, w, last=True), x=normal(n, c, h, w, seed=4, last=True), skip=None)
+    yield Example("group_norm_silu_out", "one image", given | images)
+    parts = dict(x=normal(n, c // 3, h, w, seed=4, last=True), skip=normal(n, c - c // 3, h, w, seed=5, last=True))
+    yield Example("group_norm_silu_out", "two images", given | images | parts)
+    for terms in (1, 2, 3):
+        blocked = torch.zeros(n, c // 32, terms, h + 2, w + 2, 32, dtype=torch.bfloat16, device="cpu")
+        yield Example("group_norm_silu_out", f"{terms} terms", given | images | dict(y=blocked))

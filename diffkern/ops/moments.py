@@ -1,9 +1,12 @@
 """Sums over each sample of two tensors and of their products: means, deviations, norms and angles follow from them."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .arguments import check_shape, check_types, wide
+from .example import DTYPES, Example, label, normal
 from .registration import fake, native, refuse_gradient, run, same_device
 from .transforms import by_torch
 
@@ -39,3 +42,12 @@ def composite(a: Tensor, b: Tensor) -> Tensor:
 
 
 reference = composite
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+def examples(n: int = 3, c: int = 3, h: int = 7, w: int = 11) -> Iterator[Example]:
+    """See :mod:`diffkern.ops.example`."""
+    for dtype in DTYPES:
+        images = dict(a=normal(n, c, h, w, dtype=dtype, seed=1), b=normal(n, c, h, w, dtype=dtype, seed=2))
+        yield Example("moments", label(dtype), images, ("a", "b"), ("a", "b"), tolerance=1e-4)

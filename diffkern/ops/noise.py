@@ -1,7 +1,7 @@
 """Standard normals by address."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 
 import numpy as np
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..philox import philox4x32
 from .arguments import as_device, as_index, check_types
+from .example import DTYPES, Example, label, one, steps
+from .example import seeds as example_seeds
 from .registration import native, run, same_device
 from .seeds import Seeds, as_seeds
 from .transforms import by_torch
@@ -152,3 +154,14 @@ def reference(
     key = np.stack((seeds & np.uint64(0xFFFFFFFF), seeds >> np.uint64(32)), axis=-1)[:, None]
     z = normals(philox4x32(counter, key)).reshape(len(seeds), 4 * len(blocks))[:, :elements]
     return torch.from_numpy(z.copy()).reshape(len(seeds), *shape).to(device=device, dtype=dtype)
+
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+def examples(n: int = 3, c: int = 3, h: int = 7, w: int = 11) -> Iterator[Example]:
+    """See :mod:`diffkern.ops.example`."""
+    arguments = dict(seeds=example_seeds(n), shape=(c, h, w), step=one(0))
+    yield Example("noise", "one step", arguments)
+    for dtype in DTYPES:
+        yield Example("noise", label(dtype), arguments | dict(step=steps(n, 499), stream=2, dtype=dtype))

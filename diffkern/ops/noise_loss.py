@@ -1,13 +1,15 @@
 """The training loss."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import NoneType
 
 import torch
 from torch import Tensor
 
 from .arguments import as_index, check_shape, check_types, wide
+from .example import DTYPES, Example, label, normal, one, steps, uniform
+from .example import seeds as example_seeds
 from .noise import composite as noise_composite
 from .noise import reference as noise_reference
 from .registration import fake, gradient, native, refuse_gradient, run, same_device
@@ -76,3 +78,17 @@ def composite(
 
 
 reference = functools.partial(composite, noise=noise_reference)
+
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+def examples(n: int = 3, c: int = 3, h: int = 7, w: int = 11) -> Iterator[Example]:
+    """See :mod:`diffkern.ops.example`."""
+    for dtype in DTYPES:
+        given = dict(out=normal(n, c, h, w, dtype=dtype), seeds=example_seeds(n))
+        plain, weighted = given | dict(t=one(0)), given | dict(t=steps(n, 499), weights=uniform(n))
+        for name, arguments in ((label(dtype), plain), (label(dtype, "weights"), weighted)):
+            yield Example("noise_loss", name, arguments, ("out",), ("out",), tolerance=1e-6)
+            backward = dict(weights=None, grad_loss=normal(n, seed=1)) | arguments
+            yield Example("noise_loss_backward", name, backward, ("out",))

@@ -1,12 +1,14 @@
 """Forward noising."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .arguments import as_index, check_shape, check_types, look_up, wide
+from .example import DTYPES, Example, label, normal, one, steps, uniform
+from .example import seeds as example_seeds
 from .noise import composite as noise_composite
 from .noise import reference as noise_reference
 from .registration import by_torch_in_place, fake, native, refuse_gradient, run, same_device
@@ -79,3 +81,20 @@ def composite(
 
 
 reference = functools.partial(composite, noise=noise_reference)
+
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+def examples(n: int = 3, c: int = 3, h: int = 7, w: int = 11) -> Iterator[Example]:
+    """See :mod:`diffkern.ops.example`."""
+    for dtype in DTYPES:
+
+        def call(op: str, *options: str, dtype: torch.dtype = dtype, **arguments: object) -> Example:
+            given = dict(x_0=normal(n, c, h, w, dtype=dtype), t=one(0), seeds=example_seeds(n), table=uniform(10, 2))
+            differentiable = () if op.endswith("_") or options else ("x_0",)
+            return Example(op, label(dtype, *options), given | arguments, ("x_0",), differentiable)
+
+        yield call("q_sample")
+        yield call("q_sample", "eps", t=steps(n, 3) % 10, return_eps=True)
+        yield call("q_sample_")

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from types import NoneType, SimpleNamespace
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from .arguments import as_index, check_shape, check_types, wide
+from .example import DTYPES, Example, label, normal, one, steps, uniform
+from .example import seeds as example_seeds
 from .noise import composite as noise_composite
 from .noise import horner
 from .noise import reference as noise_reference
 from .registration import by_torch_in_place, fake, native, refuse_gradient, run, same_device
-from .row import COLUMNS, MAX_HISTORY, addresses, has_long_rows, long_columns, read_rows
+from .row import COLUMNS, LONG_COLUMNS, MAX_HISTORY, addresses, has_long_rows, long_columns, read_rows
 from .seeds import Seeds, as_seeds
 from .transforms import by_torch, mark_written, readable
 
@@ -349,3 +351,75 @@ def _exp(x: Tensor) -> Tensor:
 
 
 reference = functools.partial(composite, noise=noise_reference, exp=_exp)
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+def examples(n: int = 3, c: int = 3, h: int = 7, w: int = 11) -> Iterator[Example]:
+    """See :mod:`diffkern.ops.example`."""
+    images = ("x", "out", "out_uncond", "history", "x0_hat", "kept", "grad", "known", "mask")
+    differentiable = ("x", "out", "out_uncond", "history", "grad", "known")
+    for dtype in DTYPES:
+
+        def image(seed: int, channels: int = c, dtype: torch.dtype = dtype) -> Tensor:
+            return normal(n, channels, h, w, dtype=dtype, seed=seed)
+
+        def call(op: str, name: str, count: int, smooth: bool = False, **options: object) -> Example:
+            given = dict(x=image(1), out=image(2), table=_example_table(count), step=one(0), seeds=example_seeds(n))
+            given |= dict(history=[image(4 + j) for j in range(count)]) | options
+            return Example(op, name, given, images, differentiable if smooth else ())
+
+        twice = dict(out=image(2, 2 * c), learned_variance=True)
+        guided, guided_twice = (dict(out_uncond=image(3, channels), guidance=2.5) for channels in (c, 2 * c))
+        rest = dict(step=steps(n) % 5, clip=True, return_x0=True)
+        if dtype == torch.float32:
+            yield call("reverse_step", label(dtype), 0)
+            yield call("reverse_step_", label(dtype), 0)
+            yield call("reverse_step", label(dtype, "every option but clip"), 1, True, **twice, **guided_twice)
+        yield call("reverse_step", label(dtype, "clip"), 2, **rest)
+        yield call("reverse_step", label(dtype, "guidance, clip"), 2, **rest, **guided)
+        yield call("reverse_step", label(dtype, "learned variance, clip"), 2, **rest, **twice)
+        yield call("reverse_step", label(dtype, "every option"), 2, **rest, **twice, **guided_twice)
+        options = dict(x0_hat=image(6), clip=True) | twice | guided_twice
+        yield call("reverse_step_", label(dtype, "every option"), 2, **options)
+
+        table, address = _example_long_table()
+        mask = uniform(1, 1, h, w, seed=9).to(dtype)
+        long = twice | dict(table=table, address=address, grad=image(7), known=image(8), mask=mask)
+        long |= dict(out_uncond=image(3, 2 * c))
+        if dtype == torch.float32:
+            yield call("reverse_step", label(dtype, "long rows, all smooth"), 2, True, **long)
+        yield call("reverse_step", label(dtype, "long rows"), 2, **long | dict(step=steps(n) % 4, return_kept=True))
+        yield call("reverse_step_", label(dtype, "long rows"), 2, **long | dict(kept=image(6)))
+
+
+def _example_table(history: int = 0) -> Tensor:
+    """Five rows of coefficients that no sampler has, the second one without noise."""
+    table = 2 * uniform(5, len(COLUMNS) + history) - 1
+    for name, values in {
+        "sigma": (0.3, 0.0, 1.0, 0.5, 0.2),
+        "log_var_min": (-4.0,) * 5,
+        "log_var_max": (-1.0,) * 5,
+        "t": (0.0, 999.0, 7.0, 500.0, 3.0),
+    }.items():
+        table[:, COLUMNS.index(name)] = torch.tensor(values, dtype=torch.float32, device="cpu")
+    return table
+
+
+def _example_long_table() -> tuple[Tensor, Tensor]:
+    """Four long rows with two slots of history, and their addresses.
+
+    The first one has no limit, the second one no noise, the third one sums three noises.
+    """
+    table = 2 * uniform(4, long_columns(2)) - 1
+    for name, values in {
+        "limit": (math.inf, 1.0, 0.5, 2.0),
+        "sigma": (0.3, 0.0, 1.0, 0.7),
+        "log_var_min": (-4.0,) * 4,
+        "log_var_max": (-1.0,) * 4,
+        "b_z": (0.5, 0.0, 0.0, 0.3),
+    }.items():
+        table[:, LONG_COLUMNS.index(name)] = torch.tensor(values, dtype=torch.float32, device="cpu")
+    table[:, len(LONG_COLUMNS) + 2 :] = 0
+    address = torch.tensor([[999, 1], [0, 0], [7, 3], [0, 1]], dtype=torch.int64, device="cpu")
+    return table, address

@@ -3,32 +3,19 @@
 from collections.abc import Callable
 
 import torch
-from levels import rows, values
-from long_rows import raw_long_case
+from calls import cuda_examples, fullest, name_of, results
+from levels import values
 from torch import Tensor
+
+from diffkern.ops.example import Example
 
 Ops = torch._ops._OpNamespace
 Case = Callable[[Ops], tuple[Tensor, ...]]  # what the raw ops make of it
 BF16, NHWC = torch.bfloat16, torch.channels_last
 
 
-def elementwise(name: str) -> Case:
-    def run(ops: Ops) -> tuple[Tensor, ...]:
-        x, out = (values((3, 3, 31, 29), BF16, seed=seed) for seed in (0, 1))  # two blocks and a tail
-        seeds, t, weights = torch.tensor([0, -1, 7]), torch.tensor([0, 1, 2]), torch.tensor([1.0, 2.0, 3.0])
-        calls = {
-            "noise": lambda: (ops.noise(seeds, [3, 31, 29], t, 1, BF16),),
-            "q_sample": lambda: ops.q_sample(x, t, seeds, values((3, 2), seed=2), True),
-            "reverse_step": lambda: ops.reverse_step(x, out, rows(), t, seeds, out, 2.0, True, False, [], True),
-            "reverse_step by long rows": lambda: ops.reverse_step(*raw_long_case((3, 3, 31, 29), BF16)),
-            "moments": lambda: (ops.moments(x, out),),
-            "abs_quantile": lambda: (ops.abs_quantile(x, out, rows(), t, 0.7, out, 2.0),),
-            "noise_loss": lambda: (ops.noise_loss(out, seeds, t, weights),),
-            "noise_loss_backward": lambda: (ops.noise_loss_backward(weights, out, seeds, t, weights),),
-        }
-        return calls[name]()
-
-    return run
+def case_of(example: Example) -> Case:
+    return lambda ops: tuple(results(getattr(ops, example.op), example.registered_arguments()))
 
 
 def group_norm_silu(shape: tuple[int, ...], groups: int, layout: torch.memory_format) -> Case:
@@ -51,9 +38,10 @@ def attention(tokens: int, d: int, dtype: torch.dtype) -> Case:
     return run
 
 
+EXAMPLES = [e for examples in cuda_examples(n=3, c=3, h=31, w=29).values() for e in examples if "bfloat16" in e.name]
 CASES = {
-    **{name: elementwise(name) for name in ("noise", "q_sample", "noise_loss", "noise_loss_backward")},
-    **{name: elementwise(name) for name in ("reverse_step", "reverse_step by long rows", "moments", "abs_quantile")},
+    # images of two blocks and a tail
+    **{name_of(example): case_of(example) for example in fullest(EXAMPLES) if not example.op.endswith("_")},
     "group norm, one chunk": group_norm_silu((2, 6, 5, 3), 3, torch.contiguous_format),
     "group norm, one chunk, channels_last": group_norm_silu((2, 32, 4, 4), 8, NHWC),
     "group norm, several chunks": group_norm_silu((1, 16, 50, 46), 2, torch.contiguous_format),

@@ -29,13 +29,13 @@ UNWRITTEN, OUTSIDE = "uninitialised shared read", "global memory out of bounds"
 BUGS = {
     # bounds
     "a vector's tail written past the end": Bug(
-        "noise",
+        "noise, bfloat16",
         "ops/noise/cuda.cu",
         ("cuda/elements.cuh", "i < kVector<T> && first + i < end; ++i) *address", "i < kVector<T>; ++i) *address"),
         OUTSIDE,
     ),
     "a vector's tail read past the end": Bug(
-        "q_sample",
+        "q_sample, bfloat16, eps",
         "ops/q_sample/cuda.cu",
         ("cuda/elements.cuh", "i < kVector<T> && first + i < end; ++i) packed", "i < kVector<T>; ++i) packed"),
         OUTSIDE,
@@ -154,7 +154,7 @@ BUGS = {
         RACE,
     ),
     "warps' sums added before they are there": Bug(
-        "noise_loss",
+        "noise_loss, bfloat16, weights",
         "ops/noise_loss/cuda.cu",
         ("ops/noise_loss/cuda.cu", "= sum;\n      __syncthreads();\n", "= sum;\n"),
         RACE,
@@ -196,7 +196,7 @@ BUGS = {
     ),
     # shuffles
     "a shuffle without the lanes that have no element": Bug(
-        "noise_loss",
+        "noise_loss, bfloat16, weights",
         "ops/noise_loss/cuda.cu",
         (
             "ops/noise_loss/cuda.cu",
