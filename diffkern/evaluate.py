@@ -261,7 +261,7 @@ def check(
     for sampler, steps in runs:
         if sampler not in samplers.SAMPLERS:
             raise ValueError(f"runs: expected a sampler among {', '.join(samplers.SAMPLERS)}, got {sampler!r}")
-        getattr(samplers, sampler)(model.schedule, model.schedule.timesteps(steps), model.prediction)
+        samplers.SAMPLERS[sampler].trace(model.schedule.grid(steps), model.prediction)
 
 
 def _guided(model: Model) -> bool:

@@ -7,20 +7,23 @@ checkpoint (:mod:`diffkern.training`) is such a file with more tensors in it; it
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .codec import Codec
+from .conditions import Condition
 from .engine import Engine
 from .io import pipelines
 from .io.description import FORMAT, check_model
 from .io.files import CHECKPOINT, compare, fill, read, write
 from .networks import UNet
 from .networks.blueprint import Blueprint
-from .samplers import PREDICTIONS
+from .prediction import PREDICTIONS
+from .process import Process
 from .schedule import Schedule
 
 MODELS = Path(__file__).parent / "models"
@@ -29,34 +32,43 @@ MODELS = Path(__file__).parent / "models"
 
 @dataclasses.dataclass(repr=False)
 class Model:
-    """What the network predicts, on which schedule, for images of which shape.
+    """What the network predicts, of which process, for samples of which shape.
 
-    network     called as ``network(x_t, t, labels)``: [N, C, H, W], [N] int64, [N] int64 or None
-    schedule    the betas that it was trained on
-    prediction  "eps", "x0", "v" or "score"
-    shape       (C, H, W) of an image
+    network     any callable or module, called as ``network(x_t, t, labels, **conditions)``: [N, ...], [N], [N] int64 or
+                None
+    schedule    the betas that it was trained on, or another :class:`diffkern.process.Process`
+    prediction  a name in :data:`diffkern.prediction.PREDICTIONS`
+    shape       of a sample: (C, H, W) of an image
     classes     a name for each label 0..K-1, or None
     name        for file names and titles
+    variance    what ddpm draws with, unless told otherwise; None: what the network has learned, or "fixed_small"
+    clip        how ``sample`` clips x0_hat, unless told otherwise; None: to [-1, 1]
+    conditions  what the network gets beside labels
+    codec       between images and what is diffused; None: pixels are
     """
 
-    network: nn.Module
-    schedule: Schedule
+    network: Callable[..., Any]
+    schedule: Process
     prediction: str = "eps"
-    shape: tuple[int, int, int] = (3, 32, 32)
+    shape: tuple[int, ...] = (3, 32, 32)
     classes: tuple[str, ...] | None = None
     name: str = "model"
+    variance: str | None = None
+    clip: Any = None
+    conditions: tuple[Condition, ...] = ()
+    codec: Codec | None = None
 
     def __post_init__(self):
-        if not isinstance(self.network, nn.Module):
-            raise TypeError(f"network: expected a torch.nn.Module, got {type(self.network).__name__}")
-        if not isinstance(self.schedule, Schedule):
-            raise TypeError(f"schedule: expected a Schedule, got {type(self.schedule).__name__}")
+        if not callable(self.network):
+            raise TypeError(f"network: expected a torch.nn.Module or a callable, got {type(self.network).__name__}")
+        if not isinstance(self.schedule, Process):
+            raise TypeError(f"schedule: expected a Schedule or another process, got {type(self.schedule).__name__}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
         self.shape = tuple(self.shape)
         sizes = [size for size in self.shape if isinstance(size, int) and not isinstance(size, bool) and size > 0]
-        if len(self.shape) != 3 or len(sizes) != 3:
-            raise ValueError(f"shape: expected three positive sizes (C, H, W), got {self.shape}")
+        if not self.shape or len(sizes) != len(self.shape):
+            raise ValueError(f"shape: expected positive sizes, as (C, H, W), got {self.shape}")
         if self.classes is not None:
             self.classes = tuple(self.classes)
             names = [name.lower() if isinstance(name, str) else name for name in (*self.classes, "none")]
@@ -69,12 +81,37 @@ class Model:
         network = unwrapped(self.network)
         if isinstance(network, UNet):
             channels, num_classes = (network.config[name] for name in ("in_channels", "num_classes"))
-            if self.shape[0] != channels:
+            if len(self.shape) != 3 or self.shape[0] != channels:
                 raise ValueError(f"shape: expected the network's {channels} channels, got {self.shape}")
             if self.classes is not None and len(self.classes) != num_classes:
                 raise ValueError(
                     f"classes: expected names for the network's num_classes, {num_classes}, got {len(self.classes)}"
                 )
+
+    @property
+    def process(self) -> Process:
+        """The schedule, by the name of what it is."""
+        return self.schedule
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the network has; None where nobody knows."""
+        network = unwrapped(self.network)
+        if isinstance(network, UNet):
+            return network.config["num_classes"]
+        return None if self.classes is None else len(self.classes)
+
+    @property
+    def null_class(self) -> bool:
+        """Whether the network takes -1 for no class: True where nobody knows."""
+        network = unwrapped(self.network)
+        return not isinstance(network, UNet) or network.config["num_classes"] is None or network.config["null_class"]
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network's second half tells a variance: False where nobody knows."""
+        network = unwrapped(self.network)
+        return isinstance(network, UNet) and network.conv_out.out_channels == 2 * self.shape[0]
 
     @classmethod
     def from_diffusers(cls, pipeline: Any, name: str = "model", *, ignore: Collection[str] = ()) -> "Model":
@@ -98,7 +135,7 @@ class Model:
         return self.network(x_t, t, labels)
 
     def __repr__(self) -> str:
-        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        parameters = sum(parameter.numel() for parameter in _parameters(self.network))
         classes = "None" if self.classes is None else f"<{len(self.classes)} names>"
         return (
             f"Model(<{type(self.network).__name__} of {parameters} parameters>, {self.schedule!r}, "
@@ -108,7 +145,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the network's parameters are; the CPU where it has none."""
-        parameter = next(self.network.parameters(), None)
+        parameter = next(_parameters(self.network), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
     def label(self, text: str) -> int:
@@ -125,6 +162,8 @@ class Model:
     def description(self) -> dict[str, Any]:
         """All but the weights, as JSON holds it."""
         network = unwrapped(self.network)
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(f"schedule: expected a Schedule to describe, got {type(self.schedule).__name__}")
         if not isinstance(network, UNet):
             raise TypeError(f"network: expected a diffkern.unet.UNet to describe, got {type(network).__name__}")
         return {
@@ -137,6 +176,10 @@ class Model:
             "classes": self.classes,
             "prefix": "",
         }
+
+
+def _parameters(network: Any) -> Iterator[Tensor]:
+    return network.parameters() if isinstance(network, nn.Module) else iter(())
 
 
 def unwrapped(network: Any) -> Any:

@@ -14,19 +14,35 @@ except (AttributeError, ImportError, RuntimeError) as error:  # absent, or older
 
     raise ImportError(explain(error)) from None
 
+from .constraints import From, Inpaint, Quantile
 from .engine import optimize
+from .guidance import Guidance
 from .model import Model, load, save
-from .sampling import sample
+from .process import EDM, VE, VP, RectifiedFlow, SubVP
+from .runtime import Run
+from .sampling import encode, interpolate, sample
 from .schedule import Schedule
 from .unet import UNet
 
 __all__ = [
+    "EDM",
+    "From",
+    "Guidance",
+    "Inpaint",
     "Model",
+    "Quantile",
+    "RectifiedFlow",
+    "Run",
     "Schedule",
+    "SubVP",
     "UNet",
+    "VE",
+    "VP",
     "__version__",
     "attention",
+    "encode",
     "group_norm_silu",
+    "interpolate",
     "load",
     "noise",
     "noise_loss",

@@ -1,30 +1,31 @@
-"""Sampling: noise in, images out. One loop, over the rows of a table of coefficients."""
+"""Sampling: noise in, images out. Arguments become a program of rows; the loop runs it, batch by batch."""
 
 import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .constraints import From, Inpaint, Quantile, limit_of, rows_of
 from .engine import Engine
+from .guidance import Guidance
 from .model import Model, checked_device, load, unwrapped
 from .networks import UNet
 from .networks.modes import evaluating
+from .process import Grid, Process
+from .program import Program, Row
 from .progress import bar as progress_bar
-from .samplers import PREDICTIONS, SAMPLERS, ddim, ddpm, default_sampler, dpmpp_2m, fold_x0
-from .schedule import Schedule, checked_float, checked_int
+from .runtime import Loop, Run
+from .runtime.loop import Network as Network
+from .samplers import PREDICTIONS, SAMPLERS, Sampler, default_sampler
+from .schedule import checked_float, checked_int
 
-DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpmpp_2m": 20}  # None: all of them
-
-Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""network(x_t [N, C, H, W] float32, t [N] int64, labels [N] int64 or None) -> [N, C or 2C, H, W], or what
-holds that as its ``sample``, as diffusers' networks give it"""
+FIRST_BLEND = (1 << 20) - 1  # the address of the known part's noise at the start of a run
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,18 @@ class Step:
 
     images  the rows of the result that this batch becomes
     index   how many steps came before, 0-based
-    t       the time step, 0..T-1
-    x_t     [batch, C, H, W], float32; a copy, as is x0_hat
-    x0_hat  [batch, C, H, W], float32; clamped where ``sample`` clips
+    t       what the network was told: the time step, 0..T-1, of a schedule
+    x_t     [batch, ...], float32; a copy, as are x0_hat and x_next
+    x0_hat  [batch, ...], float32; clamped where ``sample`` clips
+    x_next  [batch, ...], float32: what the step has made of x_t
     """
 
     images: slice
     index: int
-    t: int
+    t: int | float
     x_t: Tensor
     x0_hat: Tensor
+    x_next: Tensor
 
 
 def sample(
@@ -51,311 +54,396 @@ def sample(
     *,
     seeds: int | Sequence[int] | Tensor | None = None,
     labels: int | str | Sequence[int | str] | Tensor | None = None,
-    guidance: float = 1.0,
-    sampler: str | None = None,
-    steps: int | Sequence[int] | None = None,
-    spacing: str = "trailing",
-    variance: str | Tensor | None = None,
-    eta: float = 0.0,
-    clip: bool = True,
-    x_T: Tensor | None = None,
-    batch_size: int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    engine: bool = True,
-    cuda_graph: bool = False,
-    progress: bool = True,
-    schedule: Schedule | None = None,
-    prediction: str | None = None,
-    shape: Sequence[int] | None = None,
-    callback: Callable[[Step], Any] | None = None,
+    sampler: str | Sampler | Callable[..., Any] | None = None,
+    steps: int | Sequence[float] | None = None,
+    guidance: float | Guidance = 1.0,
+    clip: bool | float | tuple[float, float] | Quantile | None = None,
+    start: From | None = None,
+    constraint: Inpaint | None = None,
+    noise: str = "step",
+    callback: Callable[[Step], Tensor | None] | None = None,
+    run: Run | None = None,
+    **options: Any,
 ) -> Tensor:
     """Draw images from a diffusion model: [N, C, H, W], float32, in [-1, 1] with ``clip``.
 
-    model       a shipped model's name, a file, a ``Model``; or any ``model(x_t, t, labels)``, with t int64 [N] in
-                0..T-1, which needs ``schedule``, ``prediction`` ("eps", "x0", "v" or "score") and ``shape`` (C, H, W)
+    model       a shipped model's name, a file, a ``Model``; or any ``model(x_t, t, labels)``, which needs ``schedule``
+                (a ``Schedule``, with t int64 [N] in 0..T-1, or another process), ``prediction`` ("eps", "x0", "v",
+                "score", "flow", "edm", "mu") and ``shape``, of any rank
     n, seeds    how many images, which have the seeds 0..n-1; or the seed of each. All noise of an image is a function
-                of its seed: the image depends on its seed, ``batch_size`` and the device, and on no other image. So
+                of its seed: the image depends on its seed, the batch size and the device, and on no other image. So
                 ``n`` gives the same images at every call; others come by ``seeds=torch.randint(2**63 - 1, (n,))``
     labels      a class for each image, or one for all, by number, or by a name that the ``Model`` knows; -1 is the null
                 class, and None is null throughout. A network without a null class needs them
+    sampler     a name in :data:`diffkern.samplers.SAMPLERS`, or a function ``(m, grid, **options) -> m.program(x)``;
+                None is ddpm for all steps of a schedule, unipc for fewer, and ddim with ``eta``
+    steps       how many, or the very time steps, decreasing; None is the sampler's own number
     guidance    w of out_null + w (out_label - out_null) (Ho & Salimans 2022): 1 is the conditional model, 0 the
-                unconditional one, each one pass through the network; any other w takes two, and needs labels
-    sampler     "ddpm", "ddim" (``eta`` in [0, 1]) or "dpmpp_2m": see :mod:`diffkern.samplers`; None is ddpm for all
-                steps and ddim for fewer
-    steps       how many, spread by ``spacing`` ("trailing", "leading", "linspace", "quadratic"), or the very steps,
-                decreasing; None is all of them for ddpm, 50 for ddim and 20 for dpmpp_2m
-    variance    of ddpm: "fixed_small", "fixed_large", "learned", or a tensor [steps] of variances; None is "learned"
-                for a ``UNet`` that learned it, else "fixed_small"
-    clip        clamp each prediction of x_0 to [-1, 1]
-    x_T         where to start, [N, C, H, W]; None draws it from the seeds
-    batch_size  rows of every network call, at most 16 unless given; the last batch is padded to it
-    device      where to run; None is where the network is, and the CPU for a name, a file or a bare function
-    dtype       torch.bfloat16 or float16 runs the network under autocast; the engine has bfloat16 kernels of its own.
-                None is float32, or what the network was optimized for. x_t and the update stay float32
-    engine      run a U-Net on a CPU by :func:`diffkern.optimize`, which is faster and rounds otherwise
-    cuda_graph  on a CUDA device, record one step, network and update, and replay it for all: no step waits for the
-                host. The network must be one that a CUDA graph can hold; there is no ``callback``
-    progress    show a progress bar on stderr, or now and then a line where that is no terminal
-    callback    called with a :class:`Step` in every step
+                unconditional one, each one pass through the network; any other w takes two, and needs labels. Or a
+                :class:`Guidance`
+    clip        clamp each prediction of x_0: True to [-1, 1], to a range (-a, a), or by a :class:`Quantile`; None is
+                the model's own way, or True
+    start       begin inside the run, :class:`From` an image
+    constraint  :class:`Inpaint`: keep a part of an image
+    noise       "step": a step's noise is that of the time step that it leaves; "path": of all that it passes, so that a
+                seed gives similar images for any number of steps
+    callback    called with a :class:`Step` in every step; a tensor that it returns takes the place of ``x_next``
+    run         a :class:`Run`: batch size, device, dtype, engine, CUDA graph, progress bar
+    options     the sampler's (``eta``, ``order``, ``variance``), conditions of the model, by their names, and
+
+                spacing     of the steps: "trailing", "leading", "linspace", "quadratic", "karras", "lambda" of a
+                            schedule; "uniform", "karras", "lambda" of another process
+                x_T         where to start, [N, ...]; None draws it from the seeds
+                schedule, prediction, shape     of a bare function
+                batch_size, device, dtype, engine, cuda_graph, progress     the fields of ``run``
 
     Network and callback run without gradients (``torch.no_grad``), which they may enable for themselves. The network is
     in eval mode for every thread until the last call that samples it ends, however it ends; then all its modules have
     the training flags that they had before the first. To train meanwhile, sample a copy.
     Raises TypeError or ValueError for an argument that does not fit.
     """
-    source = _resolve(model, device, schedule, prediction, shape)
-    device = source.device
-    guidance = checked_float("guidance", guidance, "a finite number", math.isfinite)
-    _check_options(clip, dtype, engine, cuda_graph, progress, callback)
-    if cuda_graph and device.type != "cuda":
+    run = _run(run, options)
+    model, network, device, dtype = _resolve(model, run, options)
+    process, x_T = model.schedule, options.pop("x_T", None)
+    guidance = _guidance(guidance)
+    if noise not in ("step", "path"):
+        raise ValueError(f"noise: expected 'step' or 'path', got {noise!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
+    if run.cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph: expected False on a device other than CUDA, got True on {str(device)!r}")
-    if cuda_graph and callback is not None:
+    if run.cuda_graph and callback is not None:
         raise ValueError("cuda_graph: expected False with a callback, which the host must wait for, got True")
     if x_T is not None:
-        _check_x_T(x_T, source.shape)
-    n, seeds, labels = _rows(n, seeds, labels, x_T, source)
-    if labels is None and guidance != 1:
-        raise ValueError(f"guidance: expected 1 without labels, got {guidance}")
-    if not source.null_class and guidance != 1:
-        raise ValueError(f"guidance: expected 1 with a network without a null class, got {guidance}")
-    if not source.null_class and labels is None:
-        raise ValueError("labels: expected a class for each image with a network without a null class, got None")
-    batch_size = min(n, 16) if batch_size is None else checked_int("batch_size", batch_size, "an int >= 1")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected an int >= 1, got {batch_size}")
-    if steps is None and DEFAULT_STEPS.get(sampler):
-        steps = min(DEFAULT_STEPS[sampler], source.schedule.T)
-    timesteps = source.schedule.timesteps(steps, spacing)
-    if sampler is None:
-        sampler = default_sampler(len(timesteps), source.schedule.T)
-    if variance is None and sampler == "ddpm":
-        variance = "learned" if source.learned_variance else "fixed_small"
-    table = _coefficients(sampler, source.schedule, timesteps, source.prediction, variance, eta)
-    table = (table if clip else fold_x0(table)).float().to(device)
-    network, dtype = source.network, dtype or source.dtype
+        _check_x_T(x_T, model.shape)
+        if start is not None:
+            raise ValueError("x_T: expected None with start, which says where to begin, got a tensor")
+    n, seeds, labels = _rows(n, seeds, labels, x_T, model)
+    _check_guided(guidance, labels, model, n)
+    conditions = _conditions(labels, guidance, model, n, options)
+    clip = (True if model.clip is None else model.clip) if clip is None else clip
+    limit = limit_of(clip)
+    program = _program(model, sampler, steps, constraint, start, noise, guidance, options)
+    if limit is None and not guidance.by_gradient:  # whose term is x0_hat's
+        program = program.fold()
+    batch_size = min(n, 16) if run.batch_size is None else run.batch_size
     _check_weights(network, dtype)
-    if engine and isinstance(network, UNet):
+    runs = network
+    if run.engine and isinstance(network, UNet):
         bf16 = dtype == torch.bfloat16
-        network, dtype = (Engine(network, dtype), None) if bf16 else (Engine(network), dtype)
-    loop = _Loop(
-        network=network,
-        table=table,
-        shape=(batch_size, *source.shape),
-        labelled=labels is not None,
+        runs, dtype = (Engine(network, dtype), None) if bf16 else (Engine(network), dtype)
+    loop = Loop(
+        runs,
+        program,
+        (batch_size, *model.shape),
+        device,
+        limit=limit,
+        quantile=clip if isinstance(clip, Quantile) else None,
         guidance=guidance,
-        clip=clip,
-        learned_variance=isinstance(variance, str) and variance == "learned",
+        conditions={
+            name: (_batch(a, n, batch_size, device), _batch(b, n, batch_size, device))
+            for name, (a, b) in conditions.items()
+        },
+        inpaint=constraint is not None,
         dtype=dtype,
-        watched=callback is not None,
     )
+    beginning = _Beginning(model, program.grid, x_T, start, constraint, n)
 
-    images = torch.empty((n, *source.shape), dtype=torch.float32, device=device)
+    images: Tensor | None = None
     batches = range(0, n, batch_size)
-    bar = progress_bar(len(batches) * len(timesteps), "sampling", "step", progress)
-    with bar, evaluating(source.network), torch.no_grad():
-        for start in batches:
-            rows = torch.arange(start, start + batch_size, dtype=torch.int64, device="cpu")
-            rows.clamp_(max=n - 1)  # the last image pads the last batch
+    bar = progress_bar(len(batches) * len(program), "sampling", "step", run.progress)
+    with bar, evaluating(network), torch.no_grad():
+        for first in batches:
+            rows = torch.arange(first, first + batch_size, dtype=torch.int64, device="cpu").clamp_(max=n - 1)
+            kept = slice(first, min(first + batch_size, n))  # the last image pads the last batch
             seed = seeds[rows].to(device)
-            y = None if labels is None else labels[rows].to(device)
-            if x_T is None:
-                x = ops.noise(seed, source.shape, step=0, stream=0, device=device)
-            else:
-                x = x_T[rows.to(x_T.device)].to(device, torch.float32, memory_format=torch.contiguous_format)
-            kept = slice(start, min(start + batch_size, n))
-            loop.begin(x, seed, y)
-            if cuda_graph:
+            x, known, mask = beginning.batch(rows, seed)
+            weights = None if guidance.per_row else guidance.weight[rows].float().to(device)
+            given = {name: value[rows.to(value.device)].to(device) for name, (value, _) in conditions.items()}
+            loop.begin(x, seed, given, weights=weights, known=known, mask=mask)
+            if run.cuda_graph:
                 loop.replay(bar.update)
             else:
-                loop.run(timesteps, callback and partial(_report, callback, kept), bar.update)
-            images[kept] = loop.x[: kept.stop - kept.start]
+                loop.run(bar.update, callback and _reporter(callback, kept, process))
+            drawn = loop.x[: kept.stop - kept.start]
+            decoded = drawn if model.codec is None else model.codec.to_images(drawn)
+            if images is None:
+                images = torch.empty((n, *decoded.shape[1:]), dtype=torch.float32, device=device)
+            images[kept] = decoded
     return images
 
 
-class _Loop:
-    """Takes x [N, C, H, W] from x_T to x_0, in place, along the rows of ``table``.
-
-    All that a step reads and writes stays where it is on the device, the number of the row too, and a step advances it:
-    a CUDA graph of one step is one of each.
-    """
-
-    def __init__(
-        self,
-        network: Network,
-        table: Tensor,
-        shape: tuple[int, ...],
-        labelled: bool,
-        guidance: float,
-        clip: bool,
-        learned_variance: bool,
-        dtype: torch.dtype | None,
-        watched: bool = False,
-    ):
-        self.network, self.table, self.dtype = network, table, dtype
-        self.guidance, self.clip, self.learned_variance = guidance, clip, learned_variance
-        self.t = table[:, ops.COLUMNS.index("t")].long()
-        self.row = torch.zeros(1, dtype=torch.int64, device=table.device)
-        self.x = torch.empty(shape, dtype=torch.float32, device=table.device)
-        self.has_history = table.shape[1] > len(ops.COLUMNS)  # which is the x0_hat of the step before
-        self.x0_hat = torch.empty_like(self.x) if watched or self.has_history else None
-        self.seeds = torch.empty(shape[0], dtype=torch.int64, device=table.device)
-        self.labels = torch.empty_like(self.seeds) if labelled else None
-        self.null = torch.full_like(self.seeds, -1) if labelled else None
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def begin(self, x_T: Tensor, seeds: Tensor, labels: Tensor | None) -> None:
-        self.x.copy_(x_T)
-        self.seeds.copy_(seeds)
-        if labels is not None:
-            self.labels.copy_(labels)
-        if self.x0_hat is not None:
-            self.x0_hat.zero_()
-        self.row.zero_()
-
-    def predict(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """The network's output. It gets copies of what the loop changes in place: a graph of its own may hold them."""
-        labels = None if labels is None else labels.clone()
-        with torch.autocast(self.x.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            out = self.network(self.x.clone(), t, labels)
-        return _checked_output(out, self.x, self.learned_variance).detach().float()
-
-    def step(self) -> None:
-        """One row of the table; the host looks at no value."""
-        t = self.t.index_select(0, self.row).repeat(len(self.x))
-        both = self.guidance not in (0, 1)  # two calls of N rows, not one of 2N: each is the call that it is alone
-        out = self.predict(t, self.null if self.guidance == 0 else self.labels)
-        ops.reverse_step_(
-            self.x,
-            out,
-            self.table,
-            self.row,
-            self.seeds,
-            out_uncond=self.predict(t, self.null) if both else None,
-            guidance=self.guidance if both else 1.0,
-            clip=self.clip,
-            learned_variance=self.learned_variance,
-            history=[self.x0_hat] if self.has_history else [],
-            x0_hat=self.x0_hat,
-        )
-        self.row.add_(1)
-
-    def run(
-        self,
-        timesteps: list[int],
-        callback: Callable[[int, int, Tensor, Tensor], Any] | None,
-        tick: Callable[[], Any],
-    ) -> None:
-        for index, t in enumerate(timesteps):
-            x_t = self.x.clone() if callback else None
-            self.step()
-            if callback:
-                callback(index, t, x_t, self.x0_hat.clone())
-            tick()
-
-    def replay(self, tick: Callable[[], Any]) -> None:
-        """``run`` by a CUDA graph of one step, which the first batch records. All of it happens on the device of x,
-        whichever is current: a stream of another one would record nothing.
-        """
-        with torch.cuda.device(self.x.device):
-            if self.graph is None:
-                x_T, aside = self.x.clone(), torch.cuda.Stream()
-                aside.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(aside):
-                    self.step()  # libraries set themselves up at their first call, which a graph cannot hold
-                torch.cuda.current_stream().wait_stream(aside)
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self.step()
-                self.begin(x_T, self.seeds, self.labels)
-            for _ in range(len(self.table)):
-                self.graph.replay()
-                tick()
-
-
-def _report(callback: Callable[[Step], Any], images: slice, index: int, t: int, x_t: Tensor, x0_hat: Tensor) -> None:
-    n = images.stop - images.start  # without the padding
-    callback(Step(images, index, t, x_t[:n], x0_hat[:n]))
-
-
-def _coefficients(
-    sampler: str, schedule: Schedule, timesteps: list[int], prediction: str, variance: str | Tensor | None, eta: float
+def encode(
+    model: str | os.PathLike | Model | Network, x: Tensor, *, steps: int | Sequence[float] | None = None, **options: Any
 ) -> Tensor:
-    """The table of the sampler named; an option that it does not have must be at its default."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler: expected one of {SAMPLERS}, got {sampler!r}")
-    if sampler != "ddim" and eta != 0:
-        raise ValueError(f"eta: expected 0, its default, with sampler {sampler!r}, got {eta!r}")
-    if sampler != "ddpm" and variance is not None:
-        raise ValueError(f"variance: expected None, its default, with sampler {sampler!r}, got {variance!r}")
-    if sampler == "ddpm":
-        return ddpm(schedule, timesteps, prediction, variance)
-    if sampler == "ddim":
-        return ddim(schedule, timesteps, prediction, eta)
-    return dpmpp_2m(schedule, timesteps, prediction)
+    """Find the noise from which a deterministic sampler draws ``x``: x_T [N, ...], by DDIM's inversion (Song et al.
+    2021a, section 5.4).
+
+    x        [N, ...], images in [-1, 1]
+    steps    how many, or the time steps, decreasing
+    options  as :func:`sample` takes them: labels, spacing, run
+
+    ``sample(model, x_T=encode(model, x, steps=50), sampler="ddim", steps=50, clip=False)`` gives x back but for the
+    error of the steps. Raises TypeError or ValueError for an argument that does not fit.
+    """
+    described = model if isinstance(model, Model) else None
+    _check_x_T(x, tuple(x.shape[1:]) if described is None else described.shape, "x")
+    return sample(model, x_T=x, sampler="ddim_inversion", steps=steps, clip=False, seeds=range(len(x)), **options)
+
+
+def interpolate(
+    model: str | os.PathLike | Model | Network,
+    a: Tensor,
+    b: Tensor,
+    n: int = 9,
+    *,
+    fraction: float | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """Draw n images that lead from ``a`` to ``b``: [n, ...].
+
+    a, b      [...], two images in [-1, 1]
+    fraction  mix x_t at that part of the process' time (Ho et al. 2020, section 5.4), with one ``seed``'s noise; None:
+              turn from one image's x_T to the other's (Song et al. 2021a, section 5.3), which :func:`encode` finds
+    options   as :func:`sample` takes them
+    """
+    weights = torch.linspace(0, 1, checked_int("n", n, "an int >= 2"), dtype=torch.float64, device="cpu")
+    if fraction is None:
+        steps = 50 if steps is None else steps
+        x_T = encode(model, torch.stack((a, b)), steps=steps, **options)
+        return sample(model, x_T=_turn(x_T[0], x_T[1], weights), sampler="ddim", steps=steps, clip=False, **options)
+    mixed = torch.stack([torch.lerp(a, b, float(weight)) for weight in weights])  # the noise is the same: so is x_t's
+    return sample(model, seeds=[seed] * n, start=From(mixed, fraction), steps=steps, **options)
+
+
+def _turn(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Spherical interpolation [len(weights), ...] (Shoemake 1985)."""
+    cosine = (a.double() * b.double()).sum() / (a.double().norm() * b.double().norm())
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    if angle.sin() < 1e-6:
+        return torch.stack([torch.lerp(a, b, float(weight)) for weight in weights])
+    parts = [(((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin() for w in weights.to(a.device)]
+    return torch.stack(parts).to(a.dtype)
+
+
+# --- the program of a run ---
+
+
+def _program(
+    model: Model,
+    sampler: Any,
+    steps: Any,
+    constraint: Inpaint | None,
+    start: From | None,
+    noise: str,
+    guidance: Guidance,
+    options: dict[str, Any],
+) -> Program:
+    """The rows of a run. What is left in ``options`` is the sampler's."""
+    process, spacing = model.schedule, options.pop("spacing", None)
+    T = process.T if process.discrete else None
+    if T is not None and steps is not None:
+        steps = process.timesteps(steps, spacing or process.spacing)
+    if sampler is None:
+        sampler = default_sampler(None if steps is None or T is None else len(steps), T, options.get("eta"))
+    sampler = _sampler(sampler)
+    if steps is None and sampler.steps is not None:
+        steps = sampler.steps if T is None else min(sampler.steps, T)
+    if constraint is not None and constraint.resample > 1:
+        if sampler.name != "ddpm":
+            raise ValueError(f"resample: expected 1 with sampler {sampler.name!r}, got {constraint.resample}")
+        sampler = SAMPLERS["repaint"]
+        options |= dict(jump=constraint.jump, resample=constraint.resample)
+    _settle(options, sampler, model)
+    if steps is None and T is None:
+        steps = 1000
+    grid = process.grid(steps, spacing, path=noise == "path")
+    if sampler.name == "ddim_inversion":
+        grid = grid.reversed()
+    if start is not None:
+        grid = grid.tail(start.fraction)
+    return sampler.trace(grid, model.prediction, plus_plus=guidance.plus_plus, **options)
+
+
+def _sampler(sampler: Any) -> Sampler:
+    if isinstance(sampler, Sampler):
+        return sampler
+    if isinstance(sampler, str) and sampler in SAMPLERS:
+        return SAMPLERS[sampler]
+    if callable(sampler):
+        return Sampler(sampler)
+    raise ValueError(f"sampler: expected one of {tuple(SAMPLERS)} or a function, got {sampler!r}")
+
+
+def _settle(options: dict[str, Any], sampler: Sampler, model: Model) -> None:
+    """Leave in ``options`` what the sampler takes: an option of other samplers may be there at its default."""
+    if "eta" in options and "eta" not in sampler.options:
+        if options["eta"] != 0:
+            raise ValueError(f"eta: expected 0, its default, with sampler {sampler.name!r}, got {options['eta']!r}")
+        del options["eta"]
+    if "variance" in options and "variance" not in sampler.options:
+        if options["variance"] is not None:
+            got = options["variance"]
+            raise ValueError(f"variance: expected None, its default, with sampler {sampler.name!r}, got {got!r}")
+        del options["variance"]
+    if "variance" in sampler.options and options.get("variance") is None:
+        options["variance"] = model.variance or ("learned" if model.learned_variance else "fixed_small")
+    for name, value in options.items():
+        if name not in sampler.options:
+            known = [*sampler.options, *(condition.name for condition in model.conditions)]
+            others = ["spacing", "x_T", "schedule", "prediction", "shape", *(field.name for field in fields(Run))]
+            raise TypeError(
+                f"{name}: expected an option of sampler {sampler.name!r}, a condition of the model "
+                f"({', '.join(known) or 'neither has any'}), or one of {', '.join(others)}, got {value!r}"
+            )
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """Where batches begin, and what they are held to."""
+
+    model: Model
+    grid: Grid
+    x_T: Tensor | None
+    start: From | None
+    constraint: Inpaint | None
+    n: int
+
+    def batch(self, rows: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(x, known, mask) for those rows of the result."""
+        device, first = seeds.device, self.grid.points[0]
+        if self.x_T is not None:
+            x = self.x_T[rows.to(self.x_T.device)].to(device, torch.float32, memory_format=torch.contiguous_format)
+        elif self.start is not None:
+            z = ops.noise(seeds, self.model.shape, step=first.address, stream=2, device=device)
+            x = first.alpha * self._given("start", self.start.x, rows, device) + first.sigma * z
+        else:
+            x = ops.noise(seeds, self.model.shape, step=0, stream=0, device=device)
+            std = self.model.schedule.prior_std
+            x = x if std == 1 else x * std
+        if self.constraint is None:
+            return x, None, None
+        known = self._given("constraint", self.constraint.x, rows, device)
+        mask = rows_of("mask", self.constraint.mask, self.n, self.model.shape)[rows.to(self.constraint.mask.device)]
+        mask = mask.to(device)
+        z = ops.noise(seeds, self.model.shape, step=FIRST_BLEND, stream=6, device=device)
+        return mask * x + (1 - mask) * (first.alpha * known + first.sigma * z), known, mask
+
+    def _given(self, name: str, x: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+        if self.model.codec is not None:
+            x = self.model.codec.to_model(x)
+        return rows_of(name, x, self.n, self.model.shape)[rows.to(x.device)].to(device)
+
+
+def _reporter(callback: Callable[[Step], Any], images: slice, process: Process) -> Callable[..., Tensor | None]:
+    n = images.stop - images.start  # without the padding
+
+    def report(index: int, row: Row, x_t: Tensor, x0_hat: Tensor, x_next: Tensor) -> Tensor | None:
+        told = row.point.c_noise
+        t = int(told) if process.discrete and told == int(told) else told
+        changed = callback(Step(images, index, t, x_t[:n], x0_hat[:n], x_next[:n].clone()))
+        if changed is None:
+            return None
+        if not isinstance(changed, Tensor) or changed.shape != x_next[:n].shape:
+            got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+            raise ValueError(f"callback: expected None or a tensor of shape {tuple(x_next[:n].shape)}, got {got}")
+        return torch.cat((changed.to(x_next), x_next[n:]))
+
+    return report
 
 
 # --- arguments ---
 
 
-class _Source(NamedTuple):
-    network: Network
-    schedule: Schedule
-    prediction: str
-    shape: tuple[int, int, int]
-    num_classes: int | None  # None where nobody knows
-    null_class: bool  # True where nobody knows
-    learned_variance: bool  # False where nobody knows
-    label: Callable[[str], int] | None  # of a class's name or number as text; None where nobody knows
-    device: torch.device
-    dtype: torch.dtype | None  # bfloat16 of a network that was optimized for it
+def _run(run: Run | None, options: dict[str, Any]) -> Run:
+    """``run``, with those of its fields that came as options of their own."""
+    if run is not None and not isinstance(run, Run):
+        raise TypeError(f"run: expected a Run, got {type(run).__name__}")
+    named = {field.name: options.pop(field.name) for field in fields(Run) if field.name in options}
+    return replace(run or Run(), **named)
 
 
-def _resolve(
-    model: str | os.PathLike | Model | Network,
-    device: torch.device | str | None,
-    schedule: Schedule | None,
-    prediction: str | None,
-    shape: Sequence[int] | None,
-) -> _Source:
+def _guidance(guidance: Any) -> Guidance:
+    if isinstance(guidance, Guidance):
+        return guidance
+    return Guidance(checked_float("guidance", guidance, "a finite number", math.isfinite))
+
+
+def _check_guided(guidance: Guidance, labels: Tensor | None, model: Model, n: int) -> None:
+    """Raises ValueError where what guides is missing."""
+    w = guidance.weight
+    if not guidance.per_row and len(w) != n:
+        raise ValueError(f"guidance: expected {n} weights, one for each image, got {len(w)}")
+    compares = guidance.plus_plus or not guidance.per_row or w != 1
+    by_labels = compares and not guidance.by_gradient and guidance.network is None and not model.conditions
+    if labels is None and by_labels:
+        raise ValueError(f"guidance: expected 1 without labels, got {w}")
+    if not model.null_class and by_labels and guidance.negative is None:
+        raise ValueError(f"guidance: expected 1 with a network without a null class, got {w}")
+    if not model.null_class and labels is None:
+        raise ValueError("labels: expected a class for each image with a network without a null class, got None")
+    if labels is None and guidance.classifier is not None:
+        raise ValueError("labels: expected a class for each image with guidance by a classifier, got None")
+
+
+def _conditions(
+    labels: Tensor | None, guidance: Guidance, model: Model, n: int, options: dict[str, Any]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """By name: the condition of each sample, and what the call without it gets."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    if labels is not None:
+        null = torch.full_like(labels, -1)
+        if guidance.negative is not None:
+            null = _labels(guidance.negative, model).expand(n).clone()
+        found["labels"] = labels, null
+    for condition in model.conditions:
+        given = condition.batch(options.pop(condition.name, None), n)
+        found[condition.name] = given, given if condition.null is None else condition.batch(None, n)
+    return found
+
+
+def _batch(value: Tensor, n: int, batch_size: int, device: torch.device) -> Tensor:
+    rows = torch.arange(batch_size, dtype=torch.int64, device="cpu").clamp_(max=n - 1)
+    return value[rows.to(value.device)].to(device)
+
+
+def _resolve(model: Any, run: Run, options: dict[str, Any]) -> tuple[Model, Network, torch.device, torch.dtype | None]:
+    """(model, its network without an engine around it, where to run, the dtype of autocast or of the engine)."""
+    device = run.device
     if device is not None:
         device = torch.empty(0, dtype=torch.uint8, device=checked_device(device)).device  # with its index
-    described = dict(schedule=schedule, prediction=prediction, shape=shape)
+    described = {name: options.pop(name, None) for name in ("schedule", "prediction", "shape")}
     if isinstance(model, str | os.PathLike):
         model = load(model, device)
     if isinstance(model, Model):
         for name, value in described.items():
             if value is not None:
                 raise ValueError(f"{name}: expected None, the model brings its own, got {value!r}")
-        network, schedule, prediction, shape = model.network, model.schedule, model.prediction, model.shape
-        num_classes, label = (None, None) if model.classes is None else (len(model.classes), model.label)
     elif not isinstance(model, nn.Module) and hasattr(model, "unet") and hasattr(model, "scheduler"):
         pipeline = type(model).__name__
         raise TypeError(f"model: expected a Model, as Model.from_diffusers(pipeline) makes of one, got a {pipeline}")
     elif callable(model):
         for name, value in described.items():
             if value is None:
-                raise ValueError(
-                    f"{name}: expected a value with a bare {type(model).__name__}, which has none, got None"
-                )
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule: expected a Schedule, got {type(schedule).__name__}")
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction: expected one of {PREDICTIONS}, got {prediction!r}")
-        network, shape, num_classes, label = model, _shape(shape), None, None
+                bare = f"a bare {type(model).__name__}, which has none"
+                raise ValueError(f"{name}: expected a value with {bare}, got None")
+        if not isinstance(described["schedule"], Process):
+            got = type(described["schedule"]).__name__
+            raise TypeError(f"schedule: expected a Schedule, got {got}")
+        if described["prediction"] not in PREDICTIONS:
+            expected = tuple(PREDICTIONS)
+            raise ValueError(f"prediction: expected one of {expected}, got {described['prediction']!r}")
+        model = Model(model, described["schedule"], described["prediction"], _shape(described["shape"]))
     else:
         raise TypeError(f"model: expected a name, a path, a Model or a callable, got {type(model).__name__}")
-    dtype = torch.bfloat16 if isinstance(network, Engine) and network.dtype == torch.bfloat16 else None
-    network, learned_variance, null_class = unwrapped(network), False, True
+    dtype = run.dtype
+    if dtype is None and isinstance(model.network, Engine) and model.network.dtype == torch.bfloat16:
+        dtype = torch.bfloat16
+    network = unwrapped(model.network)
     _check_signature(network)
-    if isinstance(network, UNet):
-        num_classes = network.config["num_classes"]
-        null_class = num_classes is None or network.config["null_class"]
-        learned_variance = network.conv_out.out_channels == 2 * shape[0]
-    where = _where(network, device)
-    return _Source(
-        network, schedule, prediction, tuple(shape), num_classes, null_class, learned_variance, label, where, dtype
-    )
+    return model, network, _where(network, device), dtype
 
 
 def _check_signature(network: Network) -> None:
@@ -389,39 +477,29 @@ def _where(network: Network, device: torch.device | None) -> torch.device:
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:
-    expected = "three positive sizes (C, H, W)"
+    expected = "positive sizes, as (C, H, W)"
     if not isinstance(shape, Sequence) or isinstance(shape, str):
         raise TypeError(f"shape: expected {expected}, got {shape!r}")
     shape = tuple(checked_int("shape", size, expected) for size in shape)
-    if len(shape) != 3 or min(shape) < 1:
+    if not shape or min(shape) < 1:
         raise ValueError(f"shape: expected {expected}, got {shape}")
     return shape
 
 
-def _check_options(clip: Any, dtype: Any, engine: Any, cuda_graph: Any, progress: Any, callback: Any) -> None:
-    for name, value in (("clip", clip), ("engine", engine), ("cuda_graph", cuda_graph), ("progress", progress)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {value!r}")
-    if dtype not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype: expected None, torch.bfloat16 or torch.float16, got {dtype!r}")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
-
-
-def _check_x_T(x_T: Any, shape: tuple[int, ...]) -> None:
+def _check_x_T(x_T: Any, shape: tuple[int, ...], name: str = "x_T") -> None:
     if not isinstance(x_T, Tensor) or not x_T.is_floating_point():
         got = x_T.dtype if isinstance(x_T, Tensor) else type(x_T).__name__
-        raise TypeError(f"x_T: expected a floating-point tensor, got {got}")
+        raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
     if x_T.shape[1:] != shape or x_T.ndim != len(shape) + 1:
-        raise ValueError(f"x_T: expected shape (n, {', '.join(map(str, shape))}), got {tuple(x_T.shape)}")
+        raise ValueError(f"{name}: expected shape (n, {', '.join(map(str, shape))}), got {tuple(x_T.shape)}")
 
 
-def _rows(n: Any, seeds: Any, labels: Any, x_T: Tensor | None, source: _Source) -> tuple[int, Tensor, Tensor | None]:
+def _rows(n: Any, seeds: Any, labels: Any, x_T: Tensor | None, model: Model) -> tuple[int, Tensor, Tensor | None]:
     """(n, seeds [n], labels [n] or None), n being that of whichever argument tells it."""
     if seeds is not None:
         seeds = ops.as_seeds(seeds, "cpu")
     if labels is not None:
-        labels = _labels(labels, source)
+        labels = _labels(labels, model)
     lengths = {name: len(rows) for name, rows in dict(seeds=seeds, x_T=x_T).items() if rows is not None}
     if labels is not None and labels.ndim:
         lengths["labels"] = len(labels)
@@ -439,11 +517,11 @@ def _rows(n: Any, seeds: Any, labels: Any, x_T: Tensor | None, source: _Source) 
     return n, seeds, labels if labels is None else labels.expand(n)
 
 
-def _labels(labels: Any, source: _Source) -> Tensor:
+def _labels(labels: Any, model: Model) -> Tensor:
     """int64: [] of one label, [n] of several."""
     low, high, expected = -1, 2**63, "ints >= -1"
-    if source.num_classes is not None:
-        low, high = -1 if source.null_class else 0, source.num_classes
+    if model.num_classes is not None:
+        low, high = -1 if model.null_class else 0, model.num_classes
         expected = f"ints in {low}..{high - 1}"
     if isinstance(labels, Tensor):
         if labels.dtype != torch.int64 or labels.ndim > 1:
@@ -452,28 +530,10 @@ def _labels(labels: Any, source: _Source) -> Tensor:
         labels = labels.tolist()
     lone = isinstance(labels, str) or not isinstance(labels, Iterable)
     labels = [labels] if lone else list(labels)
-    if source.label is not None:
-        labels = [source.label(label) if isinstance(label, str) else label for label in labels]
+    if model.classes is not None:
+        labels = [model.label(label) if isinstance(label, str) else label for label in labels]
     labels = [checked_int("labels", label, expected) for label in labels]
     for label in labels:
         if not low <= label < high:
             raise ValueError(f"labels: expected {expected}, got {label}")
     return torch.tensor(labels[0] if lone else labels, dtype=torch.int64, device="cpu")
-
-
-def _checked_output(out: Any, x_t: Tensor, learned_variance: bool) -> Tensor:
-    """The network's output; without the half that tells a variance where none is asked for."""
-    n, channels, *size = x_t.shape
-    out = getattr(out, "sample", out)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"model: expected a tensor as output, got {type(out).__name__}")
-    if not out.is_floating_point():
-        raise TypeError(f"model: expected a floating-point output, got {out.dtype}")
-    if out.device != x_t.device:
-        raise ValueError(f"model: expected an output on {x_t.device}, got {out.device}")
-    if not learned_variance and out.shape == (n, 2 * channels, *size):
-        return out[:, :channels]
-    shape = (n, 2 * channels if learned_variance else channels, *size)
-    if out.shape != shape:
-        raise ValueError(f"model: expected an output of shape {shape}, got {tuple(out.shape)}")
-    return out

@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .process import END, Grid, Point, Process
+from .process import SPACINGS as PROCESS_SPACINGS
+
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Schedule:
+class Schedule(Process):
     """The variances ``betas`` of a forward process q(x_t|x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I).
 
     betas: T numbers in (0, 1), as a sequence, an array or a tensor; the last may be 1 (a terminal SNR of zero,
@@ -29,6 +32,9 @@ class Schedule:
     betas: Tensor
     _log_alphas: Tensor | None = None  # where beta is near 1, log1p(-beta) would not give it back
     _config: Mapping[str, Any] | None = None
+
+    discrete: ClassVar[bool] = True
+    spacing: ClassVar[str] = "trailing"
 
     def __post_init__(self) -> None:
         betas = _table(self.betas)
@@ -127,6 +133,72 @@ class Schedule:
         """(sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)) as float32 [T, 2]: what ``ops.q_sample`` reads."""
         return torch.stack((self.alpha_bar, self.one_minus_alpha_bar), 1).sqrt().to(device, torch.float32)
 
+    # --- as a process of a real time: ln alpha and ln sigma are linear between the time steps ---
+
+    @property
+    def t_max(self) -> float:
+        return self.T - 1.0
+
+    @cached_property
+    def _logs(self) -> tuple[np.ndarray, np.ndarray]:
+        """ln alpha and ln sigma of the time steps."""
+        log_alpha_bar = self._log_alphas.cumsum(0).numpy()
+        return log_alpha_bar / 2, np.log(-np.expm1(log_alpha_bar)) / 2
+
+    def log_alpha(self, t):
+        return np.interp(t, np.arange(self.T), self._logs[0])
+
+    def log_sigma(self, t):
+        return np.interp(t, np.arange(self.T), self._logs[1])
+
+    def alpha(self, t):
+        return np.exp(self.log_alpha(t))
+
+    def sigma(self, t):
+        return np.exp(self.log_sigma(t))
+
+    def derivatives(self, t):
+        """The slopes of the line that leads to t from below."""
+        low = min(max(math.ceil(t) - 1, 0), self.T - 2)
+        slopes = (logs[low + 1] - logs[low] for logs in self._logs)
+        return tuple(float(value * slope) for value, slope in zip((self.alpha(t), self.sigma(t)), slopes, strict=True))
+
+    def constants(self, prediction, point):
+        if prediction != "mu":
+            return {}
+        t = round(point.time)
+        return {"posterior": (self.posterior_x0[t].item(), self.posterior_xt[t].item())}
+
+    def point(self, t, address=None):
+        """The point at time t. A time step has the values of the tables."""
+        if t != int(t):
+            return super().point(t, int(t) if address is None else address)
+        t = int(t)
+        alpha, sigma = (math.sqrt(table[t].item()) for table in (self.alpha_bar, self.one_minus_alpha_bar))
+        log_alpha, log_sigma = (float(logs[t]) for logs in self._logs)
+        return Point(alpha, sigma, log_alpha, log_sigma, float(t), float(t), t)
+
+    def removed(self, s, t):
+        """From beta between two time steps, which keeps the digits of a short step: beta / (1 - alpha_bar)."""
+        steps = [-1.0 if point is END else point.time for point in (t, s)]
+        if any(step != int(step) for step in steps):
+            return super().removed(s, t)
+        first, last = (int(step) + 1 for step in steps)
+        return -math.expm1(float(np.add.reduce(self._log_alphas[first:last].numpy()))) / s.sigma**2
+
+    def between(self, s, t, fraction):
+        """The time step next to that fraction of the way in lambda; None where there is none between s and t."""
+        steps = np.arange(math.floor(t.time) + 1, math.ceil(s.time)) if t.sigma > 0 and s.alpha > 0 else []
+        if not len(steps):
+            return None
+        lam = s.lam + fraction * (t.lam - s.lam)
+        return self.point(int(steps[np.argmin(np.abs(self._logs[0][steps] - self._logs[1][steps] - lam))]))
+
+    def grid(self, steps=None, spacing=None, *, denoise=True, path=False):
+        """Lay out the points of a run: the time steps of :meth:`timesteps`, and the end."""
+        points = [self.point(t) for t in self.timesteps(steps, spacing or self.spacing)]
+        return Grid((*points, END) if denoise else tuple(points), self, path)
+
     # --- fewer steps ---
 
     def timesteps(self, steps: int | Sequence[int] | Tensor | None = None, spacing: str = "trailing") -> list[int]:
@@ -134,11 +206,11 @@ class Schedule:
 
         steps: how many (None: all T), placed by ``spacing``; or the steps themselves, which are then only checked.
         spacing: "leading", "trailing" or "linspace" (named by Lin et al. 2024, table 2), or "quadratic" (Song et al.
-        2021, appendix D.2, without its repeated steps). All by integer arithmetic; one step alone is T-1, 0 with
-        leading.
+        2021, appendix D.2, without its repeated steps), by integer arithmetic; one step alone is T-1, 0 with leading.
+        "lambda" and "karras" are the steps next to those of :meth:`Process.grid`, repeats dropped.
         """
-        if spacing not in _SPACINGS:
-            raise ValueError(f"spacing: expected one of {sorted(_SPACINGS)}, got {spacing!r}")
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing: expected one of {SPACINGS}, got {spacing!r}")
         if steps is None:
             steps = self.T
         if isinstance(steps, Tensor):
@@ -148,7 +220,11 @@ class Schedule:
         N = checked_int("steps", steps, f"an int in 1..{self.T} or a decreasing sequence of ints")
         if not 1 <= N <= self.T:
             raise ValueError(f"steps: expected 1 to {self.T}, the length of the schedule, got {N}")
-        return _SPACINGS[spacing](self.T, N)
+        if spacing in _STEPS:
+            return _STEPS[spacing](self.T, N)
+        lam = self._logs[0] - self._logs[1]
+        wanted = (self.lam(t) for t in PROCESS_SPACINGS[spacing](self, N).tolist())
+        return sorted({int(np.argmin(np.abs(lam - value))) for value in wanted}, reverse=True)
 
     def _explicit(self, steps: Iterable[int]) -> list[int]:
         steps = [checked_int("steps", t, "ints") for t in steps]
@@ -243,7 +319,9 @@ def _quadratic(T: int, N: int) -> list[int]:
     return [max(i, (2 * i * i * (T - 1) + M) // (2 * M)) for i in reversed(range(N))]
 
 
-_SPACINGS = {"leading": _leading, "linspace": _linspace, "quadratic": _quadratic, "trailing": _trailing}
+_STEPS = {"leading": _leading, "linspace": _linspace, "quadratic": _quadratic, "trailing": _trailing}
+SPACINGS = sorted({*_STEPS, *PROCESS_SPACINGS})
+"""The ways to spread steps over a schedule."""
 
 
 # --- checks ---

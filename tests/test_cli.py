@@ -69,7 +69,7 @@ def test_sample_writes_a_labelled_grid_with_its_settings_inside(folder, capsys):
     settings = read_settings("s.png")
     versions = {"diffkern": diffkern.__version__, "torch": torch.__version__}
     assert settings["seeds"] == [0, 1, 2, 3, 4] and settings["labels"] == [0, 1, 2, 0, 1]
-    assert (settings["sampler"], settings["steps"], settings["spacing"]) == ("ddim", 4, "trailing")
+    assert (settings["sampler"], settings["steps"], settings["spacing"]) == ("unipc", 4, "trailing")
     assert settings["model"] == "m.safetensors" and settings["versions"] == versions
     with Image.open("s.png") as image:
         assert image.size == (3 * 68 + 4, 2 * (68 + 14) + 4)  # a column a class
@@ -111,8 +111,8 @@ def test_sample_draws_what_the_settings_in_the_png_say(folder):
         assert json.loads(str(arrays["settings"])) == settings
 
 
-@pytest.mark.parametrize(("steps", "sampler"), [([], "ddpm"), (["--steps", "20"], "ddpm"), (["--steps", "19"], "ddim")])
-def test_fewer_steps_than_all_mean_ddim(folder, steps, sampler):
+@pytest.mark.parametrize(("steps", "sampler"), [([], "ddpm"), (["--steps", "20"], "ddpm"), (["--steps", "19"], "unipc")])
+def test_fewer_steps_than_all_mean_unipc(folder, steps, sampler):
     assert main(["sample", "--model", "m.safetensors", "--n", "1", *steps, *QUIET]) == 0
     assert read_settings("samples.png")["sampler"] == sampler
 
@@ -425,7 +425,7 @@ BAD_COMMANDS = {
     "labels too many": ([*SAMPLE, "--labels", "0", "1", "2"], "labels: expected 1 or 2, one for each image, got 3"),
     "no classes": (["sample", "--model", "u.safetensors", "--label", "0"], "labels: expected none, this model has no"),
     "steps too many": ([*SAMPLE, "--steps", "21"], "steps: expected 1 to 20, the length of the schedule, got 21"),
-    "sampler": ([*SAMPLE, "--sampler", "euler"], "argument --sampler: invalid choice: 'euler'"),
+    "sampler": ([*SAMPLE, "--sampler", "plms"], "argument --sampler: invalid choice: 'plms'"),
     "spacing": ([*SAMPLE, "--spacing", "even"], "argument --spacing: invalid choice: 'even'"),
     "eta": ([*SAMPLE, "--eta", "2"], "eta: expected"),
     "eta of ddpm": ([*SAMPLE, "--sampler", "ddpm", "--eta", "1"], "eta: expected 0, its default, with sampler 'ddpm'"),
@@ -461,7 +461,7 @@ BAD_COMMANDS = {
     "export suffix": (["export", "m.safetensors", "--out", "m.pt"], "out: expected a file name that ends in .safeten"),
     "export folder": (["export", "m.safetensors", "--out", "no/m.safetensors"], "out: expected a file in an existing"),
     "evaluate steps": ([*JUDGE, "--steps", "50"], "steps: expected SAMPLER:STEPS with .*, got '50'"),
-    "evaluate sampler": ([*JUDGE, "--steps", "euler:5"], "steps: expected SAMPLER:STEPS with .*, got 'euler:5'"),
+    "evaluate sampler": ([*JUDGE, "--steps", "plms:5"], "steps: expected SAMPLER:STEPS with .*, got 'plms:5'"),
     "evaluate 0 steps": ([*JUDGE, "--steps", "ddim:0"], "steps: expected SAMPLER:STEPS with .*, got 'ddim:0'"),
 }  # fmt: skip
 

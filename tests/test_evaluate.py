@@ -281,8 +281,11 @@ BAD = {
         "guidance: expected 1 with a model that lacks .* a null class, got 2",
     ),
     "steps": (lambda f: evaluation(runs=[("ddim", 2), ("ddpm", 21)]), "steps: expected 1 to 20, .* got 21"),
-    "sampler": (lambda f: evaluation(runs=[("euler", 2)]), "runs: expected a sampler among ddpm, .*, got 'euler'"),
-    "prediction": (lambda f: evaluation(model=from_noise_alone()), "prediction: expected 'v' or 'x0' where alpha_bar"),
+    "sampler": (lambda f: evaluation(runs=[("plms", 2)]), "runs: expected a sampler among .*ddpm, .*, got 'plms'"),
+    "prediction": (
+        lambda f: evaluation(model=from_noise_alone()),
+        "prediction: expected 'v', 'x0' or 'flow' where alpha",
+    ),
 }
 
 

@@ -210,7 +210,7 @@ BAD_FILES = {
     ),
     "bad groups": (dict(network={**tiny.NETWORK, "groups": 3}), "groups: expected a divisor of every width"),
     "bad schedule": (dict(schedule={"kind": "square"}), "schedule: expected a kind among"),
-    "bad prediction": (dict(prediction="noise"), "prediction: expected one of eps, x0, v, score, got 'noise'"),
+    "bad prediction": (dict(prediction="noise"), "prediction: expected one of eps, x0, v, .*, got 'noise'"),
     "bad shape": (dict(shape=[8, 8]), r"shape: expected three positive sizes \(C, H, W\), got \[8, 8\]"),
     "no classes": (dict(network=tiny.NETWORK, classes=None), "got 0 missing .* and 1 unexpected .*class_embedding"),
     "other classes": (dict(classes=["a", "b"]), "classes: expected names for the network's num_classes, 3, got 2"),
@@ -342,11 +342,15 @@ BAD_CALLS = {
         TypeError,
         "network: expected a diffkern.unet.UNet to describe, got Linear",
     ),
-    "no module": (lambda tmp: Model(len, tiny.SCHEDULE), TypeError, "network: expected a torch.nn.Module, got builtin"),
+    "no module": (
+        lambda tmp: Model(5, tiny.SCHEDULE),
+        TypeError,
+        "network: expected a torch.nn.Module or a .*, got int",
+    ),
     "no schedule": (
         lambda tmp: Model(torch.nn.Linear(1, 1), [0.1]),
         TypeError,
-        "schedule: expected a Schedule, got list",
+        "schedule: expected a Schedule or another process, got list",
     ),
     "numbered classes": (
         lambda tmp: Model(torch.nn.Linear(1, 1), tiny.SCHEDULE, classes=(0, 1)),

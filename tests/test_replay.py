@@ -1,4 +1,4 @@
-"""A CUDA graph of a step belongs to the device of the network, whichever is current. torch.cuda is a fake."""
+"""A CUDA graph of a row belongs to the device of the network, whichever is current. torch.cuda is a fake."""
 
 import contextlib
 from types import SimpleNamespace
@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffkern.sampling import _Loop
+from diffkern.runtime import Loop
+from diffkern.samplers import SAMPLERS
+from diffkern.schedule import Schedule
 
 
 class FakeCuda:
@@ -45,22 +47,25 @@ class FakeCuda:
 
 
 @pytest.mark.parametrize("batches", [1, 2])
-def test_a_graph_is_recorded_and_replayed_on_the_device_of_x(monkeypatch, batches):
-    cuda, rows, device = FakeCuda(), 3, torch.device("meta")
+def test_a_graph_of_each_kind_of_row_is_recorded_and_replayed_on_the_device_of_x(monkeypatch, batches):
+    cuda, device = FakeCuda(), torch.device("meta")
     monkeypatch.setattr(torch, "cuda", cuda)
+    rows = SAMPLERS["heun"].trace(Schedule.linear().grid(3)).rows
     loop = SimpleNamespace(
-        graph=None,
         x=torch.empty(1, device=device),
-        seeds=None,
-        labels=None,
-        table=range(rows),
-        step=lambda: cuda.note("step"),
-        begin=lambda *start: cuda.note("begin"),
+        row=torch.empty(1, device=device),
+        slots=[],
+        program=SimpleNamespace(rows=rows),
+        graphs={},
+        kind=lambda row: row.keep,
+        step=lambda row: cuda.note("step"),
     )
+    loop._record = lambda row: Loop._record(loop, row)
     ticks = []
     for _ in range(batches):
-        _Loop.replay(loop, lambda: ticks.append(cuda.current))
+        Loop.replay(loop, lambda: ticks.append(cuda.current))
     assert {current for _, current in cuda.seen} == {device} and cuda.current is None
     names = [name for name, _ in cuda.seen if name != "stream"]
-    assert names == ["warm-up", "step", "capture", "step", "begin", *["replay"] * rows * batches]
-    assert len(ticks) == rows * batches
+    recorded = ["warm-up", "step", "capture", "step", "replay"]  # of the first stage and of the second, and again
+    assert names == [*recorded * 2, *["replay"] * (len(rows) * batches - 2)]
+    assert len(ticks) == len(rows) * batches

@@ -190,7 +190,7 @@ def test_eps_x0_v_and_score_heads_agree(schedule, make):
     data, x = Gaussian(), 0.7
     for timesteps in subsequences(schedule):
         results = []
-        for prediction in PREDICTIONS:
+        for prediction in ("eps", "x0", "v", "score"):
             table = make(schedule, timesteps, prediction)
             p_x, p_o, k_x, k_o, k_0 = table[:, :5].unbind(1)
             gain, offset = data.out(schedule, timesteps, prediction)
@@ -243,11 +243,11 @@ ZERO_SNR = Schedule([0.1, 0.5, 1.0])
 @pytest.mark.parametrize("prediction", ["eps", "score"])
 @pytest.mark.parametrize("make", [ddpm, ddim])
 def test_zero_terminal_snr_refuses_eps_and_asks_for_v_or_x0(make, prediction):
-    message = f"prediction: expected 'v' or 'x0' where alpha_bar falls to 0 .*, got '{prediction}'"
+    message = f"prediction: expected 'v', 'x0' or 'flow' where alpha falls to 0 .*, got '{prediction}'"
     with pytest.raises(ValueError, match=message):
         make(ZERO_SNR, [2, 1, 0], prediction)
     assert make(ZERO_SNR, [1, 0], prediction).isfinite().all()  # where the last step is not visited
-    with pytest.raises(ValueError, match="falls to 8.24e-84"):  # 1 / sqrt(ab) is no float32
+    with pytest.raises(ValueError, match="falls to 2.87e-42"):  # 1 / sqrt(ab) is no float32
         make(Schedule([1 - 2**-46] * 6), [5, 0], prediction)
 
 
@@ -264,11 +264,11 @@ def test_zero_terminal_snr_is_sampled_through_v_and_x0(make, prediction):
 
 
 BAD = [
-    (lambda: ddpm(LINEAR, [5, 0], "noise"), ValueError, "prediction: expected one of ('eps', 'x0', 'v', 'score'), got"),
+    (lambda: ddpm(LINEAR, [5, 0], "noise"), ValueError, "prediction: expected one of eps, x0, v, score, flow, edm, mu"),
     (
         lambda: ddim(LINEAR, [5, 0], None),
         ValueError,
-        "prediction: expected one of ('eps', 'x0', 'v', 'score'), got None",
+        "prediction: expected one of eps, x0, v, score, flow, edm, mu, got None",
     ),
     (lambda: ddpm(LINEAR, [5, 0], variance="small"), ValueError, "variance: expected one of ('fixed_small',"),
     (lambda: ddpm(LINEAR, [5, 0], variance=None), ValueError, "or a tensor of variances, got None"),

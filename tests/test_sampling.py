@@ -18,13 +18,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from diffkern import ops
 from diffkern.engine import optimize
+from diffkern.guidance import Guidance
 from diffkern.model import Model, save
-from diffkern.samplers import ddpm
-from diffkern.sampling import Step, _Loop, sample
+from diffkern.runtime import Loop
+from diffkern.samplers import SAMPLERS, ddpm
+from diffkern.sampling import Step, sample
 from diffkern.schedule import Schedule
 from diffkern.unet import UNet
 
 LINEAR = Schedule.linear()
+CPU = torch.device("cpu")
 SHAPE = (2, 3, 3)
 ONE = torch.ones(1, dtype=torch.float64)
 
@@ -103,8 +106,8 @@ RUNS = {
         LINEAR.timesteps(30, "leading"),
     ),
     "ddim": (dict(sampler="ddim"), dict(eta=0.0), LINEAR.timesteps(50)),
-    "fewer steps": (dict(steps=30), dict(eta=0.0), LINEAR.timesteps(30)),
-    "steps of one's own": (dict(steps=[999, 500, 3]), dict(eta=0.0), [999, 500, 3]),
+    "eta": (dict(steps=30, eta=0.0), dict(eta=0.0), LINEAR.timesteps(30)),
+    "steps of one's own": (dict(steps=[999, 500, 3], eta=0.0), dict(eta=0.0), [999, 500, 3]),
     "ddim, eta 0.5": (
         dict(sampler="ddim", steps=20, spacing="quadratic", eta=0.5),
         dict(eta=0.5),
@@ -498,15 +501,18 @@ def test_training_flags_are_restored_and_dropout_is_off(training):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_steps_that_find_their_row_on_the_device_are_those_of_a_loop_of_the_host(guidance):
-    """What a CUDA graph replays is a step that knows neither its number nor its t."""
+    """A CUDA graph replays one row for all of its kind: the first row's, here, which knows neither number nor t."""
     unet, labels, timesteps = small_unet(num_classes=3).eval(), torch.tensor([0, 2]), [900, 500, 499, 0]
     table, seeds = ddpm(LINEAR, timesteps, "eps").float(), torch.tensor([5, 6])
-    loop = _Loop(unet, table, (2, 2, 8, 8), True, guidance, clip=True, learned_variance=False, dtype=None)
+    program, null = SAMPLERS["ddpm"].trace(LINEAR.grid(timesteps), "eps"), torch.tensor([-1, -1])
+    conditions = {"labels": (labels, null)}
+    loop = Loop(unet, program, (2, 2, 8, 8), CPU, guidance=Guidance(guidance), conditions=conditions)
     x = ops.noise(seeds, (2, 8, 8), step=0)
     with torch.inference_mode():
-        loop.begin(x, seeds, labels)
+        loop.begin(x, seeds, {"labels": labels})
+        assert len({loop.kind(row) for row in program.rows}) == 1
         for _ in timesteps:
-            loop.step()
+            loop.step(program.rows[0])
         for row, t in enumerate(timesteps):
             out, null = (unet(x, torch.tensor([t, t]), y) for y in (labels, torch.tensor([-1, -1])))
             guided = dict(out_uncond=null, guidance=guidance) if guidance != 1 else {}
@@ -516,11 +522,15 @@ def test_steps_that_find_their_row_on_the_device_are_those_of_a_loop_of_the_host
 
 def test_a_step_looks_at_no_value_on_the_host():
     """Tensors without values refuse that; a CUDA graph would, too."""
-    unet, table = small_unet(num_classes=3).eval(), ddpm(LINEAR, [900, 0], "eps").float()
+    unet, program = small_unet(num_classes=3).eval(), SAMPLERS["ddpm"].trace(LINEAR.grid([900, 0]), "eps")
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        loop = _Loop(unet, torch.empty(table.shape), (2, 2, 8, 8), True, 3.0, True, False, torch.bfloat16)
-        loop.begin(torch.empty(2, 2, 8, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
-        loop.step()
+        labels = torch.zeros(2, dtype=torch.int64)
+        conditions = {"labels": (labels, labels)}
+        loop = Loop(
+            *(unet, program, (2, 2, 8, 8), CPU), guidance=Guidance(3.0), conditions=conditions, dtype=torch.bfloat16
+        )
+        loop.begin(torch.empty(2, 2, 8, 8), torch.zeros(2, dtype=torch.int64), {"labels": labels})
+        loop.step(program.rows[0])
         with pytest.raises(DataDependentOutputException):
             loop.row.item()
 
@@ -623,13 +633,13 @@ BAD = [
         "shape: expected None, the model brings its own, got (2, 3, 3)",
     ),
     (dict(schedule=[0.1, 0.2]), TypeError, "schedule: expected a Schedule, got list"),
-    (dict(prediction="noise"), ValueError, "prediction: expected one of ('eps', 'x0', 'v', 'score'), got 'noise'"),
-    (dict(prediction="eps", schedule=Schedule([0.5, 1.0])), ValueError, "prediction: expected 'v' or 'x0' where"),
-    (dict(shape=(3, 3)), ValueError, "shape: expected three positive sizes (C, H, W), got (3, 3)"),
-    (dict(shape=(2, 3, 0)), ValueError, "shape: expected three positive sizes (C, H, W), got (2, 3, 0)"),
-    (dict(shape=(2, 3, 3.0)), TypeError, "shape: expected three positive sizes (C, H, W), got 3.0"),
-    (dict(shape=8), TypeError, "shape: expected three positive sizes (C, H, W), got 8"),
-    (dict(shape="283"), TypeError, "shape: expected three positive sizes (C, H, W), got '283'"),
+    (dict(prediction="noise"), ValueError, "prediction: expected one of ('eps', 'x0', 'v',"),
+    (dict(prediction="eps", schedule=Schedule([0.5, 1.0])), ValueError, "prediction: expected 'v', 'x0' or 'flow'"),
+    (dict(shape=(3, 0)), ValueError, "shape: expected positive sizes, as (C, H, W), got (3, 0)"),
+    (dict(shape=(2, 3, 0)), ValueError, "shape: expected positive sizes, as (C, H, W), got (2, 3, 0)"),
+    (dict(shape=(2, 3, 3.0)), TypeError, "shape: expected positive sizes, as (C, H, W), got 3.0"),
+    (dict(shape=8), TypeError, "shape: expected positive sizes, as (C, H, W), got 8"),
+    (dict(shape="283"), TypeError, "shape: expected positive sizes, as (C, H, W), got '283'"),
     (
         dict(network=SimpleNamespace(unet=zeros, scheduler=None)),
         TypeError,
@@ -711,7 +721,7 @@ BAD = [
     (dict(labels=0, guidance="2"), TypeError, "guidance: expected a finite number, got '2'"),
     (dict(labels=0, guidance=torch.tensor(True)), TypeError, "guidance: expected a finite number, got True"),
     (dict(labels=0, guidance=torch.ones(3)), TypeError, "guidance: expected a finite number, got tensor([1., 1., 1.])"),
-    (dict(sampler="euler"), ValueError, "sampler: expected one of ('ddpm', 'ddim', 'dpmpp_2m'), got 'euler'"),
+    (dict(sampler="plms"), ValueError, f"sampler: expected one of {tuple(SAMPLERS)} or a function, got 'plms'"),
     (
         dict(steps=5, variance="fixed_large"),
         ValueError,
@@ -723,9 +733,9 @@ BAD = [
     (dict(steps=[0, 999]), ValueError, "steps: expected strictly decreasing steps, got [0, 999]"),
     (dict(steps=[1000, 0]), ValueError, "steps: expected steps in 0..999, got 1000 to 0"),
     (
-        dict(spacing="karras"),
+        dict(spacing="even"),
         ValueError,
-        "spacing: expected one of ['leading', 'linspace', 'quadratic', 'trailing']",
+        "spacing: expected one of ['karras', 'lambda', 'leading', 'linspace', 'quadratic', 'trailing', 'uniform']",
     ),
     (
         dict(variance="tiny"),
@@ -739,7 +749,7 @@ BAD = [
     ),
     (dict(sampler="ddim", variance="fixed_large"), ValueError, "variance: expected None, its default, with"),
     (dict(sampler="ddim", variance=torch.ones(50)), ValueError, "variance: expected None, its default, with"),
-    (dict(eta=0.5), ValueError, "eta: expected 0, its default, with sampler 'ddpm', got 0.5"),
+    (dict(sampler="ddpm", eta=0.5), ValueError, "eta: expected 0, its default, with sampler 'ddpm', got 0.5"),
     (dict(sampler="ddim", eta=2.0), ValueError, "eta: expected a number in [0, 1], got 2.0"),
     (dict(sampler="ddim", eta=None), TypeError, "eta: expected a number in [0, 1], got None"),
     # x_T, batch_size, device, dtype, flags
@@ -762,7 +772,7 @@ BAD = [
     ),
     (dict(dtype=torch.float64), ValueError, "dtype: expected None, torch.bfloat16 or torch.float16, got torch.float64"),
     (dict(dtype="bf16"), ValueError, "dtype: expected None, torch.bfloat16 or torch.float16, got 'bf16'"),
-    (dict(clip=1), TypeError, "clip: expected True or False, got 1"),
+    (dict(clip="yes"), TypeError, "clip: expected True, False, a number > 0, a range (-a, a) or a Quantile, got 'yes'"),
     (dict(progress="no"), TypeError, "progress: expected True or False, got 'no'"),
     (dict(callback="print"), TypeError, "callback: expected a callable, got str"),
     # what the network returns

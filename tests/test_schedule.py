@@ -303,7 +303,7 @@ BAD = [
     (lambda: Schedule.linear(10).timesteps([10, 0]), ValueError, "steps: expected steps in 0..9, got 10 to 0"),
     (lambda: Schedule.linear(10).timesteps([9, -1]), ValueError, "steps: expected steps in 0..9, got 9 to -1"),
     (lambda: Schedule.linear(10).timesteps([9.0]), TypeError, "steps: expected ints, got 9.0"),
-    (lambda: Schedule.linear(10).timesteps(5, "karras"), ValueError, "spacing: expected one of ['leading', 'linspace'"),
+    (lambda: Schedule.linear(10).timesteps(5, "even"), ValueError, "spacing: expected one of ['karras', 'lambda'"),
     (lambda: Schedule.linear(10).respace([0, 5]), ValueError, "steps: expected strictly decreasing steps, got [0, 5]"),
     (lambda: Schedule.from_config({}), ValueError, "config: expected a kind among ['cosine', 'custom', 'linear',"),
     (lambda: Schedule.from_config({"kind": "warp"}), ValueError, "'sigmoid'], got 'warp'"),

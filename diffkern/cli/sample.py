@@ -6,13 +6,15 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import __version__, images, ops
 from ..model import Model, load
 from ..samplers import SAMPLERS, VARIANCES, default_sampler
-from ..sampling import DEFAULT_STEPS, Step, sample
+from ..sampling import Step, sample
+from ..schedule import SPACINGS
 from .options import DTYPES, add_long_options, count
 from .outputs import check_file
 
@@ -35,14 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance (default: 1)"
     )
-    parser.add_argument("--steps", type=count, help="(default: all for ddpm, 50 for ddim, 20 for dpmpp_2m)")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="(default: ddim for fewer steps than all, else ddpm)")
-    parser.add_argument("--spacing", choices=("trailing", "leading", "linspace", "quadratic"), default="trailing")
+    parser.add_argument("--steps", type=count, help="(default: all for ddpm, 50 for ddim, 20 for most others)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="(default: ddpm for all steps, unipc for fewer)")
+    parser.add_argument("--spacing", choices=SPACINGS, default="trailing", help="of the steps (default: trailing)")
+    parser.add_argument(
+        "--noise", choices=("step", "path"), default="step", help="path: similar images for any number of steps"
+    )
     parser.add_argument(
         "--variance", choices=VARIANCES, help="of ddpm (default: learned if it was learned, else fixed_small)"
     )
     parser.add_argument(
-        "--eta", type=float, default=0.0, help="ddim's noise, 0 none to 1 as much as ddpm's (default: 0)"
+        "--eta", type=float, help="ddim's noise, 0 none to 1 as much as ddpm's; by itself it asks for ddim"
+    )
+    parser.add_argument(
+        *("--option", "-o"), action="append", default=[], metavar="NAME=VALUE", help="of the sampler, as order=3"
     )
     parser.add_argument(
         "--no-clip", dest="clip", action="store_false", help="do not clamp the predicted x_0 to [-1, 1]"
@@ -68,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.n is not None and n != arguments.n:
         raise ValueError(f"n: expected {n}, one for each of --seeds, got {arguments.n}")
     columns = arguments.columns or (len(model.classes) if model.classes and not arguments.labels else None)
-    sampler = arguments.sampler or default_sampler(arguments.steps, model.schedule.T)
+    sampler = arguments.sampler or default_sampler(arguments.steps, model.schedule.T, arguments.eta)
     shown = _shown_steps(model, arguments, sampler) if arguments.gif else range(0)
     _check_size(n, model, arguments, columns, len(shown))
     seeds = torch.cat([ops.as_seeds(numbers, "cpu") for numbers in ranges])
@@ -79,9 +87,11 @@ def run(arguments: argparse.Namespace) -> int:
         "steps": arguments.steps,
         "spacing": arguments.spacing,
         "variance": arguments.variance,
-        "eta": arguments.eta,
+        "eta": arguments.eta or 0.0,
         "clip": arguments.clip,
         "batch_size": arguments.batch_size,
+        **({} if arguments.noise == "step" else {"noise": arguments.noise}),
+        **_options(arguments.option),
     }
     names = None if labels is None else images.captions(model.classes, labels)
     film = Film(len(seeds), shown, names, columns, arguments.scale) if arguments.gif else None
@@ -143,9 +153,23 @@ class Film:
 def _shown_steps(model: Model, arguments: argparse.Namespace, sampler: str) -> range:
     """Choose the steps that become frames, by index: every k-th, so that there are at most ``GIF_FRAMES``."""
     T = model.schedule.T
-    steps = arguments.steps or min(DEFAULT_STEPS[sampler] or T, T)
+    steps = arguments.steps or min(SAMPLERS[sampler].steps or T, T)
     steps = len(model.schedule.timesteps(steps, arguments.spacing))
     return range(0, steps, -(-steps // GIF_FRAMES))
+
+
+def _options(tokens: list[str]) -> dict[str, Any]:
+    """The sampler's options, each a number, true, false or text."""
+    options = {}
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if not (name.isidentifier() and equals):
+            raise ValueError(f"option: expected NAME=VALUE, got {token!r}")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def _ranges(tokens: list[str]) -> list[range]:

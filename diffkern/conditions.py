@@ -1,0 +1,38 @@
+"""Conditions: what a network gets beside x_t and t, by name, each with the value that stands for its absence."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A tensor [N, *shape] that the network gets as a keyword of this name.
+
+    null    what stands for its absence: a number, or a tensor of that shape; None where a network must have it
+    encode  makes the tensor from what a caller gives, such as a text: a callable, or None for tensors alone
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    null: float | Tensor | None = None
+    encode: Callable[[Any], Tensor] | None = None
+
+    def batch(self, value: Any, n: int) -> Tensor:
+        """The condition for n samples, from one for each or one for all: float32 [n, *shape]."""
+        if value is None:
+            if self.null is None:
+                raise ValueError(f"{self.name}: expected a value, for the network has none that stands for its absence")
+            return torch.as_tensor(self.null, dtype=torch.float32, device="cpu").expand(n, *self.shape).clone()
+        if not isinstance(value, Tensor):
+            if self.encode is None:
+                raise TypeError(f"{self.name}: expected a tensor, got {type(value).__name__}")
+            value = self.encode(value)
+        if value.shape == self.shape:
+            value = value.expand(n, *self.shape)
+        if tuple(value.shape) != (n, *self.shape):
+            raise ValueError(f"{self.name}: expected shape {(n, *self.shape)}, got {tuple(value.shape)}")
+        return value.to(torch.float32)

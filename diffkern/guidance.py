@@ -1,0 +1,98 @@
+"""Guidance: which outputs a network call makes, and the columns by which the kernel combines them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops.row import LONG_COLUMNS
+from .program import Program, Row
+
+W, P_G, K_G = (LONG_COLUMNS.index(name) for name in ("w", "p_g", "k_g"))
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a condition draws the samples: by the network without it, a worse network, a classifier or a measurement.
+
+    weight       w of out_null + w (out - out_null) (Ho & Salimans 2022): 1 is the conditional model, 0 the
+                 unconditional one, each one pass through the network; any other w takes two. A list has one for each
+                 sample. With a classifier or a measurement: the scale of its gradient
+    interval     (low, high) of sigma / alpha within which to guide (Kynkaanniemi et al. 2024); elsewhere w is 1
+    rescale      phi of Lin et al. 2024, eq. 15 and 16: how far to bring the standard deviation of each sample's output
+                 back to the conditional one's
+    negative     labels in place of the null class
+    plus_plus    CFG++ (Chung et al. 2024): step by the unconditional noise; w in [0, 1]
+    network      a worse network in place of the null class (autoguidance, Karras et al. 2024)
+    classifier   (x_t, t, labels) -> logits [N, K] or log p(y | x_t) [N]
+    form         of a classifier's or measurement's gradient g: "score", x0_hat + w sigma^2 / alpha g, with any sampler;
+                 or "mean", mean + w var g, with samplers that draw noise (Dhariwal & Nichol 2021, algorithm 1)
+    measurement  x0_hat -> log p(y | x0_hat) [N]: its gradient goes through the network (Chung et al. 2023)
+    """
+
+    weight: float | Sequence[float] | Tensor = 1.0
+    interval: tuple[float, float] | None = None
+    rescale: float = 0.0
+    negative: Any = None
+    plus_plus: bool = False
+    network: Callable[..., Tensor] | None = None
+    classifier: Callable[..., Tensor] | None = None
+    form: str = "score"
+    measurement: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        weights = torch.as_tensor(self.weight, dtype=torch.float64, device="cpu")
+        if weights.ndim > 1 or not weights.isfinite().all():
+            raise ValueError(f"guidance: expected a finite number, or one for each sample, got {self.weight!r}")
+        object.__setattr__(self, "weight", weights.item() if weights.ndim == 0 else weights)
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale: expected a number in [0, 1], got {self.rescale!r}")
+        if self.form not in ("score", "mean"):
+            raise ValueError(f"form: expected 'score' or 'mean', got {self.form!r}")
+        if self.interval is not None and not (len(self.interval) == 2 and self.interval[0] <= self.interval[1]):
+            raise ValueError(f"interval: expected (low, high), got {self.interval!r}")
+        if sum(option is not None for option in (self.negative, self.network, self.classifier, self.measurement)) > 1:
+            raise ValueError("guidance: expected one of negative, network, classifier and measurement, got several")
+        if self.by_gradient and (self.rescale or self.plus_plus):
+            raise ValueError("guidance: expected no rescale and no plus_plus with a classifier or a measurement")
+
+    @property
+    def by_gradient(self) -> bool:
+        return self.classifier is not None or self.measurement is not None
+
+    def at(self, row: Row) -> bool:
+        """Whether a row's call is guided."""
+        if row.point is None:
+            return False
+        low, high = self.interval or (0.0, math.inf)
+        return low <= row.point.rho <= high
+
+    @property
+    def per_row(self) -> bool:
+        """Whether all samples have one weight."""
+        return not isinstance(self.weight, Tensor)
+
+    def outputs(self, row: Row) -> tuple[bool, bool]:
+        """(whether the call makes the output with its condition, and the one to compare it with)."""
+        if self.by_gradient or not self.at(row) or (self.per_row and self.weight == 1 and not self.plus_plus):
+            return True, False
+        if self.per_row and self.weight == 0 and not self.plus_plus and self.network is None:
+            return False, True
+        return True, True
+
+    def fill(self, table: Tensor, program: Program) -> Tensor:
+        """``table`` of the program with the columns w, p_g and k_g, in place."""
+        for values, row in zip(table, program.rows, strict=True):
+            both = all(self.outputs(row))
+            values[W] = self.weight if both and self.per_row else 1.0
+            if self.by_gradient and self.at(row):
+                scale = self.weight if self.per_row else 1.0
+                if self.form == "score":
+                    values[P_G] = scale * row.point.sigma**2 / row.point.alpha
+                else:
+                    learned = row.noise is not None and row.noise.log_var is not None
+                    values[K_G] = scale * (1.0 if learned else row.sigma**2)
+        return table

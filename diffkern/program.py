@@ -1,0 +1,405 @@
+"""Programs: a sampler, written as in its paper, run once without data to get rows of coefficients for one kernel.
+
+A sampler is a function ``(m, grid, **options) -> m.program(x)``. What it computes with are *forms*, linear combinations
+of the state, of earlier predictions and of addressed noises; so every step of every sampler is a row
+
+    x0_hat = p_x x + p_o out                                           clamped
+    x_next = k_x x + k_o out + k_u out_uncond + k_0 x0_hat + sum_j k_j slot_j + sigma (z + z' + ..)
+    kept   = q_x x + q_o out + q_0 x0_hat                              into one of the slots
+
+of ``ops.reverse_step``. :class:`Trace` finds the rows. :class:`Direct` runs the same function on tensors, step by step.
+
+One state is enough. Where the network is called on X' = a X + rest, a later use of X is (X' - rest) / a: the
+intermediate states that a paper keeps cost no memory, and a noise before a call is the noise of the row before it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops.row import LONG_COLUMNS, long_columns
+from .prediction import head_at
+from .process import Grid, Point
+
+HALVES = 1 << 31  # the first of the addresses of half steps
+
+
+# --- what a sampler's symbols are ---
+
+
+@dataclass(frozen=True)
+class Out:
+    """The x0_hat that the call in that row gives."""
+
+    row: int
+
+
+@dataclass(frozen=True)
+class Uncond:
+    """The network's output without its condition, in the call of that row."""
+
+    row: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the sampler kept in that row."""
+
+    row: int
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The sum of ``count`` standard normals at descending addresses, over sqrt(count)."""
+
+    address: int
+    count: int
+    log_var: tuple[float, float] | None = None  # times the standard deviation that the network predicts between these
+
+
+STATE = "x"  # what the latest call got
+Coefficients = dict[Any, float]
+
+
+def _combine(*parts: tuple[float, Coefficients]) -> Coefficients:
+    """The sum of the parts, each times its number. What cancels but for rounding is 0: it must not cost a slot."""
+    total: Coefficients = {}
+    for factor, coefficients in parts:
+        for symbol, value in coefficients.items():
+            before, added = total.get(symbol, 0.0), factor * value
+            after = before + added
+            total[symbol] = 0.0 if abs(after) <= 1e-13 * max(abs(before), abs(added)) else after
+    return {symbol: value for symbol, value in total.items() if value != 0}
+
+
+class Form:
+    """A linear combination of the state, predictions and noises, which follows the state from call to call."""
+
+    def __init__(self, trace: "Trace", coefficients: Coefficients):
+        self.trace, self.epoch, self.coefficients = trace, len(trace.states), coefficients
+
+    def now(self) -> Coefficients:
+        """The coefficients over the present state: the one before it was x = (state - rest) / k_x."""
+        for k_x, rest in self.trace.states[self.epoch :]:
+            of_x = self.coefficients.get(STATE, 0.0)
+            if of_x != 0:
+                if k_x == 0:
+                    raise ValueError("sampler: expected m.keep(x) for a state that the next one does not contain")
+                others = {symbol: value for symbol, value in self.coefficients.items() if symbol != STATE}
+                self.coefficients = _combine((1.0, others), (of_x / k_x, {STATE: 1.0}), (-of_x / k_x, rest))
+        self.epoch = len(self.trace.states)
+        return self.coefficients
+
+    def becomes_state(self) -> None:
+        self.coefficients, self.epoch = {STATE: 1.0}, len(self.trace.states)
+
+    def __add__(self, other: "Form") -> "Form":
+        return Form(self.trace, _combine((1.0, self.now()), (1.0, other.now())))
+
+    def __sub__(self, other: "Form") -> "Form":
+        return Form(self.trace, _combine((1.0, self.now()), (-1.0, other.now())))
+
+    def __mul__(self, factor: float) -> "Form":
+        return Form(self.trace, _combine((float(factor), self.now())))
+
+    def __truediv__(self, divisor: float) -> "Form":
+        return Form(self.trace, {symbol: value / divisor for symbol, value in self.now().items()})
+
+    def __neg__(self) -> "Form":
+        return self * -1.0
+
+    __rmul__ = __mul__
+
+
+# --- the two ways to run a sampler ---
+
+
+class Sampling:
+    """What a sampler is written in: ``m(x, s)`` is x0_hat, ``m.eps(x, s)`` the noise, ``m.z(s, t)`` a step's noise."""
+
+    def __init__(self, grid: Grid):
+        self.grid = grid
+        self.at_step_start = False
+        self._visits: dict[int, int] = {}
+
+    def steps(self) -> Iterator[tuple[Point, Point]]:
+        """(s, t) of each step of the grid. The first call in a step is on what the step before has reached."""
+        for s, t in self.grid.steps:
+            self.at_step_start = True
+            yield s, t
+
+    def predict(self, x: Any, s: Point) -> tuple[Any, Any]:
+        """Call the network on x at s: (x0_hat, eps = (x - alpha x0_hat) / sigma)."""
+        raise NotImplementedError
+
+    def __call__(self, x: Any, s: Point) -> Any:
+        return self.predict(x, s)[0]
+
+    def eps(self, x: Any, s: Point) -> Any:
+        return self.predict(x, s)[1]
+
+    def z(self, s: Point, t: Point | None = None, *, log_var: tuple[float, float] | None = None) -> Any:
+        """Standard normals: the noise of the step from s to t, new at each visit; without t it is never a path's.
+
+        log_var  of a learned variance: times exp(log_var / 2), which the network predicts between these two
+        """
+        if self.grid.path and t is not None:
+            return self.noise(Noise(s.address, s.address - t.address if s.address > t.address else 1, log_var))
+        visit = self._visits[s.address] = self._visits.get(s.address, -1) + 1
+        return self.noise(Noise(s.address + (visit << 20), 1, log_var))
+
+    def z_halves(self, s: Point) -> tuple[Any, Any]:
+        """The standard normals of the two halves of the step that leaves s. That of the step is their sum / sqrt(2)."""
+        first = HALVES + 2 * s.address + 1
+        return self.noise(Noise(first, 1)), self.noise(Noise(first - 1, 1))
+
+    def noise(self, address: Noise) -> Any:
+        raise NotImplementedError
+
+    def reach(self, x: Any, t: Point) -> Any:
+        """Say that x is at the grid's point t, where constraints apply: :meth:`steps` does, once a step."""
+        return x
+
+
+class Direct(Sampling):
+    """A sampler on tensors or arrays, call by call, as its paper says it: what its program is held against.
+
+    denoise  (x, s) -> x0_hat at the point s
+    noise    (address, count) -> standard normals like x
+    x_T      the start
+    """
+
+    def __init__(self, grid: Grid, denoise: Callable[[Any, Point], Any], noise: Callable[[int, int], Any], x_T: Any):
+        super().__init__(grid)
+        self.denoise, self.noise_at, self.x_T = denoise, noise, x_T
+
+    def start(self) -> Any:
+        return self.x_T
+
+    def predict(self, x, s):
+        x0 = self.denoise(x, s)
+        return x0, (x - x0 * s.alpha) / s.sigma if s.sigma > 0 else None
+
+    def noise(self, address):
+        if address.log_var is not None:
+            raise ValueError("variance: expected a fixed one, got a learned one, which Direct has no network for")
+        return self.noise_at(address.address, address.count)
+
+    def keep(self, x: Any) -> Any:
+        return x
+
+    def program(self, x: Any) -> Any:
+        return x
+
+
+@dataclass
+class Row:
+    """One row of a program: a network call, unless ``point`` is None, and the update that follows."""
+
+    point: Point | None
+    p_x: float = 0.0
+    p_o: float = 0.0
+    k_x: float = 1.0
+    k_o: float = 0.0
+    k_u: float = 0.0
+    k_0: float = 0.0
+    slots: dict[Any, float] = field(default_factory=dict)  # by slot; while traced by symbol
+    sigma: float = 0.0
+    noise: Noise | None = None
+    q: tuple[float, float, float] = (0.0, 0.0, 0.0)  # q_x, q_o, q_0 of what is kept
+    keep: int | None = None  # the slot that it goes to
+    begins: bool = False  # whether the call is a step's first
+    reached: Point | None = None  # the grid's point that x is at after the row; None within a step
+
+
+class Trace(Sampling):
+    """A sampler on forms: records its rows.
+
+    prediction  what the network's output is
+    plus_plus   take the noise of :meth:`Sampling.eps` from the output without the condition (CFG++, Chung et al. 2024)
+    """
+
+    def __init__(self, grid: Grid, prediction: str = "x0", *, plus_plus: bool = False):
+        super().__init__(grid)
+        self.prediction, self.plus_plus = prediction, plus_plus
+        self.rows: list[Row] = []
+        self.open = False  # whether the last row has made its call and not yet its update
+        self.states: list[tuple[float, Coefficients]] = []  # of each update: k_x, and the rest
+        self.kept: dict[Kept, tuple[float, float, float]] = {}
+
+    def start(self) -> Form:
+        return Form(self, {STATE: 1.0})
+
+    def noise(self, address):
+        return Form(self, {address: 1.0})
+
+    def predict(self, x, s):
+        self._update(x, s if self.at_step_start else None)
+        begins, self.at_step_start = self.at_step_start, False
+        row = len(self.rows)
+        p_x, p_o = head_at(self.prediction, s, self.grid.process) if s.sigma > 0 else (1.0 / s.alpha, 0.0)
+        self.rows.append(Row(s, p_x, p_o, begins=begins))
+        self.open = True
+        x0, state = Form(self, {Out(row): 1.0}), Form(self, {STATE: 1.0})
+        if s.sigma == 0:
+            return x0, None
+        if self.plus_plus:
+            return x0, state * ((1 - s.alpha * p_x) / s.sigma) + Form(self, {Uncond(row): -s.alpha * p_o / s.sigma})
+        return x0, (state - x0 * s.alpha) / s.sigma
+
+    def keep(self, form: Form) -> Form:
+        """Keep a form of the state and x0_hat of the latest call as it is now, such as its eps."""
+        row, c = len(self.rows) - 1, dict(form.now())
+        q = (c.pop(STATE, 0.0), 0.0, c.pop(Out(row), 0.0))
+        if c:
+            raise ValueError(
+                f"sampler: expected to keep a form of the latest x and x0_hat, got one of {sorted(map(str, c))}"
+            )
+        self.kept[Kept(row)] = q
+        return Form(self, {Kept(row): 1.0})
+
+    def reach(self, x: Form, t: Point) -> Form:
+        self._update(x, t)
+        return x
+
+    def program(self, x: Form) -> "Program":
+        """The rows that lead to x."""
+        self._update(x, self.grid.points[-1])
+        rows, slots = _allocate(self.rows, self.kept)
+        return Program(tuple(rows), slots, self.grid, self.prediction)
+
+    def _update(self, x: Form, reached: Point | None) -> None:
+        """x becomes the state: the update of the open row, or of a row without a call."""
+        c = dict(x.now())
+        if not self.open:
+            if c == {STATE: 1.0}:
+                return
+            self.rows.append(Row(None))
+        row, number = self.rows[-1], len(self.rows) - 1
+        self.states.append((c.get(STATE, 0.0), {symbol: value for symbol, value in c.items() if symbol != STATE}))
+        x.becomes_state()
+        self.open = False
+        if (kept := c.pop(Kept(number), 0.0)) != 0:  # kept by this very row: written out
+            q_x, _, q_0 = self.kept[Kept(number)]
+            c = _combine((1.0, c), (kept, {STATE: q_x, Out(number): q_0}))
+        row.k_x, row.k_0, row.k_u = (c.pop(symbol, 0.0) for symbol in (STATE, Out(number), Uncond(number)))
+        row.sigma, row.noise = _one_noise({symbol: c.pop(symbol) for symbol in list(c) if isinstance(symbol, Noise)})
+        row.slots, row.reached = c, reached
+        if any(isinstance(symbol, Uncond) for symbol in c):
+            raise ValueError("plus_plus: expected a sampler that uses the noise of its latest call alone")
+
+
+def _one_noise(noises: Mapping[Noise, float]) -> tuple[float, Noise | None]:
+    """(sigma, noise) of one row: one noise, or several of equal weight at addresses that follow each other."""
+    if not noises:
+        return 0.0, None
+    ordered = sorted(noises, key=lambda noise: -noise.address)
+    first, weight = ordered[0], noises[ordered[0]] / math.sqrt(ordered[0].count)  # of each single normal
+    count = 0
+    for noise in ordered:
+        same = math.isclose(noises[noise] / math.sqrt(noise.count), weight, rel_tol=1e-12)
+        if not same or noise.address != first.address - count or noise.log_var != first.log_var:
+            raise ValueError(f"sampler: expected noises of equal weight at addresses in sequence, got {dict(noises)}")
+        count += noise.count
+    return weight, Noise(first.address, count, first.log_var)
+
+
+def _allocate(rows: list[Row], kept: Mapping[Kept, tuple[float, float, float]]) -> tuple[list[Row], int]:
+    """(rows with slots for symbols, the number of slots). A row may write the slot that it is the last to read."""
+    last = {symbol: number for number, row in enumerate(rows) for symbol in row.slots}
+    made: dict[int, list[Any]] = {}
+    for symbol in last:
+        made.setdefault(symbol.row, []).append(symbol)
+    free: list[int] = []
+    where: dict[Any, int] = {}
+    slots, done = 0, []
+    for number, row in enumerate(rows):
+        reads = {where[symbol]: value for symbol, value in row.slots.items()}
+        free += sorted((where[symbol] for symbol in row.slots if last[symbol] == number), reverse=True)
+        row = replace(row, slots=reads)
+        if number in made:
+            if len(made[number]) > 1:
+                raise ValueError(
+                    "sampler: expected one prediction of a call to be used later, x0_hat or what it keeps, got both"
+                )
+            (symbol,) = made[number]
+            slot = free.pop() if free else slots
+            slots = max(slots, slot + 1)
+            where[symbol] = slot
+            row = replace(row, keep=slot, q=kept[symbol] if isinstance(symbol, Kept) else (0.0, 0.0, 1.0))
+        done.append(row)
+    return done, slots
+
+
+# --- what a sampler becomes ---
+
+
+@dataclass(frozen=True)
+class Program:
+    """The rows of a run, and how many tensors like x they keep between them."""
+
+    rows: tuple[Row, ...]
+    slots: int
+    grid: Grid
+    prediction: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def calls(self) -> int:
+        """How often the network is called."""
+        return sum(row.point is not None for row in self.rows)
+
+    @property
+    def learned_variance(self) -> bool:
+        return any(row.noise is not None and row.noise.log_var is not None for row in self.rows)
+
+    def fold(self) -> "Program":
+        """The same program with x0_hat written out (k_0 = q_0 = 0), for a run that clamps nothing.
+
+        Of ddpm and "eps" it is algorithm 2 of Ho et al. 2020 as printed.
+        """
+        return replace(self, rows=tuple(_folded(row) for row in self.rows))
+
+    def table(self, limit: float | None = None, weight: Callable[[Point], float] | float = 1.0) -> Tensor:
+        """The rows as ``ops.reverse_step`` takes them, long ones: float64 [rows, columns].
+
+        limit   clamp x0_hat to [-limit, limit]; None: not at all
+        weight  the guidance at each point
+        """
+        table = torch.zeros(len(self.rows), long_columns(self.slots), dtype=torch.float64, device="cpu")
+        for values, row in zip(table, self.rows, strict=True):
+            log_var = (0.0, 0.0) if row.noise is None or row.noise.log_var is None else row.noise.log_var
+            w = 1.0 if row.point is None else weight(row.point) if callable(weight) else weight
+            blend = (row.reached.alpha, row.reached.sigma) if row.reached else (0.0, 0.0)
+            columns = (
+                *(row.p_x, row.p_o, 0.0, math.inf if limit is None else limit, row.k_x, row.k_o, row.k_u, row.k_0),
+                *(0.0, row.sigma, *log_var, w, *row.q, *blend, 0.0, 0.0),
+            )
+            values[: len(LONG_COLUMNS)] = torch.tensor(columns, dtype=torch.float64, device="cpu")
+            for slot, k in row.slots.items():
+                values[len(LONG_COLUMNS) + slot] = k
+        return table
+
+    def addresses(self) -> Tensor:
+        """The address of each row's noise, and of what a mask blends in: int64 [rows, 2], it and how many
+        normals are added up."""
+        noises = [row.noise or Noise(row.point.address if row.point else 0, 1) for row in self.rows]
+        return torch.tensor([(noise.address, noise.count) for noise in noises], dtype=torch.int64, device="cpu")
+
+    def bytes(self) -> list[int]:
+        """What each row reads and writes for an element, in float32."""
+        return [4 * (2 + (r.point is not None) + len(r.slots) + (r.keep is not None)) for r in self.rows]
+
+
+def _folded(row: Row) -> Row:
+    k_x, q_x = (
+        _combine((1.0, {0: a}), (row.p_x, {0: b})).get(0, 0.0) for a, b in ((row.k_x, row.k_0), (row.q[0], row.q[2]))
+    )
+    k_o, q_o = row.k_o + row.k_0 * row.p_o, row.q[1] + row.q[2] * row.p_o
+    return replace(row, k_x=k_x, k_o=k_o, k_0=0.0, q=(q_x, q_o, 0.0))

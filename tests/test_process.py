@@ -1,0 +1,153 @@
+"""Processes, their points and grids, held against the papers' formulas and against differences."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from diffkern.process import EDM, END, VE, VP, Process, RectifiedFlow, SubVP, from_config
+from diffkern.schedule import Schedule
+
+PROCESSES = [VP(), SubVP(), VE(), EDM(), RectifiedFlow(), Schedule.linear(), Schedule.cosine(50)]
+CONTINUOUS = PROCESSES[:5]
+
+
+def inside(process):
+    return np.linspace(process.t_min, process.t_max, 9)[1:-1]
+
+
+def test_alpha_and_sigma_are_those_of_the_papers():
+    t = 0.37
+    integral = 0.1 * t + 19.9 * t * t / 2  # of beta from 0 to t
+    assert VP().alpha(t) == pytest.approx(math.exp(-integral / 2), rel=1e-14)
+    assert VP().sigma(t) ** 2 == pytest.approx(1 - math.exp(-integral), rel=1e-14)
+    assert SubVP().sigma(t) == pytest.approx(1 - math.exp(-integral), rel=1e-14)
+    assert VE().sigma(t) == pytest.approx(0.01 * 5000**t, rel=1e-14)
+    assert EDM().sigma(3.0) == 3 and EDM().c_noise(3.0) == pytest.approx(math.log(3) / 4)
+    assert EDM().c_in(EDM().point(3.0)) == pytest.approx(1 / math.sqrt(9.25))
+    assert RectifiedFlow().alpha(t) == 1 - t and RectifiedFlow().sigma(t) == t
+
+
+@pytest.mark.parametrize("process", CONTINUOUS, ids=repr)
+def test_derivatives_are_those_of_differences(process):
+    for t in inside(process):
+        step = 1e-6 * t
+        differences = [(f(t + step) - f(t - step)) / (2 * step) for f in (process.alpha, process.sigma)]
+        assert process.derivatives(t) == pytest.approx(differences, rel=1e-7, abs=1e-9)
+
+
+@pytest.mark.parametrize("process", CONTINUOUS, ids=repr)
+def test_the_sde_keeps_the_marginals(process):
+    """dalpha/dt = f alpha, and d(sigma^2)/dt = 2 f sigma^2 + g^2."""
+    for t in inside(process):
+        (f, g2), (d_alpha, d_sigma) = process.drift_and_diffusion(t), process.derivatives(t)
+        assert f * process.alpha(t) == pytest.approx(d_alpha, rel=1e-12, abs=1e-15)
+        assert 2 * f * process.sigma(t) ** 2 + g2 == pytest.approx(2 * process.sigma(t) * d_sigma, rel=1e-12)
+        assert g2 > 0
+
+
+def test_the_diffusion_of_sub_vp_is_beta_times_1_minus_alpha_to_the_4():
+    for t in inside(SubVP()):
+        beta = 0.1 + 19.9 * t
+        _, g2 = SubVP().drift_and_diffusion(t)
+        assert g2 == pytest.approx(beta * (1 - SubVP().alpha(t) ** 4), rel=1e-12)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=repr)
+def test_time_undoes_lambda(process):
+    for t in inside(process):
+        assert process.lam(process.time(process.lam(t))) == pytest.approx(process.lam(t), rel=1e-13, abs=1e-13)
+
+
+@pytest.mark.parametrize("process", CONTINUOUS, ids=repr)
+def test_a_process_is_made_again_from_its_description(process):
+    assert from_config(process.config()) == process
+
+
+@pytest.mark.parametrize("process", CONTINUOUS, ids=repr)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_grid_of_n_steps_falls_from_the_prior_to_an_image_without_noise(process, steps):
+    grid = process.grid(steps)
+    assert len(grid) == steps and len(grid.points) == steps + 1
+    assert grid.points[0].time == process.t_max and grid.points[-1].sigma == 0
+    assert all(s.lam < t.lam for s, t in grid.steps)
+
+
+def test_karras_spacing_is_equation_5():
+    rho = [p.rho for p in EDM().grid(10).points[:-1]]
+    expected = [(80 ** (1 / 7) + i / 9 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(10)]
+    assert rho == pytest.approx(expected, rel=1e-12)
+
+
+def test_lambda_spacing_is_even_in_lambda():
+    lam = [p.lam for p in VP().grid(9, "lambda", denoise=False).points]
+    assert np.diff(lam) == pytest.approx(np.full(9, (lam[-1] - lam[0]) / 9), rel=1e-9)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "lambda"])
+def test_a_schedule_snaps_to_time_steps_and_takes_their_alpha_and_sigma(spacing):
+    schedule = Schedule.linear()
+    for point in schedule.grid(12, spacing).points[:-1]:
+        t = int(point.time)
+        assert point.time == t == point.address == point.c_noise
+        assert point.alpha**2 == pytest.approx(schedule.alpha_bar[t].item(), rel=1e-15)
+
+
+def test_a_schedule_at_a_real_time_lies_between_its_time_steps_in_logarithms():
+    schedule = Schedule.linear()
+    before, at, after = (schedule.point(t) for t in (300, 300.25, 301))
+    for name in ("log_alpha", "log_sigma"):
+        a, b, c = (getattr(point, name) for point in (before, at, after))
+        assert b == pytest.approx(a + (c - a) / 4, rel=1e-12)
+
+
+def test_a_path_addresses_every_cell_of_a_continuous_process_once():
+    for steps in (5, 50):
+        points = VP().grid(steps, "lambda", path=True).points
+        assert all(s.address > t.address for s, t in zip(points[:-1], points[1:], strict=True))
+    with pytest.raises(ValueError, match="noise: expected 'step' with 5000 steps"):
+        VP().grid(5000, "lambda", path=True)
+
+
+def test_a_new_process_is_three_methods():
+    @dataclasses.dataclass(frozen=True)
+    class Circle(Process):
+        t_min: float = 0.01
+        t_max: float = 1.5
+
+        def alpha(self, t):
+            return np.cos(t)
+
+        def sigma(self, t):
+            return np.sin(t)
+
+    assert Circle().lam(Circle().time(0.3)) == pytest.approx(0.3, abs=1e-12)
+    assert Circle().drift_and_diffusion(0.5)[0] == pytest.approx(-math.tan(0.5))
+    del Process.kinds["Circle"]
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: VP().grid(0), ValueError, "steps: expected an int >= 1, got 0"),
+        (lambda: VP().grid(2.5), TypeError, "steps: expected an int >= 1, got 2.5"),
+        (lambda: VP().grid(4, "even"), ValueError, "spacing: expected one of"),
+        (lambda: VP().grid([0.1, 0.5]), ValueError, "steps: expected times that fall"),
+        (lambda: VP().grid([1.5, 0.5]), ValueError, "steps: expected times that fall"),
+        (lambda: VP().grid([]), ValueError, "steps: expected times that fall"),
+        (
+            lambda: RectifiedFlow().grid(4, "karras"),
+            ValueError,
+            "spacing: expected 'uniform' where alpha or sigma is 0",
+        ),
+        (lambda: from_config({"kind": "round"}), ValueError, "config: expected a kind among"),
+    ],
+)
+def test_processes_refuse_what_does_not_fit(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_the_end_has_no_noise():
+    assert END.lam == math.inf and END.rho == 0

@@ -1,0 +1,382 @@
+"""What a run does with a program: in float32 what the sampler does in float64, with guidance and constraints."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from gaussian import GRIDS, MOMENTS, network_output
+from test_program import case_name, heads
+
+from diffkern import EDM, VE, VP, From, Guidance, Inpaint, Quantile, RectifiedFlow, Run, Schedule, SubVP, ops, sample
+from diffkern.constraints import limit_of
+from diffkern.process import Point
+from diffkern.program import Direct
+from diffkern.runtime import Loop
+from diffkern.samplers import SAMPLERS
+from diffkern.sampling import encode, interpolate
+
+LINEAR, CPU = Schedule.linear(), torch.device("cpu")
+SHAPE = (2, 3, 3)
+
+
+def normal_network(process, prediction, mean=0.3, variance=0.25):
+    """The exact network, on tensors of any dtype, of pixels that are N(mean, variance) each."""
+    points = {}
+
+    def denoise(x: torch.Tensor, s: Point) -> torch.Tensor:
+        gain = s.alpha * variance / (s.alpha**2 * variance + s.sigma**2)
+        return mean + gain * (x - s.alpha * mean)
+
+    def network(x, t, labels):
+        c = float(t[0])
+        s = points[c]
+        x = x / process.c_in(s)
+        return torch.as_tensor(network_output(prediction, x, denoise(x, s), s, type("", (), {"process": process})))
+
+    network.points, network.denoise = points, denoise
+    return network
+
+
+@pytest.mark.parametrize("case", MOMENTS, ids=case_name)
+def test_float32_rows_on_the_kernel_are_the_sampler_in_float64(case):
+    grid = GRIDS[case["grid"]](10)
+    prediction = [name for name in heads(grid) if name not in ("eps", "score", "mu")][0]
+    network = normal_network(grid.process, prediction)
+    program = SAMPLERS[case["sampler"]].trace(grid, prediction, **case["options"])
+    for row in program.rows:
+        if row.point is not None:
+            c = row.point.c_noise
+            network.points[float(torch.tensor(c, dtype=torch.float32))] = row.point
+    seeds = torch.arange(3)
+    x_T = ops.noise(seeds, SHAPE, step=0) * grid.process.prior_std
+
+    def noise(address, count):
+        z = [ops.noise(seeds, SHAPE, step=address - i, stream=1).double() for i in range(count)]
+        return sum(z) / math.sqrt(count)
+
+    exact = SAMPLERS[case["sampler"]](Direct(grid, network.denoise, noise, x_T.double()), grid, **case["options"])
+    loop = Loop(network, program, (3, *SHAPE), CPU, limit=None)
+    loop.begin(x_T, seeds)
+    largest = []
+    loop.run(lambda: largest.append(loop.x.abs().max().item()))
+    assert (loop.x - exact).abs().max() <= 1e-5 * max(1.0, x_T.abs().max().item(), *largest)
+
+
+def linear_network(x, t, labels):
+    return x * 0.5 if labels is None else x * 0.5 + labels.view(-1, *[1] * (x.ndim - 1)) * 0.01
+
+
+def draw(network=linear_network, n=3, **options):
+    described = dict(schedule=LINEAR, prediction="eps", shape=SHAPE, steps=8, progress=False)
+    return sample(network, n, **described | options)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_an_image_depends_on_its_seed_alone_with_every_sampler(name):
+    if name == "ddim_inversion":
+        return
+    options = dict(prediction="x0") if name == "velocity" else {}
+    alone = draw(sampler=name, seeds=[7], n=None, **options)
+    among = draw(sampler=name, seeds=[3, 7, 5], n=None, batch_size=2, **options)
+    assert torch.isfinite(alone).all() and torch.equal(alone[0], among[1])
+
+
+@pytest.mark.parametrize("process", [VP(), SubVP(), VE(), EDM(), RectifiedFlow()], ids=repr)
+@pytest.mark.parametrize("shape", [(5,), (4, 6), (3, 2, 2), (2, 2, 2, 2)], ids=str)
+def test_every_process_is_sampled_in_any_shape(process, shape):
+    seen = []
+
+    def network(x, t, labels):
+        seen.append(t)
+        return 0 * x
+
+    x = draw(network, schedule=process, prediction="x0", shape=shape, sampler="unipc")
+    assert x.shape == (3, *shape) and x.abs().max() == 0
+    assert all(t.dtype == torch.float32 for t in seen) and len(seen) == 8
+    assert seen[0][0].item() == pytest.approx(float(process.c_noise(process.t_max)))
+
+
+def test_a_schedule_tells_int64_time_steps_and_real_times_only_to_samplers_that_ask():
+    told = {}
+    for name in ("heun", "dpmpp_2s", "midpoint"):
+        draw(lambda x, t, y: told.setdefault(name, []).append(t) or x * 0.1, sampler=name)  # noqa: B023
+    assert all(t.dtype == torch.int64 for name in ("heun", "dpmpp_2s") for t in told[name])
+    assert all(t.dtype == torch.float32 for t in told["midpoint"])
+
+
+# --- guidance ---
+
+
+def test_a_weight_is_a_guidance():
+    labels = [1, 2, 3]
+    assert torch.equal(draw(labels=labels, guidance=2.5), draw(labels=labels, guidance=Guidance(2.5)))
+
+
+def test_weights_of_samples_are_those_of_each_alone():
+    labels, weights = [1, 2, 3], [1.0, 2.5, -0.5]
+    together = draw(labels=labels, guidance=Guidance(weights))
+    for i, w in enumerate(weights):
+        alone = draw(labels=[labels[i]], guidance=Guidance([w]), n=None, seeds=[i])
+        assert torch.equal(together[i], alone[0])
+        assert torch.allclose(alone, draw(labels=[labels[i]], guidance=w, n=None, seeds=[i]), atol=1e-6)
+
+
+def test_an_interval_guides_within_it_and_calls_once_elsewhere():
+    calls = []
+
+    def network(x, t, labels):
+        calls.append((int(t[0]), int(labels[0])))
+        return linear_network(x, t, labels)
+
+    draw(network, labels=[1, 2, 3], guidance=Guidance(2.0, interval=(0.5, 2.0)))
+    for t in LINEAR.timesteps(8):
+        inside = 0.5 <= LINEAR.point(t).rho <= 2.0
+        assert [label for step, label in calls if step == t] == ([1, -1] if inside else [1])
+
+
+def test_negative_labels_take_the_null_class_s_place():
+    seen = set()
+    draw(lambda x, t, y: seen.add(int(y[0])) or x * 0.1, labels=1, guidance=Guidance(2.0, negative=4))
+    assert seen == {1, 4}
+
+
+def test_rescaled_guidance_has_the_standard_deviation_of_the_conditional_output():
+    outputs = {}
+
+    def network(x, t, labels):
+        torch.manual_seed(int(t[0]))
+        out = torch.randn(x.shape) * (1.0 if labels[0] < 0 else 2.0)
+        outputs.setdefault(int(t[0]), []).append(out)
+        return out
+
+    seen = []
+    draw(
+        network,
+        labels=1,
+        steps=[500, 0],
+        guidance=Guidance(3.0, rescale=1.0),
+        clip=False,
+        sampler="ddim",
+        prediction="x0",
+        callback=lambda step: seen.append(step.x0_hat),
+    )
+    c, _ = outputs[500]
+    assert torch.allclose(seen[0].flatten(1).std(1), c.flatten(1).std(1), rtol=1e-5)
+
+
+def test_autoguidance_compares_with_the_worse_network():
+    def worse(x, t, labels):
+        return x * 0.4
+
+    w = 2.0
+    by_hand = draw(lambda x, t, y: worse(x, t, y) + w * (linear_network(x, t, y) - worse(x, t, y)))
+    assert torch.allclose(draw(guidance=Guidance(w, network=worse)), by_hand, atol=2e-5)
+
+
+def test_cfg_plus_plus_steps_by_the_unconditional_noise():
+    """x = alpha_t x0_hat(guided) + sigma_t eps(unconditional) (Chung et al. 2024, algorithm 1), by hand in float64."""
+    w, steps, labels = 0.6, [900, 500, 100], torch.tensor([1, 2, 3])
+    x = ops.noise(torch.arange(3), SHAPE, step=0).double()
+    points = LINEAR.grid(steps).points
+    for s, t in zip(points[:-1], points[1:], strict=True):
+        u = linear_network(x, None, torch.full((3,), -1))
+        o = u + w * (linear_network(x, None, labels) - u)
+        x = t.alpha * (x - s.sigma * o) / s.alpha + t.sigma * u
+    guided = draw(labels=labels, steps=steps, guidance=Guidance(w, plus_plus=True), sampler="ddim", clip=False)
+    assert torch.allclose(guided.double(), x, atol=1e-4)
+
+
+def test_a_classifier_in_score_form_gives_the_conditional_prediction_of_two_gaussian_classes():
+    """x0_hat + sigma^2 / alpha grad ln p(y | x_t) is the exact x0_hat of the class: at every step of a run."""
+    means, variance = torch.tensor([-1.0, 1.0]), 0.1
+
+    def posterior(x, s):
+        """ln p(y | x_t) of each element alone, with equal classes."""
+        spread = s.alpha**2 * variance + s.sigma**2
+        return torch.stack([-((x - s.alpha * m) ** 2) / (2 * spread) for m in means]).log_softmax(0)
+
+    def of_class(x, s, m):
+        gain = s.alpha * variance / (s.alpha**2 * variance + s.sigma**2)
+        return m + gain * (x - s.alpha * m)
+
+    def network(x, t, labels):
+        s = LINEAR.point(int(t[0]))
+        return sum(p.exp() * of_class(x, s, m) for p, m in zip(posterior(x, s), means, strict=True))
+
+    def classifier(x, t, labels):
+        s = LINEAR.point(int(t[0]))
+        return torch.stack([posterior(x, s)[k].flatten(1).sum(1) for k in range(2)], 1)
+
+    def log_p(x, t, labels):  # of one class: [N]
+        return classifier(x, t, labels)[:, 1]
+
+    options = dict(prediction="x0", labels=1, sampler="ddim", clip=False)
+    guided = draw(network, guidance=Guidance(1.0, classifier=log_p), **options)
+    exact = draw(lambda x, t, y: of_class(x, LINEAR.point(int(t[0])), 1.0), **options)
+    assert torch.allclose(guided, exact, atol=1e-4)
+
+
+def test_a_measurement_s_gradient_goes_through_the_network():
+    seen = []
+
+    def measurement(x0):
+        seen.append(x0.requires_grad)
+        return -((x0 - 0.8) ** 2).flatten(1).sum(1)
+
+    options = dict(prediction="x0", sampler="ddim", clip=False)
+    free, held = (
+        draw(lambda x, t, y: x * 0.3, guidance=g, **options) for g in (1.0, Guidance(0.3, measurement=measurement))
+    )
+    assert all(seen) and (held - 0.8).abs().mean() < (free - 0.8).abs().mean()
+
+
+# --- ranges and constraints ---
+
+
+@pytest.mark.parametrize("clip, largest", [(True, 1.0), (0.5, 0.5), ((-2, 2), 2.0), (Quantile(0.9), 1.0)], ids=str)
+def test_clip_bounds_the_images(clip, largest):
+    assert draw(lambda x, t, y: -9 * x, clip=clip).abs().max() == largest
+
+
+def test_a_quantile_divides_each_sample_by_its_own():
+    seen = {}
+    for clip in (False, Quantile(0.8)):
+        calls = seen.setdefault(clip, [])
+        draw(lambda x, t, y: x * 3, clip=clip, steps=[400], prediction="x0", callback=calls.append)
+    x0, bounded = (seen[clip][0].x0_hat for clip in (False, Quantile(0.8)))
+    size = x0.abs().flatten(1).quantile(0.8, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+    assert torch.allclose(bounded, (x0 / size).clamp(-1, 1), atol=1e-6)
+
+
+def test_inpainting_keeps_the_known_part_exactly_and_makes_the_rest():
+    image, mask = torch.linspace(-1, 1, 18).view(1, *SHAPE), torch.zeros(1, 1, 3, 3)
+    mask[..., 2] = 1
+    for options in (dict(), dict(sampler="unipc"), dict(sampler="heun"), dict(sampler="ddpm")):
+        x = draw(constraint=Inpaint(image, mask), **options)
+        assert torch.equal(x[..., :2], image[..., :2].expand(3, -1, -1, -1))
+        assert len({row.sum().item() for row in x[..., 2]}) == 3
+    x = draw(constraint=Inpaint(image, mask, resample=3, jump=2), sampler="ddpm")
+    assert torch.equal(x[..., :2], image[..., :2].expand(3, -1, -1, -1))
+
+
+def test_a_run_from_an_image_begins_at_its_noise_level():
+    image, seen = torch.full((1, *SHAPE), 0.5), []
+    draw(start=From(image, 0.5), callback=seen.append, sampler="ddim")
+    first = LINEAR.point(seen[0].t)
+    z = ops.noise(torch.arange(3), SHAPE, step=seen[0].t, stream=2)
+    assert 0 < seen[0].t <= 0.5 * 999
+    assert torch.allclose(seen[0].x_t, first.alpha * image + first.sigma * z, atol=1e-6)
+
+
+def test_encoding_and_drawing_again_gives_the_image_back():
+    network = normal_network(LINEAR, "v")
+    network.points.update({float(t): LINEAR.point(t) for t in range(1000)})
+    image = torch.linspace(-0.9, 0.9, 36).view(2, *SHAPE)
+    described = dict(schedule=LINEAR, prediction="v", shape=SHAPE, progress=False)
+    x_T = encode(network, image, steps=250, **described)
+    back = sample(network, x_T=x_T, sampler="ddim", steps=250, clip=False, **described)
+    assert (back - image).abs().max() < 0.05
+    line = interpolate(network, image[0], image[1], 3, steps=100, **described)
+    assert (line[0] - image[0]).abs().max() < 0.15 and (line[2] - image[1]).abs().max() < 0.15
+    mixed = interpolate(network, image[0], image[1], 3, fraction=0.2, steps=100, **described)
+    assert mixed.shape == (3, *SHAPE)
+
+
+def test_a_callback_s_tensor_takes_the_place_of_x():
+    x = draw(callback=lambda step: torch.full_like(step.x_next, 0.25), batch_size=2)
+    assert torch.equal(x, torch.full_like(x, 0.25))
+    with pytest.raises(ValueError, match="callback: expected None or a tensor of shape"):
+        draw(callback=lambda step: torch.zeros(1))
+
+
+def test_a_path_gives_similar_images_for_any_number_of_steps():
+    """On the exact network of a mixture: with ordinary noise nothing but chance is in common."""
+    means, spread = torch.tensor([[-0.8, 0.1], [0.7, 0.6], [0.2, -0.9]]), 0.15
+
+    def network(x, t, labels):
+        s = LINEAR.point(int(t[0]))
+        variance = (s.alpha * spread) ** 2 + s.sigma**2
+        d = x[:, None] - s.alpha * means
+        weights = (-(d**2).sum(-1) / (2 * variance)).softmax(1)
+        return (weights[..., None] * (means + s.alpha * spread**2 / variance * d)).sum(1)
+
+    options = dict(network=network, n=300, prediction="x0", shape=(2,), clip=False, sampler="ddpm", batch_size=300)
+    full = draw(noise="path", steps=None, **options)
+    assert torch.equal(full, draw(noise="step", steps=None, **options))
+
+    def correlation(x):
+        return np.corrcoef(full.flatten(), x.flatten())[0, 1]
+
+    assert correlation(draw(noise="path", steps=20, **options)) >= 0.93
+    assert correlation(draw(noise="step", steps=20, **options)) < 0.5
+
+
+# --- options ---
+
+
+def test_any_function_is_a_sampler():
+    def euler(m, grid, scale=1.0):
+        x = m.start()
+        for s, t in m.steps():
+            d = m.eps(x, s)
+            x = (x / s.alpha + d * (scale * (t.rho - s.rho))) * t.alpha
+        return m.program(x)
+
+    assert torch.allclose(draw(sampler=euler), draw(sampler="ddim"), atol=1e-5)
+    assert not torch.equal(draw(sampler=euler, scale=0.9), draw(sampler=euler))
+
+
+def test_eta_alone_means_ddim():
+    assert torch.equal(draw(eta=0.5, steps=None), draw(eta=0.5, steps=50, sampler="ddim"))
+
+
+def test_a_run_s_fields_may_be_named_one_by_one():
+    assert torch.equal(draw(run=Run(batch_size=1)), draw(batch_size=1))
+    with pytest.raises(TypeError, match="run: expected a Run, got dict"):
+        draw(run={})
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(ordr=3), TypeError, "ordr: expected an option of sampler 'ddim', a condition of the model"),
+        (dict(sampler="unipc", order=9), ValueError, r"order: expected one of \(1, 2, 3, 4\), got 9"),
+        (dict(noise="paths"), ValueError, "noise: expected 'step' or 'path', got 'paths'"),
+        (dict(guidance=Guidance([1.0, 2.0]), labels=1), ValueError, "guidance: expected 3 weights, one for each image"),
+        (
+            dict(constraint=Inpaint(torch.zeros(2, *SHAPE), torch.ones(1, 1, 3, 3))),
+            ValueError,
+            "constraint: expected sh",
+        ),
+        (dict(start=From(torch.zeros(1, 2, 4, 3))), ValueError, "start: expected shape"),
+        (dict(clip=0.0), ValueError, "clip: expected True, False, a number > 0"),
+        (dict(clip=(-1, 2)), ValueError, r"clip: expected a range \(-a, a\), got"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_name_themselves(options, error, message):
+    with pytest.raises(error, match=message):
+        draw(**options)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: Guidance(math.nan), ValueError, "guidance: expected a finite number"),
+        (lambda: Guidance(2, rescale=2), ValueError, "rescale: expected a number in"),
+        (lambda: Guidance(2, form="sum"), ValueError, "form: expected 'score' or 'mean', got 'sum'"),
+        (lambda: Guidance(2, interval=(3, 1)), ValueError, "interval: expected"),
+        (lambda: Guidance(2, negative=1, network=len), ValueError, "guidance: expected one of negative, network"),
+        (lambda: Quantile(0), ValueError, r"q: expected a number in \(0, 1\]"),
+        (lambda: From(torch.zeros(1), 0), ValueError, "fraction: expected a number in"),
+        (lambda: From([0.0]), TypeError, "x: expected a floating-point tensor, got list"),
+        (lambda: Inpaint(torch.zeros(1), torch.full((1,), 2.0)), ValueError, r"mask: expected values in \[0, 1\]"),
+        (lambda: Run(engine=1), TypeError, "engine: expected True or False, got 1"),
+        (lambda: Run(dtype=torch.int8), ValueError, "dtype: expected None"),
+        (lambda: limit_of("no"), TypeError, "clip: expected True, False, a number"),
+    ],
+)
+def test_settings_refuse_what_does_not_fit(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
