@@ -191,7 +191,7 @@ CASES |= {
     "guidance 0": dict(GUIDED, guidance=0.0, eta=0.0, steps=7),
     "guidance -0.5": dict(GUIDED, guidance=-0.5, eta=0.0, steps=7),
     "one label": dict(labels=3, guidance=2.0, eta=0.0, steps=7),
-    **{f"x_T {dtype}": dict(x_T=X_T.to(dtype), eta=0.0, steps=7) for dtype in (torch.float32, torch.float64, torch.bfloat16)},
+    **{f"x_T {d}": dict(x_T=X_T.to(d), eta=0.0, steps=7) for d in (torch.float32, torch.float64, torch.bfloat16)},
     **{f"spacing {spacing}": dict(sampler="dpmpp_2m", steps=7, spacing=spacing) for spacing in SPACINGS},
     **{f"prediction {name}": dict(sampler="ddpm", steps=7, prediction=name) for name in PREDICTIONS},
     **{f"shape {shape}": dict(sampler="ddpm", steps=7, shape=shape) for shape in ((1, 1, 1), (3, 7, 1), (4, 32, 33))},

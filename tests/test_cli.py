@@ -111,7 +111,10 @@ def test_sample_draws_what_the_settings_in_the_png_say(folder):
         assert json.loads(str(arrays["settings"])) == settings
 
 
-@pytest.mark.parametrize(("steps", "sampler"), [([], "ddpm"), (["--steps", "20"], "ddpm"), (["--steps", "19"], "unipc")])
+ALL = ["--steps", "20"]
+
+
+@pytest.mark.parametrize(("steps", "sampler"), [([], "ddpm"), (ALL, "ddpm"), (["--steps", "19"], "unipc")])
 def test_fewer_steps_than_all_mean_unipc(folder, steps, sampler):
     assert main(["sample", "--model", "m.safetensors", "--n", "1", *steps, *QUIET]) == 0
     assert read_settings("samples.png")["sampler"] == sampler

@@ -340,7 +340,7 @@ def test_a_run_s_fields_may_be_named_one_by_one():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        (dict(ordr=3), TypeError, "ordr: expected an option of sampler 'ddim', a condition of the model"),
+        (dict(ordr=3), TypeError, "ordr: expected an option of sampler 'unipc', a condition of the model"),
         (dict(sampler="unipc", order=9), ValueError, r"order: expected one of \(1, 2, 3, 4\), got 9"),
         (dict(noise="paths"), ValueError, "noise: expected 'step' or 'path', got 'paths'"),
         (dict(guidance=Guidance([1.0, 2.0]), labels=1), ValueError, "guidance: expected 3 weights, one for each image"),

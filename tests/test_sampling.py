@@ -725,7 +725,7 @@ BAD = [
     (
         dict(steps=5, variance="fixed_large"),
         ValueError,
-        "variance: expected None, its default, with sampler 'ddim', got",
+        "variance: expected None, its default, with sampler 'unipc', got",
     ),
     (dict(steps=0), ValueError, "steps: expected 1 to 1000, the length of the schedule, got 0"),
     (dict(steps=1001), ValueError, "steps: expected 1 to 1000, the length of the schedule, got 1001"),
