@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Sampler:
 
 
 def default_sampler(steps: int | None, T: int | None, eta: float | None = None) -> str:
-    """ddpm for all of a schedule's T steps (None); for fewer ddim with ``eta``, and unipc, the more exact one, without."""
+    """ddpm for all of a schedule's T steps (None); for fewer ddim with ``eta``, unipc, which is more exact, without."""
     if eta or eta is not None and steps not in (None, T):
         return "ddim"
     return "ddpm" if T is not None and steps in (None, T) else "unipc"
