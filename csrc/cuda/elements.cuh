@@ -76,6 +76,7 @@ template <class T>
 __device__ __noinline__ Packed<T> gather(const Access<T>& access, int64_t sample, int64_t first, int64_t end) {
   if (access.runs) return *reinterpret_cast<const Packed<T>*>(address<T>(access.view, sample, first));
   Packed<T> packed{};
+  if (access.view.data == nullptr) return packed;
 #pragma unroll 1
   for (int i = 0; i < kVector<T> && first + i < end; ++i) packed.value[i] = *address<T>(access.view, sample, first + i);
   return packed;
@@ -92,7 +93,7 @@ DIFFKERN_FN Packed<T>* vector_address(const View& view, int64_t sample, int64_t 
   return reinterpret_cast<Packed<T>*>(static_cast<T*>(view.data) + sample * view.batch_stride + first);
 }
 
-// Elements [first, first + kVector) of a sample, those before `end`; 0 for the rest.
+// Elements [first, first + kVector) of a sample, those before `end`; 0 for the rest, and for a tensor that is not there.
 template <class T>
 DIFFKERN_FN void load(const Access<T>& access, int64_t sample, int64_t first, int64_t end, float (&to)[kVector<T>]) {
   const Packed<T> packed =

@@ -26,17 +26,14 @@ constexpr int kShortColumns = 9, kLongColumns = sizeof(Columns) / sizeof(float);
 // A row as the kernels use it, whichever its length. A coefficient of 0 says that its operand is not read, but for p_x,
 // p_o, k_x, k_o, k_0, and the k_j of a short row.
 struct Row : Columns {
-  const float* k_j;        // of the history
-  bool reads_every_slot;   // of the history, whatever its k_j
-  int64_t address, count;  // z is the sum of the noises at address, address - 1, ... address - count + 1
+  const float* k_j;         // of the history
+  bool reads_every_slot;    // of the history, whatever its k_j
+  bool plain;               // it has no terms but those of short rows
+  uint32_t address, count;  // z is the sum of the noises at address, address - 1, ... address - count + 1
+  bool has_address;         // or these do not exist, and sigma and b_z are NaN where they are not 0
 };
 
 DIFFKERN_FN bool reads_slot(const Row& row, int slot) { return row.reads_every_slot || row.k_j[slot] != 0; }
 DIFFKERN_FN bool blends(const Row& row) { return row.b_0 != 0 || row.b_z != 0; }
-
-// Whether every noise of the row has an address of 32 bits.
-DIFFKERN_FN bool has_address(const Row& row) {
-  return row.address < int64_t(1) << 32 && row.count >= 1 && row.count <= row.address + 1;
-}
 
 }  // namespace diffkern

@@ -10,12 +10,12 @@ void check_addresses(const ReverseStepParams& p) {
   for (int64_t n = 0; n < (p.step_stride ? p.samples : 1); ++n) {
     const int64_t number = p.step[n * p.step_stride];
     const Row row = read_row(p, number);
-    if ((row.sigma == 0 && row.b_z == 0) || has_address(row)) continue;
+    if ((row.sigma == 0 && row.b_z == 0) || row.has_address) continue;
     if (p.columns < kLongColumns)
       check(false, "table: expected t in [0, 2^32), got ", row.k_j[-1], " in row ", number);
     check(p.address, "address: expected a tensor, for row ", number, " draws noise, got None");
-    check(false, "address: expected 1 <= count <= address + 1 and address < 2^32, got count ", row.count,
-          " and address ", row.address, " in row ", number);
+    check(false, "address: expected 1 <= count <= address + 1 and address < 2^32, got count ",
+          p.address[2 * number + 1], " and address ", p.address[2 * number], " in row ", number);
   }
 }
 

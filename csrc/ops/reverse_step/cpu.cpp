@@ -30,10 +30,10 @@ struct Operands {
 DIFFKERN_FN void sum_noises(const ReverseStepParams& p, const Row& row, const Chunk& chunk, Buffers& buffers,
                             const Wanted& uncond) {
   const uint64_t seed = uint64_t(p.seeds[chunk.sample]);
-  normals(NoiseAddress(seed, uint32_t(row.address), kReverseStep), chunk.first, chunk.padded(), buffers.z.data,
+  normals(NoiseAddress(seed, row.address, kReverseStep), chunk.first, chunk.padded(), buffers.z.data,
           wanted(p.x, chunk), wanted(p.out, chunk), uncond);
-  for (int64_t i = 1; i < row.count; ++i) {
-    const NoiseAddress address(seed, uint32_t(row.address - i), kReverseStep);
+  for (uint32_t i = 1; i < row.count; ++i) {
+    const NoiseAddress address(seed, row.address - i, kReverseStep);
     normals(address, chunk.first, chunk.padded(), buffers.term.data);
     for (int e = 0; e < chunk.padded(); e += kLanes)
       store(buffers.z.data + e, load(buffers.z.data + e) + load(buffers.term.data + e));
@@ -43,7 +43,7 @@ DIFFKERN_FN void sum_noises(const ReverseStepParams& p, const Row& row, const Ch
 void blend(const ReverseStepParams& p, const Row& row, const Chunk& chunk, Buffers& buffers, float* x_next) {
   const float* z = buffers.z.data;
   if (row.b_z != 0) {
-    const NoiseAddress address(uint64_t(p.seeds[chunk.sample]), uint32_t(row.address), kKnown);
+    const NoiseAddress address(uint64_t(p.seeds[chunk.sample]), row.address, kKnown);
     normals(address, chunk.first, chunk.padded(), buffers.z.data);
   }
   const float* known = staged(p.known, chunk, buffers.known);
@@ -55,31 +55,31 @@ void blend(const ReverseStepParams& p, const Row& row, const Chunk& chunk, Buffe
   }
 }
 
-// kMore: what rows of few samplers have. The loop of the others is short, and has no branches for it.
-template <bool kGuided, bool kLearned, bool kNoisy, bool kMore>
+// The loop of plain rows is short, and has no branches for what the rows of few samplers have.
+template <bool kGuided, bool kLearned, bool kNoisy, bool kPlain>
 __attribute__((noinline)) void update(const Row& of_sample, const Operands& of_chunk) {
   const Row row = of_sample;  // a copy, that what is stored cannot change
   const Operands at = of_chunk;
   for (int i = 0; i < at.count; i += kLanes) {
     const f32v x = load(at.x + i);
-    f32v o = kMore && !at.out ? f32v{} : load(at.out + i);
+    f32v o = !kPlain && !at.out ? f32v{} : load(at.out + i);
     if constexpr (kGuided) o = guided(row.w, o, load(at.uncond + i));
     f32v x0 = predicted_x0(row, x, o);
-    if (kMore && row.p_g != 0) x0 = x0 + row.p_g * load(at.grad + i);
+    if (!kPlain && row.p_g != 0) x0 = x0 + row.p_g * load(at.grad + i);
     x0 = clamped(x0, row.limit);
     f32v next = next_mean(row, x, o, x0);
     for (int s = 0; s < at.slots; ++s) next = next + at.k[s] * load(at.slot[s] + i);
-    if constexpr (kGuided && kMore)
+    if constexpr (kGuided && !kPlain)
       if (row.k_u != 0) next = next + row.k_u * load(at.uncond + i);
     f32v sigma = f32v{} + row.sigma;
     if constexpr (kNoisy && kLearned) sigma = learned_sigma(row, load(at.variance + i));
-    if (kMore && row.k_g != 0) {
+    if (!kPlain && row.k_g != 0) {
       const f32v g = load(at.grad + i);
       next = next + (kLearned ? learned_shift(row, sigma, g) : row.k_g * g);
     }
     if constexpr (kNoisy) next = next + sigma * load(at.z + i);
     store(at.x_next + i, next);
-    if (at.kept) store(at.kept + i, kMore ? kept(row, x, o, x0) : x0);
+    if (at.kept) store(at.kept + i, kPlain ? x0 : kept(row, x, o, x0));
   }
 }
 
@@ -110,11 +110,10 @@ void steps(const ReverseStepParams& p, int64_t begin, int64_t end) {
     at.x_next = target(p.x_next, chunk, buffers.x_next);
     if (p.kept.data) at.kept = target(p.kept, chunk, buffers.kept);
 
-    const bool more = !at.out || has_grad || row.k_u != 0 || row.q_x != 0 || row.q_o != 0 || row.q_0 != 1;
     if (noisy)
-      more ? update<kGuided, kLearned, true, true>(row, at) : update<kGuided, kLearned, true, false>(row, at);
+      row.plain ? update<kGuided, kLearned, true, true>(row, at) : update<kGuided, kLearned, true, false>(row, at);
     else
-      more ? update<kGuided, kLearned, false, true>(row, at) : update<kGuided, kLearned, false, false>(row, at);
+      row.plain ? update<kGuided, kLearned, false, true>(row, at) : update<kGuided, kLearned, false, false>(row, at);
     if (blends(row)) blend(p, row, chunk, buffers, at.x_next);
     commit(p.x_next, chunk, buffers.x_next);
     if (at.kept) commit(p.kept, chunk, buffers.kept);

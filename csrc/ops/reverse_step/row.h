@@ -21,20 +21,27 @@ DIFFKERN_FN Row read_row(const ReverseStepParams& p, int64_t number) {
     row.w = p.guidance, row.q_x = row.q_o = 0, row.q_0 = 1;
     row.b_0 = row.b_z = 0;
     row.k_j = columns + kShortColumns;
-    row.reads_every_slot = true;
+    row.reads_every_slot = row.plain = true;
     const float t = columns[8];
-    row.address = t >= 0 && t < 0x1p32f ? int64_t(t) : -1, row.count = 1;
+    row.has_address = t >= 0 && t < 0x1p32f;  // which CUDA does not look at
+    row.address = uint32_t(t), row.count = 1;
     return row;
   }
   static_cast<Columns&>(row) = *reinterpret_cast<const Columns*>(columns);
   row.k_j = columns + kLongColumns;
   row.reads_every_slot = false;
-  row.address = p.address ? p.address[2 * number] : -1, row.count = p.address ? p.address[2 * number + 1] : 1;
   if (!p.out.data) row.p_o = row.k_o = row.q_o = 0;
   if (!p.out_uncond.data) row.k_u = 0;
   if (!p.grad.data) row.p_g = row.k_g = 0;
   if (p.learned_variance && row.sigma == 0) row.k_g = 0;  // the variance is
   if (!p.mask.data) row.b_0 = row.b_z = 0;
+  const int64_t address = p.address ? p.address[2 * number] : -1, count = p.address ? p.address[2 * number + 1] : 1;
+  row.has_address = address < int64_t(1) << 32 && count >= 1 && count <= address + 1;
+  row.address = row.has_address ? uint32_t(address) : 0, row.count = row.has_address ? uint32_t(count) : 1;
+  if (!row.has_address && row.sigma != 0) row.sigma = __builtin_nanf("");
+  if (!row.has_address && row.b_z != 0) row.b_z = __builtin_nanf("");
+  row.plain = p.out.data && row.p_g == 0 && row.k_u == 0 && row.k_g == 0 && row.q_x == 0 && row.q_o == 0 &&
+              row.q_0 == 1 && row.count == 1 && row.b_0 == 0 && row.b_z == 0;
   return row;
 }
 
