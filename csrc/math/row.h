@@ -1,4 +1,4 @@
-// A row of the table that says what a sampler does in one step. ops/reverse_step/row.h reads it, math/update.h applies it.
+// A row of the table that says what a sampler does in one step. ops/reverse_step/row.h reads it, update.h applies it.
 //
 // A long row has the columns of `Columns`, then k_j for each slot of the history, and zeros up to a multiple of 4. Its
 // noise has an address of its own, beside the table. A short row has kShortColumns columns,
@@ -30,7 +30,7 @@ struct Row : Columns {
   bool reads_every_slot;    // of the history, whatever its k_j
   bool plain;               // it has no terms but those of short rows
   uint32_t address, count;  // z is the sum of the noises at address, address - 1, ... address - count + 1
-  bool has_address;         // or these do not exist, and sigma and b_z are NaN where they are not 0
+  bool has_address;         // or there is no such noise: then sigma and b_z of a long row are NaN, if they are not 0
 };
 
 DIFFKERN_FN bool reads_slot(const Row& row, int slot) { return row.reads_every_slot || row.k_j[slot] != 0; }

@@ -66,7 +66,8 @@ def reverse_step(
     limit is 1 with ``clip`` and infinite without. It keeps x0_hat, and z is ``noise(seeds, shape, step=t, stream=1)``.
 
     Noise is drawn where sigma, or b_z, is not 0. There the address, or t, must lie in [0, 2^32), and the count in
-    [1, address + 1]. Otherwise the CPU raises, for the rows that are used, and CUDA gives NaN.
+    [1, address + 1]. Otherwise the CPU raises, for the rows that are used. CUDA does not look at t, and gives NaN for
+    long rows.
 
     x                 [N, ...]; [N, C, ...] with ``learned_variance``
     out               like x, the network's output; [N, 2C, ...] with ``learned_variance``. None for a long row without

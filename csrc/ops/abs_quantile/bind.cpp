@@ -12,8 +12,8 @@ Tensor abs_quantile(const Tensor& x, const OptionalTensor& out, const Tensor& ta
   const std::vector<Tensor> no_history;
   check(q >= 0 && q <= 1, "q: expected a number in [0, 1], got ", q);
   AbsQuantileParams params{};
-  params.step = params_of({x, out, table, step, out_uncond, guidance, false, learned_variance, no_history, none, grad, none,
-                           none, false});
+  params.step = params_of({x, out, table, step, out_uncond, guidance, false, learned_variance, no_history, none, grad,
+                           none, none, false});
   const int64_t elements = params.step.elements;
   check(elements > 0 && elements < int64_t(1) << 32, "x: expected 1 to 2^32 - 1 elements a sample, got shape ",
         show(sizes_of(x)));

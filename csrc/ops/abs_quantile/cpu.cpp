@@ -1,5 +1,5 @@
-// The quantile of |x0_hat|, before it is clamped, of each sample. A work item is a sample, whose x0_hat is made again for
-// each of the five passes over it.
+// The quantile of |x0_hat|, before it is clamped, of each sample. A work item is a sample, whose x0_hat is made again
+// for each of the five passes over it.
 
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
@@ -20,7 +20,8 @@ struct Buffers {
 
 // Calls visit(key) for every element of the sample.
 template <class Visit>
-DIFFKERN_FN void for_each_key(const ReverseStepParams& p, const Row& row, int64_t sample, Buffers& buffers, Visit visit) {
+DIFFKERN_FN void for_each_key(const ReverseStepParams& p, const Row& row, int64_t sample, Buffers& buffers,
+                              Visit visit) {
   for (int64_t first = 0; first < p.elements; first += kChunk) {
     const int64_t left = p.elements - first;
     const Chunk chunk{sample, first, int(left < kChunk ? left : kChunk)};

@@ -1,5 +1,5 @@
-// The quantile of |x0_hat|, before it is clamped, of each sample. A block has a sample, whose x0_hat is made again for each
-// of the five passes over it: from what the L2 cache holds after the first.
+// The quantile of |x0_hat|, before it is clamped, of each sample. A block has a sample, whose x0_hat is made again for
+// each of the five passes over it: from what the L2 cache holds after the first.
 
 #include "cuda/elements.cuh"
 #include "math/update.h"
@@ -20,7 +20,8 @@ struct Accesses {
 
 // Calls visit(key) for every element of the sample that is this thread's.
 template <class T, class Visit>
-DIFFKERN_FN void for_each_key(const ReverseStepParams& p, const Accesses<T>& at, const Row& row, int64_t n, Visit visit) {
+DIFFKERN_FN void for_each_key(const ReverseStepParams& p, const Accesses<T>& at, const Row& row, int64_t n,
+                              Visit visit) {
   constexpr int n_vector = kVector<T>;
   for (int64_t first = int64_t(threadIdx.x) * n_vector; first < p.elements; first += kThreads * n_vector) {
     float x[n_vector], o[n_vector] = {}, other[n_vector];

@@ -1,5 +1,5 @@
-// Selection of the k-th smallest of many keys of 31 bits, by counting them four times, a byte at a time from the top. The
-// keys of floats >= 0 are their bits, which are in the floats' order; NaN is above all others.
+// Selection of the k-th smallest of many keys of 31 bits, by counting them four times, a byte at a time from the top.
+// The keys of floats >= 0 are their bits, which are in the floats' order; NaN is above all others.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// Sums of a, b, a^2, a b and b^2 of each sample: of each chunk in float32 lanes, then of the chunks in double, in a fixed
-// order, so that no split changes the bits.
+// Sums of a, b, a^2, a b and b^2 of each sample: of each chunk in float32 lanes, then of the chunks in double, in a
+// fixed order, so that no split changes the bits.
 
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"

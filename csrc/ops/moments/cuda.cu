@@ -1,5 +1,5 @@
-// Sums of a, b, a^2, a b and b^2 of each sample: a block sums a chunk in a fixed order, then a thread sums the chunks of a
-// sample; no atomics.
+// Sums of a, b, a^2, a b and b^2 of each sample: a block sums a chunk in a fixed order, then a thread sums the chunks of
+// a sample; no atomics.
 
 #include "cuda/elements.cuh"
 #include "params.h"

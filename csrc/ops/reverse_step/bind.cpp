@@ -39,8 +39,9 @@ std::tuple<Tensor, Tensor> reverse_step(const Tensor& x, const OptionalTensor& o
                                         const OptionalTensor& known, const OptionalTensor& mask) {
   Tensor x_next = empty_as(x);
   Tensor kept = return_kept ? empty_as(x) : absent(x);
-  run_reverse_step({x, out, table, step, out_uncond, guidance, clip, learned_variance, history, address, grad, known, mask},
-                   seeds, x_next, "kept", return_kept ? &kept : nullptr);
+  const StepOperands a{x,       out,     table, step,  out_uncond, guidance, clip, learned_variance,
+                       history, address, grad,  known, mask};
+  run_reverse_step(a, seeds, x_next, "kept", return_kept ? &kept : nullptr);
   return {x_next, kept};
 }
 

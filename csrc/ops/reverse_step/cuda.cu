@@ -1,6 +1,6 @@
-// One step of a sampler (math/update.h) with its noise. A thread does 16 bytes at a time: what its row uses is read once,
-// but for out_uncond and the gradient in the few samplers that use them twice, and x_next is written once. The row is
-// chosen by an index in device memory, so that no launch waits for the host and a CUDA graph can replay it.
+// One step of a sampler (math/update.h) with its noise. A thread does 16 bytes at a time: what its row uses is read
+// once, but for out_uncond and the gradient in the few samplers that use them twice, and x_next is written once. The row
+// is chosen by an index in device memory, so that no launch waits for the host and a CUDA graph can replay it.
 
 #include "math/update.h"
 
@@ -42,7 +42,8 @@ DIFFKERN_FN void add_noises(const Row& row, uint64_t seed, int64_t first, float 
 
 // to + k operand
 template <class T>
-DIFFKERN_FN void add(float k, const Access<T>& operand, int64_t n, int64_t first, int64_t end, float (&to)[kVector<T>]) {
+DIFFKERN_FN void add(float k, const Access<T>& operand, int64_t n, int64_t first, int64_t end,
+                     float (&to)[kVector<T>]) {
   float value[kVector<T>];
   load(operand, n, first, end, value);
 #pragma unroll
@@ -54,7 +55,8 @@ template <class T, bool kLearned>
 constexpr int kBlocks = sizeof(T) == 4 && !kLearned ? 3 : 2;
 
 template <class T, bool kGuided, bool kLearned>
-__global__ void __launch_bounds__(256, kBlocks<T, kLearned>) reverse_step_kernel(const __grid_constant__ ReverseStepParams p, const __grid_constant__ Accesses<T> at) {
+__global__ void __launch_bounds__(256, kBlocks<T, kLearned>)
+    reverse_step_kernel(const __grid_constant__ ReverseStepParams p, const __grid_constant__ Accesses<T> at) {
   constexpr int n_vector = kVector<T>;
   for_each_vector<n_vector>(p.samples, p.elements, [&](int64_t n, int64_t first) {
     const int64_t step = p.step[n * p.step_stride];

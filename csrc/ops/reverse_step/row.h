@@ -23,8 +23,8 @@ DIFFKERN_FN Row read_row(const ReverseStepParams& p, int64_t number) {
     row.k_j = columns + kShortColumns;
     row.reads_every_slot = row.plain = true;
     const float t = columns[8];
-    row.has_address = t >= 0 && t < 0x1p32f;  // which CUDA does not look at
-    row.address = uint32_t(t), row.count = 1;
+    row.has_address = t >= 0 && t < 0x1p32f;
+    row.address = row.has_address ? uint32_t(t) : 0, row.count = 1;
     return row;
   }
   static_cast<Columns&>(row) = *reinterpret_cast<const Columns*>(columns);
