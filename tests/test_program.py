@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,6 +192,11 @@ def test_a_state_that_is_lost_is_named():
 
     with pytest.raises(ValueError, match=r"sampler: expected m\.keep\(x\)"):
         lost(Trace(grid), grid)
+
+
+def test_the_page_on_systems_names_every_sampler():
+    page = (Path(__file__).parents[1] / "docs" / "systems.md").read_text()
+    assert [name for name in SAMPLERS if f"`{name}`" not in page] == []
 
 
 def test_options_are_the_samplers_own():
