@@ -242,7 +242,7 @@ def _program(
     options: dict[str, Any],
 ) -> Program:
     """The rows of a run. What is left in ``options`` is the sampler's."""
-    process, spacing = model.schedule, options.pop("spacing", None)
+    process, spacing = model.schedule, options.pop("spacing", None) or model.spacing
     T = process.T if process.discrete else None
     if T is not None and steps is not None:
         steps = process.timesteps(steps, spacing or process.spacing)
