@@ -123,13 +123,13 @@ class Sampling:
 
     def __init__(self, grid: Grid):
         self.grid = grid
-        self.at_step_start = False
+        self.at_step_start, self.begins = False, True
         self._visits: dict[int, int] = {}
 
     def steps(self) -> Iterator[tuple[Point, Point]]:
         """(s, t) of each step of the grid. The first call in a step is on what the step before has reached."""
         for s, t in self.grid.steps:
-            self.at_step_start = True
+            self.at_step_start = self.begins = True
             yield s, t
 
     def predict(self, x: Any, s: Point) -> tuple[Any, Any]:
@@ -239,7 +239,7 @@ class Trace(Sampling):
 
     def predict(self, x, s):
         self._update(x, s if self.at_step_start else None)
-        begins, self.at_step_start = self.at_step_start, False
+        begins, self.begins, self.at_step_start = self.begins, False, False
         row = len(self.rows)
         p_x, p_o = head_at(self.prediction, s, self.grid.process) if s.sigma > 0 else (1.0 / s.alpha, 0.0)
         self.rows.append(Row(s, p_x, p_o, begins=begins))
@@ -264,6 +264,7 @@ class Trace(Sampling):
 
     def reach(self, x: Form, t: Point) -> Form:
         self._update(x, t)
+        self.begins = True
         return x
 
     def program(self, x: Form) -> "Program":

@@ -140,10 +140,7 @@ def sample(
         limit=limit,
         quantile=clip if isinstance(clip, Quantile) else None,
         guidance=guidance,
-        conditions={
-            name: (_batch(a, n, batch_size, device), _batch(b, n, batch_size, device))
-            for name, (a, b) in conditions.items()
-        },
+        conditions=_batch(conditions, torch.zeros(batch_size, dtype=torch.int64, device="cpu"), device),
         inpaint=constraint is not None,
         dtype=dtype,
     )
@@ -159,8 +156,7 @@ def sample(
             seed = seeds[rows].to(device)
             x, known, mask = beginning.batch(rows, seed)
             weights = None if guidance.per_row else guidance.weight[rows].float().to(device)
-            given = {name: value[rows.to(value.device)].to(device) for name, (value, _) in conditions.items()}
-            loop.begin(x, seed, given, weights=weights, known=known, mask=mask)
+            loop.begin(x, seed, _batch(conditions, rows, device), weights=weights, known=known, mask=mask)
             if run.cuda_graph:
                 loop.replay(bar.update)
             else:
@@ -404,9 +400,13 @@ def _conditions(
     return found
 
 
-def _batch(value: Tensor, n: int, batch_size: int, device: torch.device) -> Tensor:
-    rows = torch.arange(batch_size, dtype=torch.int64, device="cpu").clamp_(max=n - 1)
-    return value[rows.to(value.device)].to(device)
+def _batch(
+    conditions: dict[str, tuple[Tensor, Tensor]], rows: Tensor, device: torch.device
+) -> dict[str, tuple[Tensor, Tensor]]:
+    def pick(value: Tensor) -> Tensor:
+        return value[rows.to(value.device)].to(device)
+
+    return {name: (pick(given), pick(null)) for name, (given, null) in conditions.items()}
 
 
 def _resolve(model: Any, run: Run, options: dict[str, Any]) -> tuple[Model, Network, torch.device, torch.dtype | None]:

@@ -141,6 +141,17 @@ def test_negative_labels_take_the_null_class_s_place():
     assert seen == {1, 4}
 
 
+def test_each_sample_has_its_own_negative_label_in_every_batch():
+    seen = {}
+
+    def network(x, t, labels):
+        seen.setdefault(len(seen), labels.tolist())
+        return x * 0.1
+
+    draw(network, labels=[1, 2, 3], guidance=Guidance(2.0, negative=[4, 5, 6]), batch_size=2, steps=1)
+    assert list(seen.values()) == [[1, 2], [4, 5], [3, 3], [6, 6]]
+
+
 def test_rescaled_guidance_has_the_standard_deviation_of_the_conditional_output():
     outputs = {}
 
@@ -288,6 +299,13 @@ def test_a_callback_s_tensor_takes_the_place_of_x():
     assert torch.equal(x, torch.full_like(x, 0.25))
     with pytest.raises(ValueError, match="callback: expected None or a tensor of shape"):
         draw(callback=lambda step: torch.zeros(1))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_callback_is_called_in_every_step_of_every_sampler(name):
+    seen = []
+    draw(sampler=name, callback=seen.append, prediction="x0", **(dict(jump=2, resample=1) if name == "repaint" else {}))
+    assert [step.index for step in seen] == list(range(8))
 
 
 def test_a_path_gives_similar_images_for_any_number_of_steps():

@@ -509,7 +509,7 @@ def test_steps_that_find_their_row_on_the_device_are_those_of_a_loop_of_the_host
     loop = Loop(unet, program, (2, 2, 8, 8), CPU, guidance=Guidance(guidance), conditions=conditions)
     x = ops.noise(seeds, (2, 8, 8), step=0)
     with torch.inference_mode():
-        loop.begin(x, seeds, {"labels": labels})
+        loop.begin(x, seeds, conditions)
         assert len({loop.kind(row) for row in program.rows}) == 1
         for _ in timesteps:
             loop.step(program.rows[0])
@@ -529,7 +529,7 @@ def test_a_step_looks_at_no_value_on_the_host():
         loop = Loop(
             *(unet, program, (2, 2, 8, 8), CPU), guidance=Guidance(3.0), conditions=conditions, dtype=torch.bfloat16
         )
-        loop.begin(torch.empty(2, 2, 8, 8), torch.zeros(2, dtype=torch.int64), {"labels": labels})
+        loop.begin(torch.empty(2, 2, 8, 8), torch.zeros(2, dtype=torch.int64), conditions)
         loop.step(program.rows[0])
         with pytest.raises(DataDependentOutputException):
             loop.row.item()

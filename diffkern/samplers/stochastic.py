@@ -75,12 +75,11 @@ def langevin(m: Any, grid: Grid, steps_a_level: int = 5, step_size: float = 2e-5
 
     step_size  at the last level; a level's is times (sigma / sigma_last)^2
     """
-    levels = [point for point in grid.points if point.sigma > 0]
-    x = m.start()
-    for s in levels:
-        a = step_size * (s.sigma / levels[-1].sigma) ** 2
+    x, last = m.start(), [point for point in grid.points if point.sigma > 0][-1]
+    for s, _ in m.steps():
+        a = step_size * (s.sigma / last.sigma) ** 2
         for _ in range(steps_a_level):
             x = x - m.eps(x, s) * (a / 2 / s.sigma) + m.z(s) * math.sqrt(a)
     if grid.points[-1].sigma == 0:
-        x = m(x, levels[-1])
+        x = m(x, last)
     return m.program(x)
