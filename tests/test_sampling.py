@@ -179,19 +179,6 @@ def test_optimal_variances_can_be_given_as_a_tensor():
 # --- equivalences ---
 
 
-def test_dpmpp_2m_is_diffusers(one_thread):
-    from diffusers import DPMSolverMultistepScheduler
-
-    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", timestep_spacing="trailing")  # ++, 2M, by default
-    scheduler.set_timesteps(12)
-    network = Gaussian().network(LINEAR)
-    x = noise([0, 1, 2], 0, 0).float()
-    for t in scheduler.timesteps:
-        x = scheduler.step(network(x, t.expand(len(x)), None), t, x).prev_sample
-    options = dict(sampler="dpmpp_2m", steps=scheduler.timesteps.tolist(), clip=False)
-    assert_near(run(network, prediction="eps", **options), x, 10 * SAMPLE)  # its coefficients are float32
-
-
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
 def test_the_error_falls_with_the_order_of_the_sampler(sampler, order):
     """Both follow the ODE that takes a Gaussian's x_t from one t to another along a straight line."""
