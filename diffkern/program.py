@@ -72,7 +72,7 @@ def _combine(*parts: tuple[float, Coefficients]) -> Coefficients:
         for symbol, value in coefficients.items():
             before, added = total.get(symbol, 0.0), factor * value
             after = before + added
-            total[symbol] = 0.0 if abs(after) <= 1e-13 * max(abs(before), abs(added)) else after
+            total[symbol] = 0.0 if abs(after) < 1e-13 * max(abs(before), abs(added)) else after
     return {symbol: value for symbol, value in total.items() if value != 0}
 
 
@@ -149,7 +149,7 @@ class Sampling:
         """
         if self.grid.path and t is not None:
             return self.noise(Noise(s.address, s.address - t.address if s.address > t.address else 1, log_var))
-        visit = self._visits[s.address] = self._visits.get(s.address, -1) + 1
+        visit = self._visits[s.address] = self._visits.get(s.address, 0 if self.grid.path else -1) + 1
         return self.noise(Noise(s.address + (visit << 20), 1, log_var))
 
     def z_halves(self, s: Point) -> tuple[Any, Any]:
@@ -276,6 +276,8 @@ class Trace(Sampling):
     def _update(self, x: Form, reached: Point | None) -> None:
         """x becomes the state: the update of the open row, or of a row without a call."""
         c = dict(x.now())
+        if not all(math.isfinite(value) for value in c.values()):
+            raise FloatingPointError(f"sampler: expected finite coefficients, got {c}")
         if not self.open:
             if c == {STATE: 1.0}:
                 return

@@ -108,6 +108,9 @@ def sample(
     guidance = _guidance(guidance)
     if noise not in ("step", "path"):
         raise ValueError(f"noise: expected 'step' or 'path', got {noise!r}")
+    for name, value, kind in (("start", start, From), ("constraint", constraint, Inpaint)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name}: expected None or {kind.__name__}(...), got {type(value).__name__}")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
     if run.cuda_graph and device.type != "cuda":
@@ -442,22 +445,23 @@ def _resolve(model: Any, run: Run, options: dict[str, Any]) -> tuple[Model, Netw
     if dtype is None and isinstance(model.network, Engine) and model.network.dtype == torch.bfloat16:
         dtype = torch.bfloat16
     network = unwrapped(model.network)
-    _check_signature(network)
+    _check_signature(network, [condition.name for condition in model.conditions])
     return model, network, _where(network, device), dtype
 
 
-def _check_signature(network: Network) -> None:
-    """TypeError unless it can be called as ``network(x_t, t, labels)``, as far as Python can tell."""
+def _check_signature(network: Network, conditions: Sequence[str]) -> None:
+    """TypeError unless it can be called as ``network(x_t, t, labels, **conditions)``, as far as Python can tell."""
     function = network.forward if isinstance(network, nn.Module) else network
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # a built-in function, which does not tell
         return
     try:
-        signature.bind(None, None, None)
+        signature.bind(None, None, None, **dict.fromkeys(conditions))
     except TypeError:
         called = f"{getattr(network, '__name__', type(network).__name__)}{signature}"
-        raise TypeError(f"model: expected a network that is called as network(x_t, t, labels), got {called}") from None
+        taken = ", ".join(("x_t", "t", "labels", *conditions))
+        raise TypeError(f"model: expected a network that is called as network({taken}), got {called}") from None
 
 
 def _check_weights(network: Network, dtype: torch.dtype | None) -> None:

@@ -77,7 +77,7 @@ class Loop:
         known: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> None:
-        """Put a batch at the first row."""
+        """Put a batch at the first row. conditions, null: what the network gets, with and without the condition."""
         self.x.copy_(x_T)
         self.seeds.copy_(seeds)
         for name, (given, null) in (conditions or {}).items():
