@@ -11,7 +11,7 @@ from torch import Tensor
 from .ops.row import LONG_COLUMNS
 from .program import Program, Row
 
-W, P_G, K_G = (LONG_COLUMNS.index(name) for name in ("w", "p_g", "k_g"))
+W, P_G, K_G, K_O, K_U = (LONG_COLUMNS.index(name) for name in ("w", "p_g", "k_g", "k_o", "k_u"))
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,13 @@ class Guidance:
         return True, True
 
     def fill(self, table: Tensor, program: Program) -> Tensor:
-        """``table`` of the program with the columns w, p_g and k_g, in place."""
+        """``table`` of the program with the columns w, p_g and k_g, in place. ValueError where nothing would guide."""
+        if self.by_gradient and self.form == "mean" and not any(row.sigma > 0 for row in program.rows):
+            raise ValueError("form: expected 'score' with a sampler that draws no noise, got 'mean'")
         for values, row in zip(table, program.rows, strict=True):
             both = all(self.outputs(row))
+            if not both:  # the only output is the unconditional one too
+                values[K_O], values[K_U] = values[K_O] + values[K_U], 0.0
             values[W] = self.weight if both and self.per_row else 1.0
             if self.by_gradient and self.at(row):
                 scale = self.weight if self.per_row else 1.0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .codec import Codec
 from .conditions import Condition
+from .constraints import Quantile, limit_of
 from .engine import Engine
 from .io import pipelines
 from .io.description import FORMAT, check_model
@@ -24,7 +25,8 @@ from .networks import UNet
 from .networks.blueprint import Blueprint
 from .prediction import PREDICTIONS
 from .process import Process
-from .schedule import Schedule
+from .samplers import VARIANCES
+from .schedule import SPACINGS, Schedule
 
 MODELS = Path(__file__).parent / "models"
 """Where the shipped models are, each with its card."""
@@ -43,6 +45,7 @@ class Model:
     name        for file names and titles
     variance    what ddpm draws with, unless told otherwise; None: what the network has learned, or "fixed_small"
     clip        how ``sample`` clips x0_hat, unless told otherwise; None: to [-1, 1]
+    spacing     how it spreads steps, unless told otherwise; None: the process's own way
     conditions  what the network gets beside labels
     codec       between images and what is diffused; None: pixels are
     """
@@ -54,7 +57,8 @@ class Model:
     classes: tuple[str, ...] | None = None
     name: str = "model"
     variance: str | None = None
-    clip: Any = None
+    clip: bool | float | Quantile | None = None
+    spacing: str | None = None
     conditions: tuple[Condition, ...] = ()
     codec: Codec | None = None
 
@@ -78,6 +82,12 @@ class Model:
                 raise ValueError(
                     f"classes: expected names other than none that differ by more than case, got {self.classes}"
                 )
+        if self.variance not in (None, *VARIANCES):
+            raise ValueError(f"variance: expected None or one of {VARIANCES}, got {self.variance!r}")
+        if self.spacing not in (None, *SPACINGS):
+            raise ValueError(f"spacing: expected None or one of {SPACINGS}, got {self.spacing!r}")
+        if self.clip is not None:
+            limit_of(self.clip)
         network = unwrapped(self.network)
         if isinstance(network, UNet):
             channels, num_classes = (network.config[name] for name in ("in_channels", "num_classes"))
@@ -121,15 +131,14 @@ class Model:
         ignore  names of the scheduler's settings to leave aside, as "clip_sample"
 
         The network shares the parameters that are float32, and has float32 copies of others. Classes are 0..K-1,
-        without a null class. A Model keeps no settings for sampling: a warning says which arguments ``sample`` needs to
-        do what the scheduler is set to, as ``variance="fixed_large"``.
+        without a null class. The Model keeps what the scheduler clips, its variance and its spacing: ``sample`` follows
+        them unless told otherwise. A warning says which arguments it needs to do more of what the scheduler is set to.
 
         Raises TypeError for a pipeline of other parts; ValueError for an option of them that diffkern has not, for a
-        network that computes something else than diffkern's U-Net, and for settings without which the images would be
-        others: no clipping, another range of it, thresholding, Karras sigmas.
+        network that computes something else than diffkern's U-Net, and for settings that ``sample`` does not follow, as
+        Karras sigmas.
         """
-        network, schedule, prediction, shape = pipelines.read(pipeline, ignore)
-        return cls(network, schedule, prediction, shape, name=name)
+        return cls(**pipelines.read(pipeline, ignore), name=name)
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.network(x_t, t, labels)
@@ -166,6 +175,11 @@ class Model:
             raise TypeError(f"schedule: expected a Schedule to describe, got {type(self.schedule).__name__}")
         if not isinstance(network, UNet):
             raise TypeError(f"network: expected a diffkern.unet.UNet to describe, got {type(network).__name__}")
+        for name in ("conditions", "codec"):
+            if getattr(self, name):
+                raise TypeError(f"{name}: expected none in a model to describe, got {getattr(self, name)!r}")
+        clip = {"quantile": self.clip.q} if isinstance(self.clip, Quantile) else self.clip
+        kept = dict(variance=self.variance, clip=clip, spacing=self.spacing)
         return {
             "format": FORMAT,
             "name": self.name,
@@ -175,6 +189,7 @@ class Model:
             "shape": self.shape,
             "classes": self.classes,
             "prefix": "",
+            **{name: value for name, value in kept.items() if value is not None},
         }
 
 
@@ -288,6 +303,7 @@ def _planned(description: dict[str, Any], tensors: int, path: str | os.PathLike)
         check_model(description, tensors)
         with Blueprint():
             network = UNet(**description["network"]).float()
+        clip = description.get("clip")
         return Model(
             network=network,
             schedule=Schedule.from_config(description["schedule"]),
@@ -295,6 +311,9 @@ def _planned(description: dict[str, Any], tensors: int, path: str | os.PathLike)
             shape=description["shape"],
             classes=description["classes"],
             name=description["name"],
+            variance=description.get("variance"),
+            clip=Quantile(clip["quantile"]) if isinstance(clip, dict) else clip,
+            spacing=description.get("spacing"),
         )
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         message, *_ = str(error).splitlines() or [type(error).__name__]

@@ -220,7 +220,7 @@ class Grid:
         return replace(self, points=self.points[::-1])
 
     def tail(self, fraction: float) -> "Grid":
-        """The part of the run that begins at the first point at or below that fraction of the process' time."""
+        """The part of the run from the first point at or below that fraction of the process' time, or its last step."""
         latest = self.process.t_min + fraction * (self.process.t_max - self.process.t_min)
         first = next((i for i, (s, _) in enumerate(self.steps) if s.time <= latest), len(self) - 1)
         return replace(self, points=self.points[first:])
@@ -235,6 +235,7 @@ class Grid:
             return replace(self, path=True)
         cells = self.CELLS / (2 * self.LIMIT)
         address = [round((self.LIMIT - min(max(p.lam, -self.LIMIT), self.LIMIT)) * cells) for p in self.points]
+        address = [max(a, 1) if p.sigma > 0 else 0 for a, p in zip(address, self.points, strict=True)]
         if any(a <= b for a, b in zip(address[:-1], address[1:], strict=True)):
             raise ValueError(
                 f"noise: expected 'step' with {len(self)} steps, which are too near for a path, got 'path'"

@@ -72,7 +72,7 @@ def _combine(*parts: tuple[float, Coefficients]) -> Coefficients:
         for symbol, value in coefficients.items():
             before, added = total.get(symbol, 0.0), factor * value
             after = before + added
-            total[symbol] = 0.0 if abs(after) <= 1e-13 * max(abs(before), abs(added)) else after
+            total[symbol] = 0.0 if abs(after) < 1e-13 * max(abs(before), abs(added)) else after
     return {symbol: value for symbol, value in total.items() if value != 0}
 
 
@@ -123,13 +123,13 @@ class Sampling:
 
     def __init__(self, grid: Grid):
         self.grid = grid
-        self.at_step_start = False
+        self.at_step_start, self.begins = False, True
         self._visits: dict[int, int] = {}
 
     def steps(self) -> Iterator[tuple[Point, Point]]:
         """(s, t) of each step of the grid. The first call in a step is on what the step before has reached."""
         for s, t in self.grid.steps:
-            self.at_step_start = True
+            self.at_step_start = self.begins = True
             yield s, t
 
     def predict(self, x: Any, s: Point) -> tuple[Any, Any]:
@@ -149,7 +149,7 @@ class Sampling:
         """
         if self.grid.path and t is not None:
             return self.noise(Noise(s.address, s.address - t.address if s.address > t.address else 1, log_var))
-        visit = self._visits[s.address] = self._visits.get(s.address, -1) + 1
+        visit = self._visits[s.address] = self._visits.get(s.address, 0 if self.grid.path else -1) + 1
         return self.noise(Noise(s.address + (visit << 20), 1, log_var))
 
     def z_halves(self, s: Point) -> tuple[Any, Any]:
@@ -239,7 +239,7 @@ class Trace(Sampling):
 
     def predict(self, x, s):
         self._update(x, s if self.at_step_start else None)
-        begins, self.at_step_start = self.at_step_start, False
+        begins, self.begins, self.at_step_start = self.begins, False, False
         row = len(self.rows)
         p_x, p_o = head_at(self.prediction, s, self.grid.process) if s.sigma > 0 else (1.0 / s.alpha, 0.0)
         self.rows.append(Row(s, p_x, p_o, begins=begins))
@@ -264,6 +264,7 @@ class Trace(Sampling):
 
     def reach(self, x: Form, t: Point) -> Form:
         self._update(x, t)
+        self.begins = True
         return x
 
     def program(self, x: Form) -> "Program":
@@ -275,6 +276,8 @@ class Trace(Sampling):
     def _update(self, x: Form, reached: Point | None) -> None:
         """x becomes the state: the update of the open row, or of a row without a call."""
         c = dict(x.now())
+        if not all(math.isfinite(value) for value in c.values()):
+            raise FloatingPointError(f"sampler: expected finite coefficients, got {c}")
         if not self.open:
             if c == {STATE: 1.0}:
                 return

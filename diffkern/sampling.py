@@ -108,6 +108,9 @@ def sample(
     guidance = _guidance(guidance)
     if noise not in ("step", "path"):
         raise ValueError(f"noise: expected 'step' or 'path', got {noise!r}")
+    for name, value, kind in (("start", start, From), ("constraint", constraint, Inpaint)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name}: expected None or {kind.__name__}(...), got {type(value).__name__}")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
     if run.cuda_graph and device.type != "cuda":
@@ -140,10 +143,7 @@ def sample(
         limit=limit,
         quantile=clip if isinstance(clip, Quantile) else None,
         guidance=guidance,
-        conditions={
-            name: (_batch(a, n, batch_size, device), _batch(b, n, batch_size, device))
-            for name, (a, b) in conditions.items()
-        },
+        conditions=_batch(conditions, torch.zeros(batch_size, dtype=torch.int64, device="cpu"), device),
         inpaint=constraint is not None,
         dtype=dtype,
     )
@@ -159,8 +159,7 @@ def sample(
             seed = seeds[rows].to(device)
             x, known, mask = beginning.batch(rows, seed)
             weights = None if guidance.per_row else guidance.weight[rows].float().to(device)
-            given = {name: value[rows.to(value.device)].to(device) for name, (value, _) in conditions.items()}
-            loop.begin(x, seed, given, weights=weights, known=known, mask=mask)
+            loop.begin(x, seed, _batch(conditions, rows, device), weights=weights, known=known, mask=mask)
             if run.cuda_graph:
                 loop.replay(bar.update)
             else:
@@ -242,7 +241,7 @@ def _program(
     options: dict[str, Any],
 ) -> Program:
     """The rows of a run. What is left in ``options`` is the sampler's."""
-    process, spacing = model.schedule, options.pop("spacing", None)
+    process, spacing = model.schedule, options.pop("spacing", None) or model.spacing
     T = process.T if process.discrete else None
     if T is not None and steps is not None:
         steps = process.timesteps(steps, spacing or process.spacing)
@@ -404,9 +403,13 @@ def _conditions(
     return found
 
 
-def _batch(value: Tensor, n: int, batch_size: int, device: torch.device) -> Tensor:
-    rows = torch.arange(batch_size, dtype=torch.int64, device="cpu").clamp_(max=n - 1)
-    return value[rows.to(value.device)].to(device)
+def _batch(
+    conditions: dict[str, tuple[Tensor, Tensor]], rows: Tensor, device: torch.device
+) -> dict[str, tuple[Tensor, Tensor]]:
+    def pick(value: Tensor) -> Tensor:
+        return value[rows.to(value.device)].to(device)
+
+    return {name: (pick(given), pick(null)) for name, (given, null) in conditions.items()}
 
 
 def _resolve(model: Any, run: Run, options: dict[str, Any]) -> tuple[Model, Network, torch.device, torch.dtype | None]:
@@ -442,22 +445,23 @@ def _resolve(model: Any, run: Run, options: dict[str, Any]) -> tuple[Model, Netw
     if dtype is None and isinstance(model.network, Engine) and model.network.dtype == torch.bfloat16:
         dtype = torch.bfloat16
     network = unwrapped(model.network)
-    _check_signature(network)
+    _check_signature(network, [condition.name for condition in model.conditions])
     return model, network, _where(network, device), dtype
 
 
-def _check_signature(network: Network) -> None:
-    """TypeError unless it can be called as ``network(x_t, t, labels)``, as far as Python can tell."""
+def _check_signature(network: Network, conditions: Sequence[str]) -> None:
+    """TypeError unless it can be called as ``network(x_t, t, labels, **conditions)``, as far as Python can tell."""
     function = network.forward if isinstance(network, nn.Module) else network
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # a built-in function, which does not tell
         return
     try:
-        signature.bind(None, None, None)
+        signature.bind(None, None, None, **dict.fromkeys(conditions))
     except TypeError:
         called = f"{getattr(network, '__name__', type(network).__name__)}{signature}"
-        raise TypeError(f"model: expected a network that is called as network(x_t, t, labels), got {called}") from None
+        taken = ", ".join(("x_t", "t", "labels", *conditions))
+        raise TypeError(f"model: expected a network that is called as network({taken}), got {called}") from None
 
 
 def _check_weights(network: Network, dtype: torch.dtype | None) -> None:

@@ -158,8 +158,11 @@ class Schedule(Process):
         return np.exp(self.log_sigma(t))
 
     def derivatives(self, t):
-        """The slopes of the line that leads to t from below."""
+        """The slopes of the line that leads to t from below; those of alpha itself where it falls to 0."""
         low = min(max(math.ceil(t) - 1, 0), self.T - 2)
+        if self._logs[0][low + 1] == -math.inf:
+            alpha, sigma = (np.exp(logs[low : low + 2]) for logs in self._logs)
+            return float(alpha[1] - alpha[0]), float(sigma[1] - sigma[0])
         slopes = (logs[low + 1] - logs[low] for logs in self._logs)
         return tuple(float(value * slope) for value, slope in zip((self.alpha(t), self.sigma(t)), slopes, strict=True))
 

@@ -1,5 +1,6 @@
 """Pipelines of diffusers': they are models, or say by name why they are none."""
 
+import dataclasses
 import logging
 import warnings
 
@@ -11,8 +12,9 @@ from networks import diffusers_twin, with_random_weights
 from tiny import one_thread  # noqa: F401
 from torch import Tensor, nn
 
+from diffkern.constraints import Quantile
 from diffkern.engine import optimize
-from diffkern.io.pipelines import ARGUMENTS, DONE, check_settings
+from diffkern.io.pipelines import ARGUMENTS, DONE, settings
 from diffkern.model import Model, load, save
 from diffkern.sampling import sample
 from diffkern.unet import UNet
@@ -203,26 +205,14 @@ def test_a_pipeline_in_half_precision_is_a_model_in_float32(dtype):
 
 DDIM, DPM = diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler
 TOLD = [
-    (dict(timestep_spacing="leading"), "given spacing='leading'$"),
-    (dict(variance_type="fixed_large"), "given variance='fixed_large'$"),
-    (
-        dict(variance_type="fixed_large", timestep_spacing="linspace"),
-        "given spacing='linspace', variance='fixed_large'$",
-    ),
     (dict(timestep_spacing="leading", steps_offset=1), r"given steps=scheduler\.timesteps\.tolist\(\)$"),
     (dict(scheduler=DPM, clip_sample=False, solver_order=3), "has nothing for solver_order=3$"),
 ]
 UNKEPT = [
-    (
-        dict(clip_sample=False),
-        r"clip_sample=False; ignore=\['clip_sample'\] .* \(then sample\(clip=False\) does not clip",
-    ),
-    (dict(scheduler=DPM), "clip_sample=False; "),  # which never clips
-    (dict(clip_sample_range=2.0), r"clip_sample_range=2\.0; "),
-    (dict(thresholding=True), "thresholding=True; "),
+    (dict(thresholding=True, sample_max_value=2.0), r"sample_max_value=2\.0; "),
     (dict(variance_type="learned"), "variance_type='learned'; "),
     (dict(scheduler=DDIM, set_alpha_to_one=False), "set_alpha_to_one=False; "),
-    (dict(scheduler=DPM, use_karras_sigmas=True), "clip_sample=False, use_karras_sigmas=True; "),
+    (dict(scheduler=DPM, use_karras_sigmas=True), "use_karras_sigmas=True; "),
     (dict(steps_offset=3), "steps_offset=3; "),
 ]
 
@@ -235,25 +225,52 @@ def settings_of(options: dict):
     return scheduler(num_train_timesteps=20, **options)
 
 
+FOLLOWED = [
+    (dict(), {}),
+    (dict(timestep_spacing="leading"), dict(spacing="leading")),
+    (dict(variance_type="fixed_large", timestep_spacing="linspace"), dict(variance="fixed_large", spacing="linspace")),
+    (dict(clip_sample=False), dict(clip=False)),
+    (dict(scheduler=DPM), dict(clip=False)),  # which never clips
+    (dict(clip_sample_range=2.0), dict(clip=2.0)),
+    (dict(thresholding=True, dynamic_thresholding_ratio=0.9), dict(clip=Quantile(0.9))),
+]
+
+
+@pytest.mark.parametrize(("options", "kept"), FOLLOWED, ids=str)
+def test_a_model_keeps_the_settings_of_its_scheduler_in_its_file_too(tmp_path, options, kept):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert settings(settings_of(options)) == kept
+    model = dataclasses.replace(Model.from_diffusers(pipeline()), **kept)
+    save(model, tmp_path / "m.safetensors")
+    again = load(tmp_path / "m.safetensors")
+    assert {name: getattr(again, name) for name in ("clip", "variance", "spacing")} == {
+        **dict(clip=None, variance=None, spacing=None),
+        **kept,
+    }
+    given = dict(steps=3, sampler="ddpm", progress=False)
+    assert torch.equal(sample(again, 1, **given), sample(Model.from_diffusers(pipeline()), 1, **given, **kept))
+
+
 @pytest.mark.parametrize(("options", "message"), TOLD, ids=str)
 def test_a_setting_that_sample_must_be_told_is_named_with_its_argument(options, message):
     with pytest.warns(UserWarning, match=f"^scheduler: sample.*{message}") as seen:
-        check_settings(settings_of(options), ignore=[name for name in options if name == "clip_sample"])
+        settings(settings_of(options), ignore=[name for name in options if name == "clip_sample"])
     assert len(seen) == 1
 
 
 @pytest.mark.parametrize(("options", "message"), UNKEPT, ids=str)
 def test_a_setting_without_which_the_images_are_others_is_refused_by_name(options, message):
     with pytest.raises(ValueError, match=f"^scheduler: expected settings that sample\\(\\) follows, got {message}"):
-        check_settings(settings_of(options))
+        settings(settings_of(options))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_settings(settings_of(options), ignore=["clip_sample", *options])
+        settings(settings_of(options), ignore=["clip_sample", *options])
 
 
 def test_the_warning_points_to_the_callers_line():
     with pytest.warns(UserWarning) as seen:
-        Model.from_diffusers(pipeline(timestep_spacing="leading"))
+        Model.from_diffusers(pipeline(timestep_spacing="leading", steps_offset=1))
     assert [warning.filename for warning in seen] == [__file__]
 
 

@@ -2,15 +2,16 @@
 
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from gaussian import GRIDS, MOMENTS, Affine, Normal, interpret
 
 from diffkern.prediction import PREDICTIONS
-from diffkern.process import EDM, VP, RectifiedFlow
+from diffkern.process import EDM, VE, VP, RectifiedFlow, SubVP
 from diffkern.program import Direct, Trace
-from diffkern.samplers import SAMPLERS
+from diffkern.samplers import SAMPLERS, Sampler
 from diffkern.schedule import Schedule
 
 
@@ -163,6 +164,22 @@ def test_noise_of_a_path_is_that_of_all_the_time_steps_that_a_step_passes():
     assert once.addresses().equal(ordinary.addresses()) and once.table().equal(ordinary.table())
 
 
+def test_every_process_has_a_path():
+    for process in (VP(), SubVP(), VE(), EDM(), RectifiedFlow()):
+        for steps in (1, 10, 50):
+            rows = SAMPLERS["ddpm"].trace(process.grid(steps, path=True)).rows
+            drawn = [row.noise.address - i for row in rows if row.noise for i in range(row.noise.count)]
+            assert len(set(drawn)) == len(drawn) and all(0 <= address < 2**20 for address in drawn)
+
+
+def test_noise_of_a_point_is_never_that_of_a_path():
+    grid = VP().grid(5, path=True)
+    m = Trace(grid)
+    along = {(z.address - i) for s, t in grid.steps for z in m.z(s, t).coefficients for i in range(z.count)}
+    beside = {z.address for s, _ in grid.steps for z in m.z(s).coefficients}
+    assert not along & beside
+
+
 def test_each_visit_of_a_time_step_has_noise_of_its_own():
     program = SAMPLERS["repaint"].trace(Schedule.linear().grid(20), jump=5, resample=4)
     addresses = [row.noise.address for row in program.rows if row.noise]
@@ -191,6 +208,22 @@ def test_a_state_that_is_lost_is_named():
 
     with pytest.raises(ValueError, match=r"sampler: expected m\.keep\(x\)"):
         lost(Trace(grid), grid)
+
+
+def test_the_page_on_systems_names_every_sampler():
+    page = (Path(__file__).parents[1] / "docs" / "systems.md").read_text()
+    assert [name for name in SAMPLERS if f"`{name}`" not in page] == []
+
+
+def test_a_sampler_whose_coefficients_are_not_finite_is_refused():
+    def divided(m, grid):
+        x = m.start()
+        for s, t in m.steps():
+            x = m(x, s) * (math.inf if t.sigma == 0 else 1.0)
+        return m.program(x)
+
+    with pytest.raises(ValueError, match="sampler: expected one with finite coefficients .* got 'divided'"):
+        Sampler(divided).trace(Schedule.linear().grid(3))
 
 
 def test_options_are_the_samplers_own():

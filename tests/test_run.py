@@ -9,7 +9,9 @@ from gaussian import GRIDS, MOMENTS, network_output
 from test_program import case_name, heads
 
 from diffkern import EDM, VE, VP, From, Guidance, Inpaint, Quantile, RectifiedFlow, Run, Schedule, SubVP, ops, sample
+from diffkern.conditions import Condition
 from diffkern.constraints import limit_of
+from diffkern.model import Model
 from diffkern.process import Point
 from diffkern.program import Direct
 from diffkern.runtime import Loop
@@ -141,6 +143,33 @@ def test_negative_labels_take_the_null_class_s_place():
     assert seen == {1, 4}
 
 
+def test_each_sample_has_its_own_negative_label_in_every_batch():
+    seen = {}
+
+    def network(x, t, labels):
+        seen.setdefault(len(seen), labels.tolist())
+        return x * 0.1
+
+    draw(network, labels=[1, 2, 3], guidance=Guidance(2.0, negative=[4, 5, 6]), batch_size=2, steps=1)
+    assert list(seen.values()) == [[1, 2], [4, 5], [3, 3], [6, 6]]
+
+
+def test_what_stands_for_no_condition_is_each_image_s_own_in_every_batch():
+    labels, options = [1, 2, 3], dict(guidance=Guidance(2.0, negative=[4, 5, 6]))
+    assert torch.equal(draw(labels=labels, **options), draw(labels=labels, batch_size=1, **options))
+
+    def network(x, t, labels, image):
+        return linear_network(x, t, labels) + 0.1 * image
+
+    model = Model(network, LINEAR, "eps", SHAPE, conditions=(Condition("image", SHAPE),))  # it has no null value
+    images = torch.linspace(-1, 1, 54).view(3, *SHAPE)
+    whole, split = (
+        sample(model, 3, labels=labels, guidance=2.0, image=images, steps=4, batch_size=batch_size, progress=False)
+        for batch_size in (3, 2)
+    )
+    assert torch.equal(whole, split)
+
+
 def test_rescaled_guidance_has_the_standard_deviation_of_the_conditional_output():
     outputs = {}
 
@@ -187,6 +216,15 @@ def test_cfg_plus_plus_steps_by_the_unconditional_noise():
     assert torch.allclose(guided.double(), x, atol=1e-4)
 
 
+def test_cfg_plus_plus_is_the_conditional_model_outside_its_interval():
+    options = dict(labels=[1, 2, 3], sampler="ddim", clip=False)
+    nowhere = Guidance(0.6, plus_plus=True, interval=(1e8, 1e9))
+    assert torch.allclose(draw(guidance=nowhere, **options), draw(**options), atol=1e-5)
+    low, high = LINEAR.point(300).rho, LINEAR.point(700).rho  # from the first step on, it is another run
+    inside = draw(guidance=Guidance(0.6, plus_plus=True, interval=(low, high)), **options)
+    assert inside.isfinite().all() and not torch.allclose(inside, draw(**options), atol=1e-3)
+
+
 def test_a_classifier_in_score_form_gives_the_conditional_prediction_of_two_gaussian_classes():
     """x0_hat + sigma^2 / alpha grad ln p(y | x_t) is the exact x0_hat of the class: at every step of a run."""
     means, variance = torch.tensor([-1.0, 1.0]), 0.1
@@ -229,6 +267,47 @@ def test_a_measurement_s_gradient_goes_through_the_network():
         draw(lambda x, t, y: x * 0.3, guidance=g, **options) for g in (1.0, Guidance(0.3, measurement=measurement))
     )
     assert all(seen) and (held - 0.8).abs().mean() < (free - 0.8).abs().mean()
+
+
+# --- zero terminal SNR ---
+
+ZERO = Schedule([*Schedule.linear(50, 1e-3, 0.3).betas.tolist()[:-1], 1.0])  # alpha_T = 0
+FROM_0 = ("ddpm", "ddim", "consistency", "repaint", "dpmpp_1m", "dpmpp_2m", "dpmpp_3m", "dpmpp_2s", "dpmpp_2m_sde")
+FROM_0 += ("dpmpp_sde", "velocity", "unipc", "langevin")
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_starts_at_alpha_0_or_says_that_it_cannot(name, prediction):
+    network = normal_network(ZERO, prediction)
+    network.points.update({float(t): ZERO.point(t) for t in range(50)})
+    options = dict(schedule=ZERO, prediction=prediction, sampler=name, steps=7, clip=False)
+    if name == "ddim_inversion":
+        return
+    if name not in FROM_0:
+        with pytest.raises(ValueError, match=f"sampler: expected one that can start at alpha = 0.* got '{name}'"):
+            draw(network, **options)
+        return
+    grid, seeds = ZERO.grid(7), torch.arange(3)
+    x_T = ops.noise(seeds, SHAPE, step=0).double()
+
+    def noise(address, count):
+        z = [ops.noise(seeds, SHAPE, step=address - i, stream=1).double() for i in range(count)]
+        return sum(z) / math.sqrt(count)
+
+    exact = SAMPLERS[name](Direct(grid, network.denoise, noise, x_T), grid)
+    assert torch.allclose(draw(network, **options).double(), exact, atol=1e-5 * max(1.0, exact.abs().max().item()))
+
+
+def test_velocity_from_alpha_0_of_a_schedule_follows_the_ode():
+    """Data N(0.3, 0.25): the ODE takes x_T to 0.3 + 0.5 x_T."""
+    linear = LINEAR.alpha_bar.sqrt()
+    alpha_bar = ((linear - linear[-1]) * linear[0] / (linear[0] - linear[-1])).square()  # Lin et al. 2024, algorithm 1
+    schedule = Schedule(1 - alpha_bar / torch.cat((alpha_bar.new_ones(1), alpha_bar[:-1])))
+    network, x_T = normal_network(schedule, "v"), ops.noise(torch.arange(3), SHAPE, step=0)
+    network.points.update({float(t): schedule.point(t) for t in range(1000)})
+    x = draw(network, schedule=schedule, prediction="v", sampler="velocity", steps=200, clip=False)
+    assert (x - (0.3 + 0.5 * x_T)).abs().max() < 0.02
 
 
 # --- ranges and constraints ---
@@ -288,6 +367,13 @@ def test_a_callback_s_tensor_takes_the_place_of_x():
     assert torch.equal(x, torch.full_like(x, 0.25))
     with pytest.raises(ValueError, match="callback: expected None or a tensor of shape"):
         draw(callback=lambda step: torch.zeros(1))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_callback_is_called_in_every_step_of_every_sampler(name):
+    seen = []
+    draw(sampler=name, callback=seen.append, prediction="x0", **(dict(jump=2, resample=1) if name == "repaint" else {}))
+    assert [step.index for step in seen] == list(range(8))
 
 
 def test_a_path_gives_similar_images_for_any_number_of_steps():
@@ -350,6 +436,22 @@ def test_a_run_s_fields_may_be_named_one_by_one():
             "constraint: expected sh",
         ),
         (dict(start=From(torch.zeros(1, 2, 4, 3))), ValueError, "start: expected shape"),
+        (dict(start=3), TypeError, r"start: expected None or From\(\.\.\.\), got int"),
+        (dict(constraint=3), TypeError, r"constraint: expected None or Inpaint\(\.\.\.\), got int"),
+        (dict(sampler="repaint", jump=0), ValueError, "jump: expected an int >= 1, got 0"),
+        (dict(sampler="repaint", resample=0), ValueError, "resample: expected an int >= 1, got 0"),
+        (dict(sampler="pc", corrections=-1), ValueError, "corrections: expected an int >= 0, got -1"),
+        (dict(sampler="pc", corrections=1.5), TypeError, "corrections: expected an int >= 0, got 1.5"),
+        (dict(sampler="langevin", steps_a_level=0), ValueError, "steps_a_level: expected an int >= 1, got 0"),
+        (dict(sampler="langevin", step_size=-1.0), ValueError, "step_size: expected a number in"),
+        (dict(sampler="heun", s_min="a"), TypeError, "s_min: expected a number in"),
+        (dict(sampler="ddpm", variance="optimal"), ValueError, "data_std: expected a number >= 0 with variance"),
+        (dict(sampler="ddpm", data_std=0.5), ValueError, "data_std: expected None unless variance is 'optimal'"),
+        (
+            dict(sampler="ddim", labels=1, guidance=Guidance(1.0, classifier=len, form="mean")),
+            ValueError,
+            "form: expected 'score' with a sampler that draws no noise, got 'mean'",
+        ),
         (dict(clip=0.0), ValueError, "clip: expected True, False, a number > 0"),
         (dict(clip=(-1, 2)), ValueError, r"clip: expected a range \(-a, a\), got"),
     ],
@@ -372,6 +474,7 @@ def test_options_that_do_not_fit_name_themselves(options, error, message):
         (lambda: From(torch.zeros(1), 0), ValueError, "fraction: expected a number in"),
         (lambda: From([0.0]), TypeError, "x: expected a floating-point tensor, got list"),
         (lambda: Inpaint(torch.zeros(1), torch.full((1,), 2.0)), ValueError, r"mask: expected values in \[0, 1\]"),
+        (lambda: Inpaint(torch.zeros(1), torch.ones(1), jump=0), ValueError, "jump: expected an int >= 1, got 0"),
         (lambda: Run(engine=1), TypeError, "engine: expected True or False, got 1"),
         (lambda: Run(dtype=torch.int8), ValueError, "dtype: expected None"),
         (lambda: limit_of("no"), TypeError, "clip: expected True, False, a number"),

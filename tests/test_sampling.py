@@ -179,19 +179,6 @@ def test_optimal_variances_can_be_given_as_a_tensor():
 # --- equivalences ---
 
 
-def test_dpmpp_2m_is_diffusers(one_thread):
-    from diffusers import DPMSolverMultistepScheduler
-
-    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", timestep_spacing="trailing")  # ++, 2M, by default
-    scheduler.set_timesteps(12)
-    network = Gaussian().network(LINEAR)
-    x = noise([0, 1, 2], 0, 0).float()
-    for t in scheduler.timesteps:
-        x = scheduler.step(network(x, t.expand(len(x)), None), t, x).prev_sample
-    options = dict(sampler="dpmpp_2m", steps=scheduler.timesteps.tolist(), clip=False)
-    assert_near(run(network, prediction="eps", **options), x, 10 * SAMPLE)  # its coefficients are float32
-
-
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
 def test_the_error_falls_with_the_order_of_the_sampler(sampler, order):
     """Both follow the ODE that takes a Gaussian's x_t from one t to another along a straight line."""
@@ -509,7 +496,7 @@ def test_steps_that_find_their_row_on_the_device_are_those_of_a_loop_of_the_host
     loop = Loop(unet, program, (2, 2, 8, 8), CPU, guidance=Guidance(guidance), conditions=conditions)
     x = ops.noise(seeds, (2, 8, 8), step=0)
     with torch.inference_mode():
-        loop.begin(x, seeds, {"labels": labels})
+        loop.begin(x, seeds, conditions)
         assert len({loop.kind(row) for row in program.rows}) == 1
         for _ in timesteps:
             loop.step(program.rows[0])
@@ -529,7 +516,7 @@ def test_a_step_looks_at_no_value_on_the_host():
         loop = Loop(
             *(unet, program, (2, 2, 8, 8), CPU), guidance=Guidance(3.0), conditions=conditions, dtype=torch.bfloat16
         )
-        loop.begin(torch.empty(2, 2, 8, 8), torch.zeros(2, dtype=torch.int64), {"labels": labels})
+        loop.begin(torch.empty(2, 2, 8, 8), torch.zeros(2, dtype=torch.int64), conditions)
         loop.step(program.rows[0])
         with pytest.raises(DataDependentOutputException):
             loop.row.item()
@@ -740,7 +727,7 @@ BAD = [
     (
         dict(variance="tiny"),
         ValueError,
-        "variance: expected one of ('fixed_small', 'fixed_large', 'learned')",
+        "variance: expected one of ('fixed_small', 'fixed_large', 'learned', 'optimal')",
     ),
     (
         dict(variance=torch.ones(3), sampler="ddpm", steps=5),

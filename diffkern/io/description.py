@@ -25,7 +25,15 @@ MOST_VALUES = 2**28  # C * H * W of an image: 1 GiB
 DEEPEST = 8  # schedules respaced from respaced ones
 
 REQUIRED = ("name", "network", "schedule", "prediction", "shape", "classes")
-KNOWN = {"format", *REQUIRED, "prefix", "training", "learned_variance"}  # the last: once beside the network's own
+KEPT = {"variance": str, "clip": (bool, int, float, dict), "spacing": str}  # for sample, where they are not its own
+KNOWN = {
+    "format",
+    *REQUIRED,
+    *KEPT,
+    "prefix",
+    "training",
+    "learned_variance",
+}  # the last: once beside the network's own
 
 Config = TypeVar("Config")
 
@@ -43,6 +51,13 @@ def check_model(description: Mapping[str, Any], tensors: int) -> None:
     for key in ("name", "prediction", "prefix"):
         if not isinstance(description.get(key, ""), str):
             raise TypeError(f"{key}: expected text, got {_shown(description[key])}")
+    for key in KEPT.keys() & description.keys():
+        if not isinstance(description[key], KEPT[key]):
+            raise TypeError(f"{key}: expected what sample() takes, got {_shown(description[key])}")
+    if isinstance(description.get("clip"), dict):
+        _check_known("clip", description["clip"], {"quantile"})
+        if "quantile" not in description["clip"]:
+            raise ValueError("clip: expected a quantile, got none")
     classes, shape = description["classes"], description["shape"]
     if classes is not None and not isinstance(classes, list):
         raise TypeError(f"classes: expected a list of names or null, got {_shown(classes)}")

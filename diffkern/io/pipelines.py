@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..constraints import Quantile
 from ..networks import UNet, from_diffusers
 from ..networks.diffusers import check_same
 from ..schedule import Schedule
@@ -23,27 +24,23 @@ KEPT = {
 """Settings that are in the betas, and the prediction."""
 
 DONE: dict[str, tuple[Any, ...]] = {
-    "clip_sample": (True,),
-    "clip_sample_range": (1,),
+    "clip_sample": (True, False),
     "set_alpha_to_one": (True,),
     "steps_offset": (0,),
-    "thresholding": (False,),
-    "timestep_spacing": ("trailing",),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "learned_range"),
+    "sample_max_value": (1.0,),
+    "thresholding": (True, False),
+    "timestep_spacing": ("trailing", "leading", "linspace"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
 }
-"""The values that ``sample`` acts on by default. It can be told to act on some others:"""
+"""The values that a ``Model`` keeps for ``sample``. It can be told to act on another:"""
 
-ARGUMENTS = {
-    ("variance_type", "fixed_large"): "variance='fixed_large'",
-    ("timestep_spacing", "leading"): "spacing='leading'",
-    ("timestep_spacing", "linspace"): "spacing='linspace'",
-    ("steps_offset", 1): "steps=scheduler.timesteps.tolist()",
-}
+ARGUMENTS = {("steps_offset", 1): "steps=scheduler.timesteps.tolist()"}
 
 
-def check_settings(scheduler: Any, ignore: Collection[str] = ()) -> None:
-    """Warn of settings that ``sample`` must be told, by its arguments; ValueError for those that it cannot be told.
+def settings(scheduler: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
+    """What a ``Model`` keeps of a scheduler for ``sample``: its clip, variance and spacing, where they are not ours.
 
+    Warns of settings that ``sample`` must be told, by its arguments; ValueError for those that it cannot be told.
     Settings named in ``ignore`` are not looked at. A scheduler without ``clip_sample`` does not clip.
     """
     if isinstance(ignore, str):
@@ -51,29 +48,44 @@ def check_settings(scheduler: Any, ignore: Collection[str] = ()) -> None:
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     set_to = {"clip_sample": False} | {name: config[name] for name in DONE if name in config}
     set_to |= {name: value for name, value in config.items() if name.startswith("use_") and value}  # use_karras_sigmas
-    if not set_to["clip_sample"]:
-        set_to.pop("clip_sample_range", None)
+    if not set_to.get("thresholding"):
+        set_to.pop("sample_max_value", None)
     unlike = {k: v for k, v in set_to.items() if k not in ignore and v not in DONE.get(k, ())}
     refused = {name: value for name, value in unlike.items() if (name, value) not in ARGUMENTS}
     if refused:
-        clip = " (then sample(clip=False) does not clip)" if "clip_sample" in refused else ""
         raise ValueError(
             f"scheduler: expected settings that sample() follows, got {_listed(refused)}; "
-            f"ignore={list(refused)} takes the model without them{clip}"
+            f"ignore={list(refused)} takes the model without them"
         )
-    if "steps_offset" in unlike:
-        unlike.pop("timestep_spacing", None)  # steps that are told one by one have no spacing
     told = [ARGUMENTS[name, value] for name, value in unlike.items()]
     defaults = inspect.signature(type(scheduler).__init__).parameters
+    looked_at = {*KEPT, *CLIPPING, *set_to, *ignore}
     other = {
         name: value
         for name, value in config.items()
-        if name not in {*KEPT, *set_to, *ignore} and name in defaults and value != defaults[name].default
+        if name not in looked_at and name in defaults and value != defaults[name].default
     }
     told = [f"sample() does what it is set to if given {', '.join(told)}"] if told else []
     told += [f"sample() has nothing for {_listed(other)}"] if other else []
     if told:
         warnings.warn(f"scheduler: {'; '.join(told)}", stacklevel=4)
+    kept: dict[str, Any] = {}
+    if "clip_sample" not in ignore:
+        kept["clip"] = _clip(set_to["clip_sample"], config) if "thresholding" not in ignore else set_to["clip_sample"]
+    if set_to.get("variance_type") == "fixed_large" and "variance_type" not in ignore:
+        kept["variance"] = "fixed_large"
+    if "timestep_spacing" not in ignore and "steps_offset" not in unlike:  # steps told one by one have no spacing
+        kept["spacing"] = set_to.get("timestep_spacing", "trailing")
+    return {name: value for name, value in kept.items() if value not in (True, "trailing")}
+
+
+CLIPPING = ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value")
+
+
+def _clip(clips: bool, config: Mapping[str, Any]) -> bool | float | Quantile:
+    if config.get("thresholding"):  # which diffusers prefers where both are set
+        return Quantile(config["dynamic_thresholding_ratio"])
+    return clips and (True if config.get("clip_sample_range", 1) == 1 else float(config["clip_sample_range"]))
 
 
 def _listed(settings: Mapping[str, Any]) -> str:
@@ -92,8 +104,9 @@ def _in_float32(network: UNet) -> UNet:
 # --- all of it ---
 
 
-def read(pipeline: Any, ignore: Collection[str] = ()) -> tuple[UNet, Schedule, str, tuple[int, int, int]]:
-    """The network in float32, the schedule, the prediction and the images' shape. See ``Model.from_diffusers``."""
+def read(pipeline: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
+    """The arguments of a ``Model``: the network in float32, the schedule, the prediction, the images' shape and what is
+    kept for ``sample``. See ``Model.from_diffusers``."""
     unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
     expected = "pipeline: expected a UNet2DModel as unet and a scheduler with betas"
     if type(unet).__name__ != "UNet2DModel" or not hasattr(scheduler, "betas"):
@@ -107,13 +120,14 @@ def read(pipeline: Any, ignore: Collection[str] = ()) -> tuple[UNet, Schedule, s
         raise ValueError(f"prediction_type: expected one of {', '.join(PREDICTION_TYPES)}, got {got}")
     if size is None:
         raise ValueError("sample_size: expected the images' size in the UNet2DModel's config, got None")
-    check_settings(scheduler, ignore)
+    kept = settings(scheduler, ignore)
     schedule = Schedule(scheduler.betas)
     _check_alpha_bar(schedule, scheduler)
     network = from_diffusers(unet)
     check_same(network, unet)
     height, width = (size, size) if isinstance(size, int) else size
-    return _in_float32(network), schedule, PREDICTION_TYPES[kind], (unet.config.in_channels, height, width)
+    shape = unet.config.in_channels, height, width
+    return dict(network=_in_float32(network), schedule=schedule, prediction=PREDICTION_TYPES[kind], shape=shape, **kept)
 
 
 def _check_alpha_bar(schedule: Schedule, scheduler: Any) -> None:

@@ -38,11 +38,11 @@ class Loop:
         limit: float | None = 1.0,
         quantile: Quantile | None = None,
         guidance: Guidance | None = None,
-        conditions: dict[str, tuple[Any, Any]] | None = None,
+        conditions: dict[str, tuple[Tensor, Tensor]] | None = None,
         inpaint: bool = False,
         dtype: torch.dtype | None = None,
     ):
-        """conditions: by name, an example [N, ...] of what the network gets, and what it gets without the condition."""
+        """conditions: by name, [N, ...] of what the network gets, and of what it gets without the condition."""
         self.network, self.program, self.dtype = network, program, dtype
         self.guidance, self.quantile = guidance or Guidance(), quantile
         table = self.guidance.fill(program.table(limit), program)
@@ -62,7 +62,7 @@ class Loop:
         self.seeds = torch.empty(shape[0], dtype=torch.int64, device=device)
         self.weights = None if self.guidance.per_row else torch.empty(shape[0], dtype=torch.float32, device=device)
         self.given = {name: value.clone() for name, (value, _) in (conditions or {}).items()}
-        self.null = {name: value for name, (_, value) in (conditions or {}).items()}
+        self.null = {name: value.clone() for name, (_, value) in (conditions or {}).items()}
         self.known = torch.zeros_like(self.x) if inpaint else None
         self.mask = torch.ones_like(self.x) if inpaint else None
         self.graphs: dict[Any, torch.cuda.CUDAGraph] = {}
@@ -71,17 +71,18 @@ class Loop:
         self,
         x_T: Tensor,
         seeds: Tensor,
-        conditions: dict[str, Tensor] | None = None,
+        conditions: dict[str, tuple[Tensor, Tensor]] | None = None,
         *,
         weights: Tensor | None = None,
         known: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> None:
-        """Put a batch at the first row."""
+        """Put a batch at the first row. conditions, null: what the network gets, with and without the condition."""
         self.x.copy_(x_T)
         self.seeds.copy_(seeds)
-        for name, value in (conditions or {}).items():
-            self.given[name].copy_(value)
+        for name, (given, null) in (conditions or {}).items():
+            self.given[name].copy_(given)
+            self.null[name].copy_(null)
         if weights is not None:
             self.weights.copy_(weights)
         if known is not None:

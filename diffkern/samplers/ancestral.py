@@ -7,24 +7,35 @@ from typing import Any
 from torch import Tensor
 
 from ..process import Grid
-from .options import number, one_of, variances
+from .options import number, one_of, variances, whole
 from .registry import sampler
 
-VARIANCES = ("fixed_small", "fixed_large", "learned")
+VARIANCES = ("fixed_small", "fixed_large", "learned")  # and "optimal", which needs data_std
 
 
 @sampler(steps=None)
-def ddpm(m: Any, grid: Grid, variance: str | Sequence[float] | Tensor = "fixed_small") -> Any:
+def ddpm(
+    m: Any,
+    grid: Grid,
+    variance: str | Sequence[float] | Tensor = "fixed_small",
+    data_std: float | None = None,
+) -> Any:
     """The posterior q(x_t | x_s, x_0) of Ho et al. 2020 (eq. 7, algorithm 2), for any process and any steps.
 
     variance  "fixed_small", the posterior's; "fixed_large", the forward step's; "learned", between these by the second
               half of the network's output (Nichol & Dhariwal 2021, eq. 15), all three without noise in the step to
-              sigma = 0; or one number >= 0 for each step, taken as it is
+              sigma = 0; "optimal", the posterior's + c1^2 Var(x_0 | x_s) (Bao et al. 2022, theorem 1) of Gaussian data
+              of the standard deviation ``data_std``; or one number >= 0 for each step, taken as it is
     """
     named = isinstance(variance, str | None)
     given = None if named else variances(variance, len(grid))
     if named:
-        one_of("variance", variance, VARIANCES, " or a tensor of variances")
+        one_of("variance", variance, (*VARIANCES, "optimal"), " or a tensor of variances")
+    optimal = named and variance == "optimal"
+    if optimal != (data_std is not None):
+        expected = "a number >= 0 with variance 'optimal'" if optimal else "None unless variance is 'optimal'"
+        raise ValueError(f"data_std: expected {expected}, got {data_std!r}")
+    data_var = number("data_std", data_std, 0) ** 2 if optimal else 0.0
     x = m.start()
     for i, (s, t) in enumerate(m.steps()):
         x0 = m(x, s)
@@ -33,6 +44,9 @@ def ddpm(m: Any, grid: Grid, variance: str | Sequence[float] | Tensor = "fixed_s
         x = x0 * (t.alpha * removed) + x * (s.alpha / t.alpha * (t.sigma / s.sigma) ** 2)
         if given is not None:
             x = x + m.z(s, t) * math.sqrt(given[i]) if given[i] > 0 else x
+        elif optimal:
+            unknown = s.sigma**2 * data_var / (s.alpha**2 * data_var + s.sigma**2)  # Var(x_0 | x_s)
+            x = x + m.z(s, t) * math.sqrt(small + (t.alpha * removed) ** 2 * unknown)
         elif t.sigma > 0 and variance == "learned":
             x = x + m.z(s, t, log_var=(math.log(small), math.log(large)))
         elif t.sigma > 0:
@@ -84,6 +98,7 @@ def repaint(m: Any, grid: Grid, jump: int = 10, resample: int = 10) -> Any:
     jump      how many steps each stretch has
     resample  how often it is gone through
     """
+    jump, resample = whole("jump", jump, 1), whole("resample", resample, 1)
     x, steps = m.start(), grid.steps
     for first in range(0, len(steps), jump):
         stretch = steps[first : first + jump]

@@ -28,7 +28,8 @@ def heun(
     churn         S_churn: 0 is deterministic; more adds noise before each step with rho in [s_min, s_max]
     s_noise       the standard deviation of that noise
     """
-    churn, s_noise = number("churn", churn, 0), number("s_noise", s_noise, 0)
+    churn, s_noise, s_min = number("churn", churn, 0), number("s_noise", s_noise, 0), number("s_min", s_min, 0)
+    s_max = s_max if s_max == math.inf else number("s_max", s_max, 0)
     x = m.start()
     for s, t in m.steps():
         gamma = min(churn / len(grid), math.sqrt(2) - 1) if s_min <= s.rho <= s_max else 0.0

@@ -47,10 +47,12 @@ class Sampler:
         self.check(options)
         try:
             return self.function(Trace(grid, prediction, plus_plus=plus_plus), grid, **options)
-        except ZeroDivisionError:
-            raise ValueError(
-                f"sampler: expected one that can start at alpha = 0, as 'ddim', 'velocity', 'unipc', got {self.name!r}"
-            ) from None
+        except (ZeroDivisionError, FloatingPointError):
+            lost = next((point for point in grid.points if 0 in (point.alpha, point.sigma)), grid.points[0])
+            expected = "one that can start at alpha = 0, as 'ddim', 'velocity', 'unipc'"
+            if lost.alpha > 0:
+                expected = f"one with finite coefficients from alpha = {lost.alpha:.3g} and sigma = {lost.sigma:.3g}"
+            raise ValueError(f"sampler: expected {expected}, got {self.name!r}") from None
 
     def __call__(self, m: Any, grid: Any, *args: Any, **options: Any) -> Any:
         """Run in ``m``; or, of a schedule and its time steps, return the short table of :mod:`.tables`."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..process import Grid
 from .dpm_solver import ancestral
-from .options import number
+from .options import number, whole
 from .registry import sampler
 
 
@@ -55,7 +55,7 @@ def pc(m: Any, grid: Grid, snr: float = 0.16, corrections: int = 1) -> Any:
     snr  of the corrections, whose length is 2 (snr rho)^2: what the paper's ratio of norms is for white noise. The last
          step adds no noise
     """
-    snr = number("snr", snr, 0)
+    snr, corrections = number("snr", snr, 0), whole("corrections", corrections, 0)
     x = m.start()
     for i, (s, t) in enumerate(m.steps()):
         for _ in range(corrections):
@@ -73,14 +73,14 @@ def pc(m: Any, grid: Grid, snr: float = 0.16, corrections: int = 1) -> Any:
 def langevin(m: Any, grid: Grid, steps_a_level: int = 5, step_size: float = 2e-5) -> Any:
     """Annealed Langevin dynamics (Song & Ermon 2019, algorithm 1), and a last prediction without noise (2020).
 
-    step_size  at the last level; a level's is times (sigma / sigma_last)^2
+    step_size  at the last level, well below sigma_last^2; a level's is times (sigma / sigma_last)^2
     """
-    levels = [point for point in grid.points if point.sigma > 0]
-    x = m.start()
-    for s in levels:
-        a = step_size * (s.sigma / levels[-1].sigma) ** 2
+    steps_a_level, step_size = whole("steps_a_level", steps_a_level, 1), number("step_size", step_size, 0)
+    x, last = m.start(), [point for point in grid.points if point.sigma > 0][-1]
+    for s, _ in m.steps():
+        a = step_size * (s.sigma / last.sigma) ** 2
         for _ in range(steps_a_level):
             x = x - m.eps(x, s) * (a / 2 / s.sigma) + m.z(s) * math.sqrt(a)
     if grid.points[-1].sigma == 0:
-        x = m(x, levels[-1])
+        x = m(x, last)
     return m.program(x)
