@@ -112,7 +112,11 @@ def elementwise_cases(shape: tuple[int, ...], dtype: torch.dtype) -> Iterable[Ca
     yield case("noise", "noise_kernel", lambda ops: ops.noise(seeds, shape[1:], t, 0, dtype), of_t, of_one)
     q_table = table[:, :2].contiguous()
     yield case(
-        "q_sample", "q_sample_kernel", lambda ops: ops.q_sample(x, t, seeds, q_table, False), of_one + of_t + 80, of_one
+        "q_sample",
+        "q_sample_kernel",
+        lambda ops: ops.q_sample(x, t, seeds, q_table, None, False),
+        of_one + of_t + 80,
+        of_one,
     )
     yield case(
         "reverse_step",
@@ -121,20 +125,33 @@ def elementwise_cases(shape: tuple[int, ...], dtype: torch.dtype) -> Iterable[Ca
         2 * of_one + 8 * n + 8 + 36,
         of_one,
     )._replace(kernels=(Kernel("", f"reverse_step_kernelI{MANGLED[dtype]}Lb0ELb0E", plan),))
-    sums = (
-        Kernel("partial", f"^noise_loss/.*partial_kernelI{MANGLED[dtype]}", _C.plan_noise_loss(n, elements)),
-        Kernel("total", "^noise_loss/.*12total_kernel", _C.plan_elementwise(1, n, 4)),
-    )
-    yield case("noise_loss", "", lambda ops: ops.noise_loss(x, seeds, t, None), of_one + of_t, 4 * n)._replace(
-        kernels=sums
-    )
-    yield case(
-        "noise_loss backward",
-        "^noise_loss/.*15backward_kernel",
-        lambda ops: ops.noise_loss_backward(torch.ones(n), x, seeds, t, None),
-        of_one + of_t + 4 * n,
-        of_one,
-    )
+    yield from loss_cases(x, seeds, t, title)
+
+
+def loss_cases(x: Tensor, seeds: Tensor, t: Tensor, title: str) -> Iterable[Case]:
+    """The error of eps, and the hybrid loss: that and the bound's term of a learned variance."""
+    n, elements, size = len(x), math.prod(x.shape[1:]), x.element_size()
+    of_one, of_t, grad = n * elements * size, 16 * n, values(n, 2)
+    both, rows = torch.cat((x, x.flip(0)), 1), values(10, 12)
+    rows[:, 11] = 0  # no bins
+    hybrid = (both, x.clone(), seeds, t, rows, None, None, True, True, True, False)
+    of_hybrid = 3 * of_one + of_t + 480
+
+    def kernels(name: str, bound: int, launch: object) -> tuple[Kernel, ...]:
+        total = Kernel("total", "^diffusion_loss/.*12total_kernel", _C.plan_elementwise(1, n, 4))
+        pattern = f"^diffusion_loss/.*{name}_kernelI{MANGLED[x.dtype]}LN.*KindE{2 * bound}E"
+        return (Kernel("partial", pattern, launch), total) if name == "partial" else (Kernel("", pattern, launch),)
+
+    forward, backward = _C.plan_sums(n, elements), _C.plan_elementwise(n, elements, size)
+    for bound, op, options, backward_options, inputs, output in (
+        (0, "noise_loss", (x, seeds, t, None), (grad[:, 0].contiguous(), x, seeds, t, None), of_one + of_t, of_one),
+        (1, "diffusion_loss", hybrid, (grad, *hybrid), of_hybrid, 2 * of_one),
+    ):
+        losses = 4 * n * (1 + bound)
+        run = functools.partial(lambda op, options, ops: getattr(ops, op)(*options), op, options)
+        yield Case(op, title, run, inputs, losses, kernels("partial", bound, forward))
+        run = functools.partial(lambda op, options, ops: getattr(ops, op)(*options), f"{op}_backward", backward_options)
+        yield Case(f"{op} backward", title, run, inputs + losses, output, kernels("backward", bound, backward))
 
 
 def group_norm_cases(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> Iterable[Case]:

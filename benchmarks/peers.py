@@ -6,6 +6,7 @@ Those that are diffusers' import it, which takes seconds: where ``has_diffusers`
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -131,6 +132,26 @@ def torch_noise_loss(out: Tensor, eps: Tensor) -> Call:
         per_sample = (out - eps).square().flatten(1).mean(1)
         (gradient,) = torch.autograd.grad(per_sample.sum(), out)
         return per_sample.detach(), gradient
+
+    return loss
+
+
+def torch_diffusion_loss(out: Tensor, x_0: Tensor, eps: Tensor, rows: Tensor) -> Call:
+    """The squared error and the bound's term of a learned variance as they are usually written, with the noise stored
+    and a row of ``ops.LOSS_COLUMNS`` for each sample; forward and backward."""
+    columns = rows.view(*rows.shape, *[1] * (x_0.ndim - 1)).unbind(1)
+    a, s, y_x, y_e, weight, p_x, p_o, c1, log_var_q, log_var_min, log_var_max, _ = columns
+
+    def loss() -> tuple[Tensor, Tensor]:
+        o, second_half = out.chunk(2, 1)
+        mse = (o - (y_x * x_0 + y_e * eps)).square().flatten(1).mean(1) * weight.flatten()
+        x0_hat = p_x * (a * x_0 + s * eps) + p_o * o.detach()
+        log_var = log_var_min + (second_half + 1) / 2 * (log_var_max - log_var_min)
+        ratio, away = log_var_q - log_var, c1 * (x_0 - x0_hat)
+        nats = 0.5 * (-1 - ratio + ratio.exp() + away.square() * (-log_var).exp())
+        both = torch.stack((mse, nats.flatten(1).mean(1) / math.log(2)), 1)
+        (gradient,) = torch.autograd.grad(both.sum(), out)
+        return both.detach(), gradient
 
     return loss
 

@@ -7,7 +7,7 @@ from . import __version__
 if torch.__version__ < "2.10":
     raise ImportError(f"diffkern: expected torch 2.10 or later, got {torch.__version__}: run pip install torch==2.13.0")
 try:
-    from .ops import attention, group_norm_silu, noise, noise_loss, q_sample, reverse_step
+    from .ops import attention, diffusion_loss, group_norm_silu, noise, noise_loss, q_sample, reverse_step
     from .ops.transforms import torch_ops
 except (AttributeError, ImportError, RuntimeError) as error:  # absent, or older than ops
     from .unbuilt import explain
@@ -40,6 +40,7 @@ __all__ = [
     "VP",
     "__version__",
     "attention",
+    "diffusion_loss",
     "encode",
     "group_norm_silu",
     "interpolate",

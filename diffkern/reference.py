@@ -12,6 +12,7 @@ from .ops.conv2d import pack_taps_reference as pack_taps
 from .ops.conv2d import reference as conv2d
 from .ops.conv2d import winograd
 from .ops.conv3x3 import reference as conv3x3
+from .ops.diffusion_loss import reference as diffusion_loss
 from .ops.group_norm_silu import reference as group_norm_silu
 from .ops.moments import reference as moments
 from .ops.noise import cos_sin, normals, radius

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from diffkern import _C
+from diffkern.ops import LOSS_COLUMNS
 
 TABLE = Path(__file__).parents[1] / "csrc" / "cpu" / "levels.def"
 ALL_LEVELS = ("baseline", *re.findall(r"^DIFFKERN_LEVEL\((\w+),", TABLE.read_text(), re.MULTILINE))
@@ -52,6 +53,16 @@ def rows(history: int = 0, sigma: float = 0.3) -> Tensor:
     table[:, 5] = torch.tensor([sigma, 0.0, 1.0])
     table[:, 6:8] = torch.tensor([-9.0, -1.0])
     table[:, 8] = torch.tensor([999.0, 500.0, 3.0])
+    return table
+
+
+def loss_rows(**columns: float) -> Tensor:
+    """A table [4, 12] of a loss that no schedule has, but for ``columns``: KL, a bin, a density, and KL again."""
+    table = values((4, 12), scale=1.0, seed=1)
+    table[:, 8:11] = torch.tensor([[-3.0, -4.0, -1.0], [-2.0, -2.5, -2.0], [-4.0, -4.0, 0.0], [-1.0, -3.0, -1.5]])
+    table[:, 11] = torch.tensor([0.0, 1.0, 2.0, 0.0])
+    for name, value in columns.items():
+        table[:, LOSS_COLUMNS.index(name)] = value
     return table
 
 
@@ -96,11 +107,17 @@ def answers() -> dict[str, object]:
     out = values((7, 3, 5, 23), seed=4).requires_grad_()
     loss = ops.noise_loss(out, SEEDS, torch.arange(7), values((7,), seed=5))
     (gradient,) = torch.autograd.grad(loss, out, values((7,), seed=6))
+    out, x_0 = values((7, 6, 5, 23), seed=4).requires_grad_(), values((7, 3, 5, 23), seed=3).clamp(-1, 1)
+    options = dict(learned_variance=True, bound=True, stop_mean=False, weights=values((7,), seed=5))
+    losses = ops.diffusion_loss(out, x_0, SEEDS, torch.arange(7) % 4, loss_rows(), **options)
+    (of_losses,) = torch.autograd.grad(losses, out, values((7, 2), seed=6))
     return {
         "level": level,
         "digests": {name: digest(result) for name, result in results(ops)},
         "noise_loss": loss.tolist(),
         "noise_loss gradient": digest(gradient),
+        "diffusion_loss": losses.tolist(),
+        "diffusion_loss gradient": digest(of_losses),
     }
 
 

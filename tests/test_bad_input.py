@@ -18,7 +18,7 @@ def index(*values: int) -> torch.Tensor:
 
 
 X = torch.zeros(2, 3, 4, 4)
-SEEDS, Q_TABLE, STEPS = [1, 2], torch.zeros(10, 2), torch.zeros(5, 9)
+SEEDS, Q_TABLE, STEPS, LOSSES = [1, 2], torch.zeros(10, 2), torch.zeros(5, 9), torch.zeros(5, 12)
 PACKED, TAPS = (pack(torch.zeros(5, 3, 3, 3)) for pack in (ops.pack_conv, ops.pack_taps))
 
 
@@ -167,6 +167,12 @@ BAD = {
         (dict(table=[[1, 2]]), TypeError, "table: expected a tensor, got [[1, 2]]"),
         (dict(table=torch.zeros(0, 2)), RuntimeError, "t: expected values in [0, 0), got 0"),
         (dict(table=torch.zeros(10, 2, 1)), RuntimeError, "table: expected shape (T, 2), got (10, 2, 1)"),
+        (dict(address=-1), RuntimeError, "address: expected values in [0, 4294967296), got -1"),
+        (dict(address=index(0, 2**32)), RuntimeError, "address: expected values in [0, 4294967296), got 4294967296"),
+        (dict(address=index(0, 1, 2)), RuntimeError, "address: expected shape () or (2,), got (3,)"),
+        (dict(address=torch.zeros(2)), RuntimeError, "address: expected int64, got float32"),
+        (dict(address=1.0), TypeError, "address: expected an int or an int64 tensor, got 1.0"),
+        (dict(address=index(1, 2).to("meta")), RuntimeError, "address: expected device cpu, got meta"),
         (dict(return_eps="yes"), TypeError, "return_eps: expected True or False, got 'yes'"),
         (dict(return_eps=None), TypeError, "return_eps: expected True or False, got None"),
         (dict(return_eps=1), TypeError, "return_eps: expected True or False, got 1"),
@@ -459,6 +465,70 @@ BAD = {
             "weights: expected no gradient through noise_loss outside of diffkern.torch_ops(), "
             "got a tensor that requires grad",
         ),
+    ],
+    ops.diffusion_loss: [
+        (dict(out=torch.zeros(())), RuntimeError, "out: expected [N, ...], got shape ()"),
+        (
+            dict(out=torch.zeros(2, 0, 4)),
+            RuntimeError,
+            "out: expected at least one element a sample, got shape (2, 0, 4)",
+        ),
+        (
+            dict(out=X.double()),
+            RuntimeError,
+            "out: expected float32, bfloat16 or float16, got float64, which diffkern.torch_ops() takes",
+        ),
+        (dict(out=None), TypeError, "out: expected a tensor, got None"),
+        (
+            dict(out=torch.zeros(2), learned_variance=True),
+            RuntimeError,
+            "out: expected [N, C, ...], got shape (2,)",
+        ),
+        (dict(learned_variance=True), RuntimeError, "out: expected an even number of channels, got shape (2, 3, 4, 4)"),
+        (
+            dict(out=torch.zeros(2, 6, 4, 4)),
+            RuntimeError,
+            "x_0: expected shape (2, 6, 4, 4), got (2, 3, 4, 4)",
+        ),
+        (dict(x_0=torch.zeros(2, 3, 4)), RuntimeError, "x_0: expected shape (2, 3, 4, 4), got (2, 3, 4)"),
+        (dict(x_0=X.half()), RuntimeError, "x_0: expected float32, got float16"),
+        (dict(out=X.half(), x_0=X.bfloat16()), RuntimeError, "x_0: expected float16, got bfloat16"),
+        (dict(x_0=X.to("meta")), RuntimeError, "x_0: expected device cpu, got meta"),
+        (dict(x_0=1.0), TypeError, "x_0: expected a tensor or None, got 1.0"),
+        (dict(x_0=None, bound=True), ValueError, "x_0: expected a tensor with bound=True, got None"),
+        (
+            dict(x_0=None, table=torch.ones(5, 12)),
+            RuntimeError,
+            "x_0: expected a tensor where y_x of the table is not 0, got None",
+        ),
+        (dict(seeds=[1]), RuntimeError, "seeds: expected shape (2,), got (1,)"),
+        (dict(step=5), RuntimeError, "step: expected values in [0, 5), got 5"),
+        (dict(step=index(0, -1)), RuntimeError, "step: expected values in [0, 5), got -1"),
+        (dict(step=index(1, 2, 3)), RuntimeError, "step: expected shape () or (2,), got (3,)"),
+        (dict(step=torch.zeros(2)), RuntimeError, "step: expected int64, got float32"),
+        (dict(step=1.5), TypeError, "step: expected an int or an int64 tensor, got 1.5"),
+        (dict(table=torch.zeros(5, 9)), RuntimeError, "table: expected shape (rows, 12), got (5, 9)"),
+        (
+            dict(table=LOSSES.double()),
+            RuntimeError,
+            "table: expected float32, got float64, which diffkern.torch_ops() takes",
+        ),
+        (
+            dict(table=torch.zeros(12, 5).t()),
+            RuntimeError,
+            "table: expected a contiguous tensor, got strides (1, 5)",
+        ),
+        (dict(table=LOSSES.to("meta")), RuntimeError, "table: expected device cpu, got meta"),
+        (dict(table=None), TypeError, "table: expected a tensor, got None"),
+        (dict(address=-1), RuntimeError, "address: expected values in [0, 4294967296), got -1"),
+        (dict(address=index(1, 2, 3)), RuntimeError, "address: expected shape () or (2,), got (3,)"),
+        (dict(address="0"), TypeError, "address: expected an int or an int64 tensor, got '0'"),
+        (dict(weights=torch.zeros(3)), RuntimeError, "weights: expected shape (2,), got (3,)"),
+        (dict(weights=2.0), TypeError, "weights: expected a tensor or None, got 2.0"),
+        (dict(learned_variance=1), TypeError, "learned_variance: expected True or False, got 1"),
+        (dict(bound="yes"), TypeError, "bound: expected True or False, got 'yes'"),
+        (dict(stop_mean=None), TypeError, "stop_mean: expected True or False, got None"),
+        (dict(clip=0.5), TypeError, "clip: expected True or False, got 0.5"),
     ],
     ops.pack_conv: [
         (dict(weight=None), TypeError, "weight: expected a tensor, got None"),

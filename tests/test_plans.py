@@ -35,8 +35,8 @@ def test_an_elementwise_plan_fits_the_grid_and_wastes_at_most_a_block_a_sample(s
 
 @pytest.mark.parametrize("samples", [1, 65536])
 @pytest.mark.parametrize("elements", [1, 1024, 1025, 10**9])
-def test_a_plan_of_the_noise_loss_has_a_block_a_chunk_as_long_as_there_are_so_many(samples, elements):
-    launch = _C.plan_noise_loss(samples, elements)
+def test_a_plan_of_sums_has_a_block_a_chunk_as_long_as_there_are_so_many(samples, elements):
+    launch = _C.plan_sums(samples, elements)
     assert_a_card_can_launch(launch)
     assert launch.grid_x == MAX_Y or covers(1024, launch.grid_x, elements)
     assert launch.grid_y == min(samples, MAX_Y)
@@ -115,13 +115,13 @@ def test_tensor_cores_are_taken_where_the_card_has_them_for_the_rows():
         (_C.plan_elementwise, (0, 1, 4), "samples, elements: expected values > 0"),
         (_C.plan_elementwise, (1, 0, 4), "samples, elements: expected values > 0"),
         (_C.plan_elementwise, (1, 1, 8), "element_size: expected 2 or 4, got 8"),
-        (_C.plan_noise_loss, (1, 0), "samples, elements: expected values > 0"),
+        (_C.plan_sums, (1, 0), "samples, elements: expected values > 0"),
         (_C.plan_group_norm_silu, (1, 6, 4, 1, 4, False), "groups: expected a divisor of the 6 channels, got 4"),
         (_C.plan_group_norm_silu, (1, 6, 2, 0, 4, False), "samples, channels, pixels: expected values > 0"),
         (_C.plan_group_norm_silu, (1, 1026, 2, 1, 4, False), "groups: expected at most 512 channels each, got 513"),
         (_C.plan_attention, (1, 0, 1, 8, "float32", 80, False), "expected values > 0"),
         (_C.plan_elementwise, (1, 2**63 - 1, 4), "samples, elements: expected values > 0 whose product is at most"),
-        (_C.plan_noise_loss, (2**32, 2**32), "samples, elements: expected values > 0 whose product is at most"),
+        (_C.plan_sums, (2**32, 2**32), "samples, elements: expected values > 0 whose product is at most"),
         (_C.plan_attention, (2**31, 2**31, 1, 8, "float32", 80, True), "whose product is at most"),
         (_C.plan_attention, (1, 1, 1, 8, "float64", 80, False), "dtype: expected 'float32'"),
     ],

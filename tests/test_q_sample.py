@@ -41,15 +41,17 @@ def test_q_sample_is_the_papers_equation_in_float64():
     dtype=st.sampled_from(DTYPES),
     return_eps=st.booleans(),
     one_t=st.booleans(),
+    address=st.sampled_from([None, 5, "each"]),
     data=st.data(),
 )
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_q_sample_has_the_references_bits_in_every_layout(shape, dtype, return_eps, one_t, data):
+def test_q_sample_has_the_references_bits_in_every_layout(shape, dtype, return_eps, one_t, address, data):
     x_0 = laid_out(values(tuple(shape), dtype), **data.draw(layouts(len(shape))))
     n = shape[0]
     t = torch.tensor(7) if one_t else laid_out(torch.arange(n) * 37 % 1000, (0,), (2,), 1)
-    got = ops.q_sample(x_0, t, seeds_of(n), TABLE, return_eps=return_eps)
-    expected = reference.q_sample(x_0.contiguous(), t.contiguous(), seeds_of(n), TABLE, return_eps=return_eps)
+    options = dict(address=torch.arange(n) * 10**6 if address == "each" else address, return_eps=return_eps)
+    got = ops.q_sample(x_0, t, seeds_of(n), TABLE, **options)
+    expected = reference.q_sample(x_0.contiguous(), t.contiguous(), seeds_of(n), TABLE, **options)
     if not return_eps:
         got, expected = (got,), (expected,)
     for a, b in zip(got, expected, strict=True):
@@ -62,10 +64,20 @@ def test_the_in_place_twin_gives_the_same_bits_and_writes_nothing_beside_them(sh
     layout = data.draw(layouts(len(shape)))
     x_0 = laid_out(values(tuple(shape), dtype), **layout)
     seeds, t = seeds_of(shape[0]), torch.arange(shape[0])
-    expected = laid_out(ops.q_sample(x_0, t, seeds, TABLE), **layout)
-    assert ops.q_sample_(x_0, t, seeds, TABLE) is None
-    whole = [tensor._base if tensor._base is not None else tensor for tensor in (x_0, expected)]
-    assert_same_bits(*whole)
+    for address in (None, 12345):
+        expected = laid_out(ops.q_sample(x_0, t, seeds, TABLE, address=address), **layout)
+        assert ops.q_sample_(x_0, t, seeds, TABLE, address=address) is None
+        whole = [tensor._base if tensor._base is not None else tensor for tensor in (x_0, expected)]
+        assert_same_bits(*whole)
+
+
+def test_the_noise_is_that_of_the_address_where_there_is_one():
+    x_0, seeds, t, address = values((4, 3, 8, 8)), seeds_of(4), torch.arange(4), torch.tensor([2**32 - 1, 0, 3, 7])
+    x_t, eps = ops.q_sample(x_0, t, seeds, TABLE, address=address, return_eps=True)
+    assert_same_bits(eps, ops.noise(seeds, (3, 8, 8), step=address, stream=2))
+    a, s = (column.view(4, 1, 1, 1) for column in TABLE[:4].unbind(1))
+    assert_same_bits(x_t, a * x_0 + s * eps)
+    assert_same_bits(ops.q_sample(x_0, t, seeds, TABLE, address=t), ops.q_sample(x_0, t, seeds, TABLE))
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])

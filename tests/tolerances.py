@@ -22,6 +22,8 @@ REVERSE_STEP = dict(rtol=1e-6, atol=2e-5)  # x_next, where coefficients and devi
 REVERSE_STEP_X0 = dict(rtol=1e-6, atol=5e-6)  # the same row's x0_hat, which has no noise
 SAME_STEP = 2e-6  # the same step by other coefficients: another rounding of each
 LOSS = 1e-6  # relative: a mean of squares, whose rounding errors average out
+BOUND = 1e-5  # and that plus an absolute error: a mean of the bound's terms, where e^log_var is of order 10
+BIN = 2e-6  # relative, and absolute where it is below 1: one bin's term, in nats
 GROUP_NORM = 2e-6  # statistics in double, then three roundings and silu
 ATTENTION = 3e-6  # relative to the largest value: what a few hundred additions may lose
 ATTENTION_TERMS = {1: 2e-2, 2: 3e-5, 3: ATTENTION}  # the same by numbers of so many terms: of 8, 16 and 24 bits

@@ -39,9 +39,9 @@ Launch plan_elementwise(int64_t samples, int64_t elements, int64_t element_size)
   return {"elementwise", plan.grid_x, plan.grid_y, int32_t(plan.threads), 0};
 }
 
-Launch plan_noise_loss(int64_t samples, int64_t elements) {
+Launch plan_sums(int64_t samples, int64_t elements) {
   check_sizes("samples, elements", {samples, elements});
-  const cuda::Plan plan = cuda::plan_noise_loss(samples, elements);
+  const cuda::Plan plan = cuda::plan_sums(samples, elements);
   return {"partial", plan.grid_x, plan.grid_y, int32_t(plan.threads), 0};
 }
 
@@ -107,7 +107,7 @@ void add_plans(pybind11::module_& module) {
       .def_readonly("threads", &Launch::threads)
       .def_readonly("shared_bytes", &Launch::shared_bytes);
   module.def("plan_elementwise", &plan_elementwise, arg("samples"), arg("elements"), arg("element_size"));
-  module.def("plan_noise_loss", &plan_noise_loss, arg("samples"), arg("elements"));
+  module.def("plan_sums", &plan_sums, arg("samples"), arg("elements"));
   module.def("plan_group_norm_silu", &plan_group_norm_silu, arg("samples"), arg("channels"), arg("groups"), arg("pixels"),
              arg("element_size"), arg("channels_last"));
   module.def("plan_attention", &plan_attention, arg("heads"), arg("queries"), arg("keys"), arg("channels"), arg("dtype"),

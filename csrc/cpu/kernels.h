@@ -9,10 +9,10 @@
 #include "ops/attention/params.h"
 #include "ops/conv2d/params.h"
 #include "ops/conv3x3/params.h"
+#include "ops/diffusion_loss/params.h"
 #include "ops/group_norm_silu/params.h"
 #include "ops/moments/params.h"
 #include "ops/noise/params.h"
-#include "ops/noise_loss/params.h"
 #include "ops/q_sample/params.h"
 #include "ops/reverse_step/params.h"
 #include "ops/word_hash/params.h"
@@ -29,9 +29,9 @@
   X(noise, NoiseParams)                            \
   X(q_sample, QSampleParams)                       \
   X(reverse_step, ReverseStepParams)               \
-  X(noise_loss_partial, NoiseLossParams)           \
-  X(noise_loss_total, NoiseLossParams)             \
-  X(noise_loss_backward, NoiseLossParams)          \
+  X(diffusion_loss_partial, DiffusionLossParams)   \
+  X(diffusion_loss_total, DiffusionLossParams)     \
+  X(diffusion_loss_backward, DiffusionLossParams)  \
   X(moments_partial, MomentsParams)                \
   X(moments_total, MomentsParams)                  \
   X(group_norm_silu_backward, GroupNormSiluParams) \

@@ -19,8 +19,8 @@ inline Plan plan_elementwise(int64_t samples, int64_t vectors) {
   return {uint32_t(x < kMaxX ? x : kMaxX), uint32_t(samples < kMaxY ? samples : kMaxY), uint32_t(kThreads)};
 }
 
-// noise_loss: a block sums a chunk of a sample at a time.
-constexpr Plan plan_noise_loss(int64_t samples, int64_t elements) {
+// Sums over the samples (diffusion_loss, moments): a block sums a chunk of a sample at a time.
+constexpr Plan plan_sums(int64_t samples, int64_t elements) {
   constexpr int64_t kMax = 65535;
   return {uint32_t(chunks(elements) < kMax ? chunks(elements) : kMax), uint32_t(samples < kMax ? samples : kMax), 128};
 }

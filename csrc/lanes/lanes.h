@@ -13,9 +13,11 @@
 
 #ifdef __CUDACC__
 #define DIFFKERN_FN static __device__ __forceinline__
+#define DIFFKERN_LONG_FN static __device__ __noinline__  // too long for a copy in each unrolled iteration
 #define DIFFKERN_UNROLL _Pragma("unroll")
 #else
 #define DIFFKERN_FN static inline __attribute__((always_inline))
+#define DIFFKERN_LONG_FN DIFFKERN_FN
 #define DIFFKERN_UNROLL _Pragma("GCC unroll 16")
 #endif
 
@@ -41,6 +43,7 @@ struct Lanes<Rounded> {
 DIFFKERN_FN Rounded operator+(Rounded a, Rounded b) { return __fadd_rn(a.value, b.value); }
 DIFFKERN_FN Rounded operator-(Rounded a, Rounded b) { return __fsub_rn(a.value, b.value); }
 DIFFKERN_FN Rounded operator*(Rounded a, Rounded b) { return __fmul_rn(a.value, b.value); }
+DIFFKERN_FN Rounded operator/(Rounded a, Rounded b) { return __fdiv_rn(a.value, b.value); }
 DIFFKERN_FN Rounded operator-(Rounded a) { return -a.value; }
 DIFFKERN_FN bool operator<(Rounded a, Rounded b) { return a.value < b.value; }
 DIFFKERN_FN bool operator>(Rounded a, Rounded b) { return a.value > b.value; }

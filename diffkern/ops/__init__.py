@@ -19,6 +19,7 @@ from .abs_quantile import abs_quantile
 from .attention import attention
 from .conv2d import PackedConv, conv2d, expand_taps, pack_conv, pack_taps, pack_upsampling
 from .conv3x3 import conv3x3
+from .diffusion_loss import LOSS_COLUMNS, diffusion_loss
 from .group_norm_silu import group_norm_silu
 from .moments import moments
 from .noise import noise
@@ -33,6 +34,7 @@ flops.register()
 __all__ = [
     "COLUMNS",
     "LONG_COLUMNS",
+    "LOSS_COLUMNS",
     "MAX_HISTORY",
     "PackedConv",
     "Seeds",
@@ -41,6 +43,7 @@ __all__ = [
     "attention",
     "conv2d",
     "conv3x3",
+    "diffusion_loss",
     "expand_taps",
     "group_norm_silu",
     "has_long_rows",

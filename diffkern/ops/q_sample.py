@@ -17,47 +17,58 @@ from .transforms import by_torch, mark_written
 
 
 def q_sample(
-    x_0: Tensor, t: int | Tensor, seeds: Seeds, table: Tensor, *, return_eps: bool = False
+    x_0: Tensor,
+    t: int | Tensor,
+    seeds: Seeds,
+    table: Tensor,
+    *,
+    address: int | Tensor | None = None,
+    return_eps: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4), eps made in the kernel.
 
     x_0         [N, ...]
     t           0-based time steps: one, or an int64 tensor [N]
-    seeds       int64 [N]: eps is ``noise(seeds, shape, step=t, stream=2)``
+    seeds       int64 [N]: eps is ``noise(seeds, shape, step=address, stream=2)``
     table       float32 [T, 2], sqrt(alpha_bar) and sqrt(1 - alpha_bar): ``Schedule.q_table``
+    address     the noise's step, in [0, 2^32): one, or an int64 tensor [N]; None is t
     return_eps  also return eps, like x_0
     """
     check_types("a tensor", Tensor, x_0=x_0, table=table)
     check_types("True or False", bool, return_eps=return_eps)
     t, seeds = as_index("t", t, x_0.device), as_seeds(seeds, x_0.device)
+    address = None if address is None else as_index("address", address, x_0.device)
     if by_torch(x_0, table):
-        return composite(x_0, t, seeds, table, return_eps=return_eps)
+        return composite(x_0, t, seeds, table, address=address, return_eps=return_eps)
     refuse_gradient("q_sample outside of diffkern.torch_ops()", x_0=x_0, table=table)
-    x_t, eps = run(native.q_sample, x_0, t, seeds, table, return_eps)
+    x_t, eps = run(native.q_sample, x_0, t, seeds, table, address, return_eps)
     return (x_t, eps) if return_eps else x_t
 
 
-def q_sample_(x_0: Tensor, t: int | Tensor, seeds: Seeds, table: Tensor) -> None:
+def q_sample_(
+    x_0: Tensor, t: int | Tensor, seeds: Seeds, table: Tensor, *, address: int | Tensor | None = None
+) -> None:
     """:func:`q_sample` in place: x_0 becomes x_t."""
     check_types("a tensor", Tensor, x_0=x_0, table=table)
     refuse_gradient("q_sample_", x_0=x_0, table=table)
     t, seeds = as_index("t", t, x_0.device), as_seeds(seeds, x_0.device)
+    address = None if address is None else as_index("address", address, x_0.device)
     if by_torch_in_place("q_sample_", x_0=x_0, table=table):
-        x_0.copy_(composite(x_0, t, seeds, table))
+        x_0.copy_(composite(x_0, t, seeds, table, address=address))
     else:
-        run(native.q_sample_, x_0, t, seeds, table)
+        run(native.q_sample_, x_0, t, seeds, table, address)
         mark_written(x_0)
 
 
 @fake("q_sample")
-def _(x_0, t, seeds, table, return_eps):
-    same_device(x_0, t=t, seeds=seeds, table=table)
+def _(x_0, t, seeds, table, address, return_eps):
+    same_device(x_0, t=t, seeds=seeds, table=table, address=address)
     return torch.empty_like(x_0), torch.empty_like(x_0) if return_eps else x_0.new_empty(0)
 
 
 @fake("q_sample_")
-def _(x_0, t, seeds, table):
-    same_device(x_0, t=t, seeds=seeds, table=table)
+def _(x_0, t, seeds, table, address):
+    same_device(x_0, t=t, seeds=seeds, table=table, address=address)
 
 
 # --- composite and reference -------------------------------------------------------------------------------------
@@ -69,13 +80,14 @@ def composite(
     seeds: Tensor,
     table: Tensor,
     *,
+    address: Tensor | None = None,
     return_eps: bool = False,
     noise: Callable[..., Tensor] = noise_composite,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`diffkern.ops.q_sample`."""
     check_shape("seeds", seeds, (x_0.shape[0],))
     a, s = look_up("t", t, table, x_0)
-    eps = noise(seeds, x_0.shape[1:], step=t, stream=2)
+    eps = noise(seeds, x_0.shape[1:], step=t if address is None else address, stream=2)
     x_t = (a * wide(x_0) + s * eps).to(x_0.dtype)
     return (x_t, eps.to(x_0.dtype)) if return_eps else x_t
 
@@ -97,4 +109,5 @@ def examples(n: int = 3, c: int = 3, h: int = 7, w: int = 11) -> Iterator[Exampl
 
         yield call("q_sample")
         yield call("q_sample", "eps", t=steps(n, 3) % 10, return_eps=True)
+        yield call("q_sample", "address", t=steps(n, 3) % 10, address=steps(n, 1000))
         yield call("q_sample_")

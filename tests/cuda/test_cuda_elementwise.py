@@ -3,6 +3,7 @@
 import pytest
 import torch
 from layouts import LAYOUTS
+from levels import loss_rows
 from torch import Tensor
 
 pytestmark = pytest.mark.cuda
@@ -70,5 +71,7 @@ def test_a_step_that_is_no_word_gives_nan_in_its_sample_alone(cuda):
     out, step = random((3, 8, 8), torch.float32, 3).to(cuda.device), torch.tensor([2**32 - 1, 2**32, -1])
     seeds, step = seeds.to(cuda.device), step.to(cuda.device)
     z = cuda.ops.noise(seeds, [3, 8, 8], step, 1, torch.float32)
-    for result in (z, cuda.ops.noise_loss(out, seeds, step, None)):
+    row, rows = torch.zeros(3, dtype=torch.int64, device=cuda.device), loss_rows(y_x=0).to(cuda.device)
+    of_address = cuda.ops.diffusion_loss(out, None, seeds, row, rows, step, None, False, False, True, False)
+    for result in (z, cuda.ops.noise_loss(out, seeds, step, None), of_address):
         assert result[0].isfinite().all() and result[1:].isnan().all()

@@ -155,8 +155,8 @@ BUGS = {
     ),
     "warps' sums added before they are there": Bug(
         "noise_loss, bfloat16, weights",
-        "ops/noise_loss/cuda.cu",
-        ("ops/noise_loss/cuda.cu", "= sum;\n      __syncthreads();\n", "= sum;\n"),
+        "ops/diffusion_loss/cuda.cu",
+        ("ops/diffusion_loss/cuda.cu", "= value;\n  __syncthreads();\n", "= value;\n"),
         RACE,
     ),
     "a tree of sums that does not wait for its branches": Bug(
@@ -197,11 +197,11 @@ BUGS = {
     # shuffles
     "a shuffle without the lanes that have no element": Bug(
         "noise_loss, bfloat16, weights",
-        "ops/noise_loss/cuda.cu",
+        "ops/diffusion_loss/cuda.cu",
         (
-            "ops/noise_loss/cuda.cu",
-            "sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);",
-            "if (sum != 0) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);",
+            "ops/diffusion_loss/cuda.cu",
+            "value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);",
+            "if (value != 0) value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);",
         ),
         "deadlock",
     ),

@@ -8,7 +8,7 @@ namespace diffkern::cuda {
 
 namespace {
 
-constexpr int kThreads = plan_noise_loss(1, 1).threads, kWarps = kThreads / 32;
+constexpr int kThreads = plan_sums(1, 1).threads, kWarps = kThreads / 32;
 
 template <class T>
 __global__ void partial_kernel(const __grid_constant__ MomentsParams p, const __grid_constant__ Access<T> at_a,
@@ -60,7 +60,7 @@ __global__ void total_kernel(const __grid_constant__ MomentsParams p) {
 const char* moments(const MomentsParams& p, Stream stream) {
   const char* error = with_type(p.a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const Plan plan = plan_noise_loss(p.samples, p.elements);
+    const Plan plan = plan_sums(p.samples, p.elements);
     return launch_kernel(partial_kernel<T>, plan, stream, p, Access<T>(p.a, p.elements), Access<T>(p.b, p.elements));
   });
   if (error != nullptr) return error;

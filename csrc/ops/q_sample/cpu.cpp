@@ -10,7 +10,8 @@ void q_sample(const QSampleParams& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const Chunk chunk = chunk_of(item, p.elements);
     const int64_t t = p.t[chunk.sample * p.t_stride];
-    const NoiseAddress address(uint64_t(p.seeds[chunk.sample]), uint32_t(t), kForwardNoising);
+    const int64_t word = p.address ? p.address[chunk.sample * p.address_stride] : t;
+    const NoiseAddress address(uint64_t(p.seeds[chunk.sample]), uint32_t(word), kForwardNoising);
     const float a = p.table[2 * t], s = p.table[2 * t + 1];
 
     float* eps = p.eps.data ? target(p.eps, chunk, eps_buffer) : eps_buffer.data;

@@ -17,7 +17,7 @@ __global__ void q_sample_kernel(const __grid_constant__ QSampleParams p, const _
 
     float x[n_vector], z[n_vector];
     load(x_0, n, first, p.elements, x);
-    normals(uint64_t(p.seeds[n]), t, kForwardNoising, first, z);
+    normals(uint64_t(p.seeds[n]), p.address ? p.address[n * p.address_stride] : t, kForwardNoising, first, z);
     if (eps.view.data) store(eps, n, first, p.elements, z);
 #pragma unroll
     for (int i = 0; i < n_vector; ++i) x[i] = (a * x[i] + s * z[i]).value;

@@ -16,6 +16,8 @@ struct QSampleParams {
   const int64_t* seeds;  // [N]
   const int64_t* t;      // [N], or [1] with a stride of 0
   int64_t t_stride;
+  const int64_t* address;  // the noise's step: [N] or [1] too, or null where it is t
+  int64_t address_stride;
   const float* table;  // [T, 2]: sqrt(alpha_bar), sqrt(1 - alpha_bar)
   int64_t rows;        // T
 };
