@@ -232,7 +232,9 @@ def examples(n: int = 3, c: int = 3, h: int = 7, w: int = 11) -> Iterator[Exampl
             (label(dtype, "variance"), addressed | dict(out=both, learned_variance=True, bound=True)),
         ):
             arguments = given | options
-            yield Example("diffusion_loss", name, arguments, ("out", "x_0"), ("out",), tolerance=1e-5)
+            smooth = not options.get("bound") or "stop_mean" in options  # and no stopped gradient, which is no slope
+            by = ("out",) if smooth else ()
+            yield Example("diffusion_loss", name, arguments, ("out", "x_0"), by, tolerance=1e-5)
             backward = dict(address=None, weights=None, learned_variance=False, bound=False, stop_mean=True, clip=False)
             backward |= dict(grad_loss=normal(n, 2, seed=3) if "bound" in options else normal(n, seed=3)) | arguments
             yield Example("diffusion_loss_backward", name, backward, ("out", "x_0"))

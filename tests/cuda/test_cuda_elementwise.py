@@ -75,3 +75,13 @@ def test_a_step_that_is_no_word_gives_nan_in_its_sample_alone(cuda):
     of_address = cuda.ops.diffusion_loss(out, None, seeds, row, rows, step, None, False, False, True, False)
     for result in (z, cuda.ops.noise_loss(out, seeds, step, None), of_address):
         assert result[0].isfinite().all() and result[1:].isnan().all()
+
+
+def test_a_loss_outside_its_table_or_without_its_image_is_nan(cuda):
+    seeds, _ = seeds_and_steps()
+    out, seeds, rows = (tensor.to(cuda.device) for tensor in (random((3, 8, 8), torch.float32, 3), seeds, loss_rows()))
+    step = torch.tensor([0, len(rows), -1], device=cuda.device)
+    loss = cuda.ops.diffusion_loss(out, out, seeds, step, rows, None, None, False, True, True, False)
+    assert loss[0].isfinite().all() and loss[1:].isnan().all()
+    loss = cuda.ops.diffusion_loss(out, None, seeds, step[:1], rows, None, None, False, False, True, False)
+    assert loss.isnan().all()
