@@ -39,6 +39,38 @@ def assert_equal(a: Trainer, b: Trainer) -> None:
         assert torch.equal(tensor, b.tensors()[key]), key
 
 
+# --- what is trained ---
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v", "score", "flow"])
+def test_the_simple_loss_of_a_prediction_is_the_error_of_its_target(prediction):
+    run = trainer(prediction=prediction, label_dropout=0.0)
+    x_0, labels, draws = run.batch()
+    eps = ops.noise(draws.seeds, x_0.shape[1:], step=draws.t, stream=2)
+    alpha, sigma = (column.view(-1, 1, 1, 1) for column in run.table[draws.t].unbind(1))
+    target = dict(x0=x_0, v=alpha * eps - sigma * x_0, score=-eps / sigma, flow=eps - x_0)[prediction]
+    with torch.no_grad():
+        error = (run.network(alpha * x_0 + sigma * eps, draws.t, labels) - target).square().mean()
+        assert run.loss().item() == pytest.approx(error.item(), rel=1e-4)
+    before = run.loss().item()
+    take(run, 3)
+    assert math.isfinite(before) and run.model.prediction == prediction
+
+
+@pytest.mark.parametrize("objective", ["min_snr", "p2", "likelihood", "hybrid", "vlb"])
+def test_every_objective_trains_and_is_resumed_to_the_bit(tmp_path, objective):
+    network = {**tiny.NETWORK, "learned_variance": objective in ("hybrid", "vlb")}
+    whole, half = (trainer(objective=objective, network=network) for _ in range(2))
+    losses = take(whole, 4)
+    take(half, 2)
+    half.save(tmp_path / CHECKPOINT)
+    again = Trainer.resume(tmp_path / CHECKPOINT, tiny.dataset())
+    assert again.config.objective == objective and take(again, 2) == losses[2:]
+    assert_equal(again, whole)
+    with pytest.raises(ValueError, match=f"objective: expected that of .*, {objective}, got simple"):
+        Trainer.resume(tmp_path / CHECKPOINT, tiny.dataset(), objective="simple")
+
+
 # --- what is drawn ---
 
 
@@ -587,6 +619,8 @@ BAD_CONFIGS = [
     (dict(ema=1.0), ValueError, r"ema: expected a number in \[0, 1\), got 1.0"),
     (dict(label_dropout=1.1), ValueError, "label_dropout: expected a probability, got 1.1"),
     (dict(seed=2**64), ValueError, r"seed: expected an int in \[-2\^63, 2\^64\), got 18446744073709551616"),
+    (dict(prediction="edm"), ValueError, "prediction: expected one of eps, x0, v, score, flow, got 'edm'"),
+    (dict(objective="mse"), ValueError, "objective: expected one of simple, min_snr, .*, got 'mse'"),
     (dict(flip=1), TypeError, "flip: expected True or False, got 1"),
     (dict(bf16="yes"), TypeError, "bf16: expected True or False, got 'yes'"),
     (dict(network=[]), TypeError, "network: expected a dict, got list"),
@@ -608,8 +642,12 @@ def with_prediction_v():
 
 
 BAD_RUNS = {
-    "prediction": (with_prediction_v, "prediction: expected 'eps', which Algorithm 1 trains, got 'v'"),
-    "variance": (lambda: trainer(network={**tiny.NETWORK, "learned_variance": True}), "variance: expected False"),
+    "prediction": (with_prediction_v, "prediction: expected 'eps', which is trained, got 'v'"),
+    "variance": (
+        lambda: trainer(network={**tiny.NETWORK, "learned_variance": True}),
+        "objective: expected one of hybrid, vlb with a network of a learned variance, got 'simple'",
+    ),
+    "no variance": (lambda: trainer(objective="hybrid"), "objective: expected one of simple, .* of a fixed variance"),
     "groups": (lambda: trainer(network={**tiny.NETWORK, "groups": 5}), "groups: expected a divisor of every width"),
     "schedule": (lambda: trainer(schedule={"kind": "none"}), "config: expected a kind among"),
     "null": (lambda: trainer(network={**tiny.NETWORK, "null_class": False}), "label_dropout: expected 0 .*, got 0.1"),

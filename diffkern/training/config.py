@@ -9,8 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from ..schedule import Schedule, checked_float, checked_int
+from .objectives import OBJECTIVES
 
 LR_SCHEDULES = ("constant", "cosine")
+TRAINED = ("eps", "x0", "v", "score", "flow")
+"""The predictions that a schedule's network can be trained on."""
 
 
 def option(default: Any, text: str, **kwargs) -> Any:
@@ -44,6 +47,8 @@ class Config:
     betas: tuple[float, float] = option((0.9, 0.99), "of AdamW")
     weight_decay: float = option(0.0, "of AdamW")
     grad_clip: float = option(1.0, "largest norm of the gradient (0: no limit)")
+    prediction: str = option("eps", "what the network learns to predict", choices=TRAINED)
+    objective: str = option("simple", "how its error counts at each level of noise", choices=OBJECTIVES)
     ema: float = option(0.999, "decay of the weights' average; min(ema, (1 + step) / (10 + step)) early on")
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for classifier-free guidance")
     flip: bool = option(False, "mirror half of the images")
@@ -82,6 +87,9 @@ class Config:
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"lr_schedule: expected one of {LR_SCHEDULES}, got {self.lr_schedule!r}")
+        for name, known in (("prediction", TRAINED), ("objective", tuple(OBJECTIVES))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("network", "schedule"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name}: expected a dict, got {type(getattr(self, name)).__name__}")

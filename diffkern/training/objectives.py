@@ -266,3 +266,14 @@ def edm(sigma_data: float = 0.5) -> Objective:
 def flow(times: Times | None = None) -> Objective:
     """The error of the velocity (Lipman et al. 2023); ``LogitNormal()`` times are those of Esser et al. 2024."""
     return Objective("flow", t=times or Uniform())
+
+
+def likelihood(prediction: str = "eps") -> Objective:
+    """The error of x_0 as the bound weighs it (Ho et al. 2020, eq. 12)."""
+    return Objective(prediction, Likelihood())
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    f.__name__: f for f in (simple, min_snr, p2, likelihood, hybrid, vlb)
+}
+"""The objectives of a schedule's training, by name: each takes ``prediction``."""

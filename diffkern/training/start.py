@@ -14,7 +14,7 @@ from .config import Config
 
 
 def new_model(dataset: Dataset, config: Config, name: str = "model", *, init: Model | None = None) -> Model:
-    """The eps-predicting model that ``config`` asks for, with the data's shape and classes, to be trained.
+    """The model that ``config`` asks for, with the data's shape and classes, to be trained.
 
     Its weights are random, or those of ``init``, a model to fine-tune. A class has the embedding of the class of its
     name in ``init``, the null class that of the null class; where no name is the same and there are as many classes,
@@ -28,7 +28,7 @@ def new_model(dataset: Dataset, config: Config, name: str = "model", *, init: Mo
     with torch.random.fork_rng(devices=[]), float32_on("cpu"):
         torch.manual_seed(config.seed)
         network = UNet(**{**options, **config.network})
-    model = Model(network, Schedule.from_config(config.schedule), "eps", dataset.shape, classes, name=name)
+    model = Model(network, Schedule.from_config(config.schedule), config.prediction, dataset.shape, classes, name=name)
     if init is not None:
         _copy_weights(model, init)
     return model
@@ -38,9 +38,9 @@ def _copy_weights(model: Model, init: Model) -> None:
     network, source = model.network, unwrapped(init.network)
     if not isinstance(source, UNet):
         raise TypeError(f"init: expected a model of a diffkern.unet.UNet, got one of {type(source).__name__}")
-    if init.prediction != "eps":
+    if init.prediction != model.prediction:
         raise ValueError(
-            f"init: expected a model that predicts 'eps', which Algorithm 1 trains, got {init.prediction!r}"
+            f"init: expected a model that predicts {model.prediction!r}, which is trained, got {init.prediction!r}"
         )
     live, stored = network.state_dict(), source.state_dict()
     ours, theirs = (weights.pop("class_embedding.weight", None) for weights in (live, stored))

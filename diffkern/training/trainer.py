@@ -28,6 +28,7 @@ from . import runs
 from .checkpoint import read_checkpoint
 from .config import Config, plain
 from .draws import Draws, draw
+from .objectives import OBJECTIVES
 from .runs import Log, Unlogged
 
 
@@ -62,10 +63,14 @@ class Trainer:
         if dataset.classes != model.classes:
             raise ValueError(f"data: expected the classes {model.classes}, got {dataset.classes}")
         _check_size(dataset.shape, len(options["channel_mult"]))
-        if options["learned_variance"]:
-            raise ValueError("learned_variance: expected False, the loss of Algorithm 1 does not train a variance")
-        if model.prediction != "eps":
-            raise ValueError(f"prediction: expected 'eps', which Algorithm 1 trains, got {model.prediction!r}")
+        self.objective = OBJECTIVES[config.objective](prediction=config.prediction)
+        if options["learned_variance"] != (self.objective.vlb != 0):
+            whose = "a learned variance" if options["learned_variance"] else "a fixed variance"
+            with_bound = [name for name, make in OBJECTIVES.items() if (make().vlb != 0) == options["learned_variance"]]
+            expected = f"one of {', '.join(with_bound)} with a network of {whose}"
+            raise ValueError(f"objective: expected {expected}, got {config.objective!r}")
+        if model.prediction != config.prediction:
+            raise ValueError(f"prediction: expected {config.prediction!r}, which is trained, got {model.prediction!r}")
         if config.label_dropout and options["num_classes"] is not None and not options["null_class"]:
             raise ValueError(
                 f"label_dropout: expected 0 for a network without a null class, got {config.label_dropout}"
@@ -84,6 +89,8 @@ class Trainer:
         self.model = replace(model, network=copy.deepcopy(self.network).eval().requires_grad_(False))
         self.predict = parallel.averaging(self.network)
         self.table = model.schedule.q_table(self.model.device)
+        as_printed = (config.prediction, config.objective) == ("eps", "simple")  # Algorithm 1, by ops.noise_loss
+        self.losses = None if as_printed else self.objective.table(model.schedule, self.model.device)
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -105,13 +112,14 @@ class Trainer:
         """Continue the run of a checkpoint. ``changes`` are fields of its :class:`Config` that shall differ.
 
         Weights, moments, average, counters and data order continue to the bit, on the same kind of machine. Warns of
-        other images than the run has seen. Raises ValueError for a change of the network, the schedule or the seed, and
-        for fewer ``steps`` than have been taken.
+        other images than the run has seen. Raises ValueError for a change of the network, the schedule, the prediction,
+        the objective or the seed, and for fewer ``steps`` than have been taken.
         """
         description, tensors, config = read_checkpoint(path)
         state = description["training"]
         model = build(description, tensors, path, prefix="network.", device=checked_device(device))
         whole = {"network": model.network.config, "schedule": config.schedule, "seed": config.seed}
+        whole |= {"prediction": config.prediction, "objective": config.objective}
         for name in changes.keys() & whole.keys():
             wanted, stored = changes[name], whole[name]
             if isinstance(wanted, dict) and isinstance(stored, dict):  # it says as much as it wants to
@@ -193,15 +201,19 @@ class Trainer:
         return x_0, labels, draws
 
     def loss(self) -> Tensor:
-        """Of the batch: || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, t) ||^2 an element."""
+        """The mean of the objective: by default || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps,
+        t) ||^2 an element."""
         device = self.model.device
         x_0, labels, draws = self.batch()
         x_0, seeds, t = x_0.to(device), draws.seeds.to(device), draws.t.to(device)
         labels = None if labels is None else labels.to(device)
         x_t = ops.q_sample(x_0, t, seeds, self.table)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16):
-            eps_theta = self.predict(x_t, t, labels)
-        return ops.noise_loss(eps_theta, seeds, t).mean()  # the same eps, drawn again rather than stored
+            out = self.predict(x_t, t, labels)
+        if self.losses is None:
+            return ops.noise_loss(out, seeds, t).mean()  # the same eps, drawn again rather than stored
+        options = dict(learned_variance=self.model.learned_variance)
+        return self.objective.loss(out.float(), x_0, seeds, t, self.losses, **options).mean()
 
     def step(self) -> float:
         """One step of Algorithm 1; returns its loss. Raises :class:`Diverged`, and then has changed nothing."""
