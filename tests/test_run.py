@@ -7,6 +7,7 @@ import pytest
 import torch
 from gaussian import GRIDS, MOMENTS, network_output
 from test_program import case_name, heads
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffkern import EDM, VE, VP, From, Guidance, Inpaint, Quantile, RectifiedFlow, Run, Schedule, SubVP, ops, sample
 from diffkern.conditions import Condition
@@ -267,6 +268,61 @@ def test_a_measurement_s_gradient_goes_through_the_network():
         draw(lambda x, t, y: x * 0.3, guidance=g, **options) for g in (1.0, Guidance(0.3, measurement=measurement))
     )
     assert all(seen) and (held - 0.8).abs().mean() < (free - 0.8).abs().mean()
+
+
+class _Indexing(TorchDispatchMode):
+    """Notes the operators that take indices from a list or another tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith(("aten::index.", "aten::index_put", "aten::_index_put")):
+            self.seen.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+def measured(x0):
+    return -((x0 - 0.3) ** 2).flatten(1).sum(1)
+
+
+def classified(x, t, labels):
+    return -((x - 0.5) ** 2).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize(
+    "guidance, quantile",
+    [
+        (Guidance(1e-3, measurement=measured), None),
+        (Guidance([1e-3, 2e-3, 3e-3], measurement=measured), None),
+        (Guidance(2.0, rescale=0.7), Quantile(0.9)),
+        (Guidance([1.0, 2.0, 3.0]), Quantile(0.9)),
+        (Guidance([0.1, 0.2, 0.3], classifier=classified, form="mean"), Quantile(0.9)),
+        (Guidance(0.6, plus_plus=True), None),
+    ],
+    ids=["measurement", "measurements", "rescale", "weights", "classifier", "cfg++"],
+)
+def test_a_row_stands_for_all_of_its_kind_whatever_guides(guidance, quantile):
+    """A CUDA graph of the first row is replayed for the others: nothing may come from that row but its kind."""
+    sampler = SAMPLERS["ddim" if guidance.plus_plus else "ddpm"]
+    program = sampler.trace(LINEAR.grid(6), "v", plus_plus=guidance.plus_plus)
+    labels = torch.tensor([1, 2, 3])
+    x_T, seeds = ops.noise(torch.arange(3), SHAPE, step=0), torch.arange(3)
+    images = []
+    for rows in (program.rows, [program.rows[0]] * len(program)):
+        conditions = {"labels": (labels, torch.full_like(labels, -1))}
+        options = dict(guidance=guidance, conditions=conditions, quantile=quantile, limit=quantile and 1.0)
+        loop = Loop(linear_network, program, (3, *SHAPE), CPU, **options)
+        weights = None if guidance.per_row else guidance.weight.float()
+        loop.begin(x_T, seeds, conditions, weights=weights)
+        with _Indexing() as indexing:
+            for row in rows:
+                loop.step(row)
+        assert indexing.seen == []
+        images.append(loop.x)
+    assert len({loop.kind(row) for row in program.rows}) == 1
+    assert images[0].isfinite().all() and torch.equal(*images)
 
 
 # --- zero terminal SNR ---

@@ -1,6 +1,6 @@
 """The loop: takes samples along the rows of a program, in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ Network = Callable[..., Any]
 """network(x_t [N, ...] float32, t [N], labels [N] int64 or None, **conditions) -> [N, C or 2C, ...], or what holds that
 as its ``sample``. t is int64 of a schedule's time steps, else float32"""
 
+P_X, P_O = (LONG_COLUMNS.index(name) for name in ("p_x", "p_o"))
 FROM_OUT = [LONG_COLUMNS.index(name) for name in ("p_o", "k_o", "q_o")]
 FROM_X0 = [LONG_COLUMNS.index(name) for name in ("p_x", "p_o", "p_g")]
 SEEN = [LONG_COLUMNS.index(name) for name in ("p_x", "p_o", "p_g", "limit", "w")]
@@ -25,7 +26,8 @@ class Loop:
     """A batch x [N, ...] on its way through a program.
 
     All that a row reads and writes stays where it is on the device, the number of the row too, and a row advances it:
-    a CUDA graph of a row serves all rows of its kind.
+    a CUDA graph of a row serves all rows of its kind. A step takes no number from a row and no list as an index, which
+    would be a copy from the host: a graph cannot hold one.
     """
 
     def __init__(
@@ -125,7 +127,7 @@ class Loop:
         t = self.c_noise.index_select(0, self.row).repeat(len(self.x))
         given, other = self.guidance.outputs(row)
         if self.guidance.by_gradient and self.guidance.at(row):
-            return self._differentiate(row, t)
+            return self._differentiate(t)
         out = self._predict(self.network, self.x, t, self.given) if given else None
         if not other:
             return out, None, None
@@ -144,7 +146,7 @@ class Loop:
             out = network(x_in, t, labels, **conditions)
         return checked_output(out, x, self.learned).float()
 
-    def _differentiate(self, row: Row, t: Tensor) -> tuple[Tensor, None, Tensor]:
+    def _differentiate(self, t: Tensor) -> tuple[Tensor, None, Tensor]:
         """(out, None, grad ln p) by the guidance's classifier or measurement."""
         with torch.enable_grad():
             x = self.x.detach().clone().requires_grad_()
@@ -155,7 +157,8 @@ class Loop:
                 out = None
             else:
                 out = self._predict(self.network, x, t, self.given)
-                log_p = self.guidance.measurement(row.p_x * x + row.p_o * out[:, : x.shape[1]])
+                values = self.table.index_select(0, self.row)[0]
+                log_p = self.guidance.measurement(values[P_X] * x + values[P_O] * out[:, : x.shape[1]])
             (gradient,) = torch.autograd.grad(log_p.sum(), x)
         if out is None:
             out = self._predict(self.network, self.x, t, self.given)
@@ -174,7 +177,7 @@ class Loop:
         table = self.table.index_select(0, self.row).repeat(n, 1)
         addresses = self.addresses.index_select(0, self.row).repeat(n, 1)
         if weighted and self.guidance.by_gradient:
-            table[:, [P_G, K_G]] *= self.weights[:, None]
+            _scale(table, (P_G, K_G), self.weights)
         elif weighted:
             table[:, W] = self.weights
         if rescaled:
@@ -184,11 +187,11 @@ class Loop:
             guided = w**2 * conditional + 2 * w * (1 - w) * (cu - c * u) + (1 - w) ** 2 * (uu - u * u)
             ratio = (conditional / guided).sqrt().nan_to_num_(1.0, 1.0)  # of constant outputs: leave them as they are
             factor = 1 + self.guidance.rescale * (ratio - 1)
-            table[:, FROM_OUT] *= factor.float()[:, None]
+            _scale(table, FROM_OUT, factor.float())
         if bounded:
             operands = dict(out_uncond=uncond, grad=gradient, learned_variance=self.learned)
             size = ops.abs_quantile(self.x, out, table, self.each, self.quantile.q, **operands)
-            table[:, FROM_X0] /= size.clamp_(min=1)[:, None]
+            _scale(table, FROM_X0, size.clamp_(min=1).reciprocal_())
         return table, addresses, self.each
 
     # --- all rows ---
@@ -240,6 +243,12 @@ class Loop:
         with torch.cuda.graph(graph):
             self.step(row)
         return graph
+
+
+def _scale(table: Tensor, columns: Iterable[int], factors: Tensor) -> None:
+    """Multiply those columns of each row by its factor, in place."""
+    for column in columns:
+        table[:, column] *= factors
 
 
 def checked_output(out: Any, x_t: Tensor, learned_variance: bool) -> Tensor:
