@@ -131,10 +131,7 @@ def sample(
         program = program.fold()
     batch_size = min(n, 16) if run.batch_size is None else run.batch_size
     _check_weights(network, dtype)
-    runs = network
-    if run.engine and isinstance(network, UNet):
-        bf16 = dtype == torch.bfloat16
-        runs, dtype = (Engine(network, dtype), None) if bf16 else (Engine(network), dtype)
+    runs, dtype = _fast(network, dtype, run)
     loop = Loop(
         runs,
         program,
@@ -469,6 +466,21 @@ def _check_weights(network: Network, dtype: torch.dtype | None) -> None:
     if isinstance(network, UNet) and dtype is None and network.conv_in.weight.dtype != torch.float32:
         weights = network.conv_in.weight.dtype
         raise ValueError(f"model: expected a UNet of float32, or dtype={weights} for autocast, got one of {weights}")
+
+
+def _fast(network: Network, dtype: torch.dtype | None, run: Run) -> tuple[Network, torch.dtype | None]:
+    """What runs the network, an engine if ``run`` has it so, and the dtype of autocast around it."""
+    if not (run.engine and isinstance(network, UNet)):
+        return network, dtype
+    return (Engine(network, dtype), None) if dtype == torch.bfloat16 else (Engine(network), dtype)
+
+
+def _check_rest(options: dict[str, Any], model: Model) -> None:
+    """TypeError for an option that is neither a condition of the model nor a field of a run."""
+    for name, value in options.items():
+        names = (condition.name for condition in model.conditions)
+        known = [*names, "schedule", "prediction", "shape", *(field.name for field in fields(Run))]
+        raise TypeError(f"{name}: expected one of the options {', '.join(known)}, got {value!r}")
 
 
 def _where(network: Network, device: torch.device | None) -> torch.device:
