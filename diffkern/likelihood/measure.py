@@ -71,8 +71,8 @@ def nll(
               the model's own. The small variance of the last step would be 0; it is that of the step before
     clip      (bound) clamp each prediction of x_0, as :func:`diffkern.sample` does; None: with ``levels``
     tol       (ode) relative and absolute error of a step of Runge-Kutta 4(5), by scipy
-    probes    (ode) how many random sign vectors v estimate the divergence, by v^T J v (Hutchinson 1990; Grathwohl 2019).
-              None: every axis in turn, which is exact and costs a product for each dimension
+    probes    (ode) how many random sign vectors v estimate the divergence, by v^T J v (Hutchinson 1990; Grathwohl
+              2019). None: every axis in turn, which is exact and costs a product for each dimension
     run       a :class:`Run`. A batch shares the steps of its ODE: bits depend on the batch to about ``tol``, and on
               nothing else with ``batch_size=1``
     options   conditions of the model by name; ``schedule``, ``prediction``, ``shape`` of a bare function; the fields of
