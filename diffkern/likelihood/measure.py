@@ -63,13 +63,13 @@ def nll(
     labels    a class for each sample, or one for all, as :func:`diffkern.sample` takes them
     seeds     one for each sample; None: 0..N-1. All random numbers of a sample are a function of its seed
     levels    how many values a dimension of x can have, equally spaced in [-1, 1]. The bits tell which one it is: by a
-              bin of the normal p(x_0 | x_1) (bound; Ho et al. 2020, eq. 13), or after adding uniform noise within the
-              level (ode). None: x is continuous, and the bits are those of its density
+              bin of the normal p(x_0 | x_1), of 256 (bound; Ho et al. 2020, eq. 13), or after adding uniform noise
+              within the level (ode). None: x is continuous, and the bits are those of its density
     steps     (bound) how many of the T - 1 divergences to compute: one t is drawn from each of as many equal parts, for
               an estimate without bias. None: all
     variance  (bound) of the model's steps: "fixed_small", "fixed_large", "learned", or a tensor [T] by time step; None:
               the model's own. The small variance of the last step would be 0; it is that of the step before
-    clip      (bound) clamp each prediction of x_0, as :func:`diffkern.sample` does; None: with ``levels``
+    clip      (bound) clamp each prediction of x_0 to [-1, 1], as :func:`diffkern.sample` does; None: with ``levels``
     tol       (ode) relative and absolute error of a step of Runge-Kutta 4(5), by scipy
     probes    (ode) how many random sign vectors v estimate the divergence, by v^T J v (Hutchinson 1990; Grathwohl
               2019). None: every axis in turn, which is exact and costs a product for each dimension
