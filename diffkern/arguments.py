@@ -144,6 +144,21 @@ def check_weights(network: Network, dtype: torch.dtype | None) -> None:
         raise ValueError(f"model: expected a UNet of float32, or dtype={weights} for autocast, got one of {weights}")
 
 
+def accelerated(network: Network, dtype: torch.dtype | None, run: Run) -> tuple[Network, torch.dtype | None]:
+    """What runs the network, an engine if ``run`` has it so, and the dtype of autocast around it."""
+    if not (run.engine and isinstance(network, UNet)):
+        return network, dtype
+    return (Engine(network, dtype), None) if dtype == torch.bfloat16 else (Engine(network), dtype)
+
+
+def check_rest(options: dict[str, Any], model: Model) -> None:
+    """TypeError for an option that is neither a condition of the model nor a field of a run."""
+    for name, value in options.items():
+        names = (condition.name for condition in model.conditions)
+        known = [*names, "schedule", "prediction", "shape", *(field.name for field in fields(Run))]
+        raise TypeError(f"{name}: expected one of the options {', '.join(known)}, got {value!r}")
+
+
 def _where(network: Network, device: torch.device | None) -> torch.device:
     parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
     if parameter is None:

@@ -17,6 +17,7 @@ except (AttributeError, ImportError, RuntimeError) as error:  # absent, or older
 from .constraints import From, Inpaint, Quantile
 from .engine import optimize
 from .guidance import Guidance
+from .likelihood import Nll, nll
 from .model import Model, load, save
 from .process import EDM, VE, VP, RectifiedFlow, SubVP
 from .runtime import Run
@@ -30,6 +31,7 @@ __all__ = [
     "Guidance",
     "Inpaint",
     "Model",
+    "Nll",
     "Quantile",
     "RectifiedFlow",
     "Run",
@@ -45,6 +47,7 @@ __all__ = [
     "group_norm_silu",
     "interpolate",
     "load",
+    "nll",
     "noise",
     "noise_loss",
     "optimize",

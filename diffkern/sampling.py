@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .arguments import (
+    accelerated,
     batch_of,
     check_guided,
     check_weights,
@@ -22,10 +23,8 @@ from .arguments import (
     samples_of,
 )
 from .constraints import From, Inpaint, Quantile, limit_of, rows_of
-from .engine import Engine
 from .guidance import Guidance
 from .model import Model
-from .networks import UNet
 from .networks.modes import evaluating
 from .process import Grid, Process
 from .program import Row
@@ -141,10 +140,7 @@ def sample(
         program = program.fold()
     batch_size = min(n, 16) if run.batch_size is None else run.batch_size
     check_weights(network, dtype)
-    runs = network
-    if run.engine and isinstance(network, UNet):
-        bf16 = dtype == torch.bfloat16
-        runs, dtype = (Engine(network, dtype), None) if bf16 else (Engine(network), dtype)
+    runs, dtype = accelerated(network, dtype, run)
     loop = Loop(
         runs,
         program,

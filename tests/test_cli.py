@@ -343,6 +343,21 @@ def test_evaluate_prints_its_tables_and_keeps_its_classifier(folder, capsys):
     assert timeless.sub("|\n", capsys.readouterr().out) == timeless.sub("|\n", first)
 
 
+def test_evaluate_prints_the_bound_of_test_and_training_images(folder, capsys):
+    tiny.write_fashion_mnist(folder / "idx")
+    model = tiny.model(classes=10)
+    model.shape = (1, 32, 32)
+    save(model, "m.safetensors")
+    assert main([*JUDGE, "--nll", "3", "--nll-steps", "4", "--batch-size", "2", *QUIET]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()[2:]
+    assert header.startswith("| images | n | prior | 0..1 | 2..3 |") and header.endswith("| 18..19 | L_0 | sum | +- |")
+    assert len(rows) == 2
+    for row, name in zip(rows, ("test", "training"), strict=True):
+        split, n, *terms, total, error = (cell.strip() for cell in row.strip("|").split("|"))
+        assert (split, n) == (name, "3") and float(error) > 0
+        assert float(total) == pytest.approx(sum(map(float, terms)), abs=1e-3)
+
+
 def test_doctor_gives_its_own_status(monkeypatch):
     import diffkern.doctor
 
@@ -465,6 +480,7 @@ BAD_COMMANDS = {
     "export folder": (["export", "m.safetensors", "--out", "no/m.safetensors"], "out: expected a file in an existing"),
     "evaluate steps": ([*JUDGE, "--steps", "50"], "steps: expected SAMPLER:STEPS with .*, got '50'"),
     "evaluate sampler": ([*JUDGE, "--steps", "plms:5"], "steps: expected SAMPLER:STEPS with .*, got 'plms:5'"),
+    "evaluate nll steps": ([*JUDGE, "--nll-steps", "5"], "nll-steps: expected none without --nll, got 5"),
     "evaluate 0 steps": ([*JUDGE, "--steps", "ddim:0"], "steps: expected SAMPLER:STEPS with .*, got 'ddim:0'"),
 }  # fmt: skip
 

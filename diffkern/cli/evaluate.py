@@ -1,4 +1,4 @@
-"""``diffkern evaluate``: the distances and the held-out loss of a model of Fashion-MNIST, as tables."""
+"""``diffkern evaluate``: a model of Fashion-MNIST in tables: its distances and held-out loss, or its likelihood."""
 
 import argparse
 import os
@@ -6,15 +6,17 @@ import os
 import torch
 
 from .. import evaluate
-from ..data import FASHION_MNIST, fashion_mnist
-from ..model import load
+from ..data import FASHION_MNIST, Dataset, fashion_mnist
+from ..likelihood import Nll, nll
+from ..model import Model, load
 from ..progress import tell
 from ..samplers import SAMPLERS
 from .options import DTYPES, add_long_options, count
 from .outputs import check_file
 
 EXAMPLES = """\
-  diffkern evaluate --model run --steps ddim:50 dpmpp_2m:20"""
+  diffkern evaluate --model run --steps ddim:50 dpmpp_2m:20
+  diffkern evaluate --model run --nll 1000"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance (default: 1)"
     )
     parser.add_argument("--loss-n", type=count, default=1000, help="test images for the held-out loss (default: 1000)")
+    parser.add_argument(
+        "--nll",
+        type=count,
+        nargs="?",
+        const=100,
+        metavar="N",
+        help="instead, the bound in bits a dimension of N test and N training images (default: 100)",
+    )
+    parser.add_argument(
+        "--nll-steps",
+        type=count,
+        metavar="STEPS",
+        help="terms of the bound to compute for each image, an estimate without bias (default: all)",
+    )
     parser.add_argument("--batch-size", type=count, default=100, help="(default: 100)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the network's arithmetic (default: float32)"
@@ -50,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.nll is not None:
+        return _likelihood(arguments)
+    if arguments.nll_steps is not None:
+        raise ValueError(f"nll-steps: expected none without --nll, got {arguments.nll_steps}")
     runs = [_sampler_and_steps(token) for token in arguments.steps]
     model = load(arguments.model, arguments.device)
     net = None
@@ -85,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         net,
         **options,
         batch_size=arguments.batch_size,
-        dtype=None if arguments.dtype == "float32" else getattr(torch, arguments.dtype),
+        dtype=_dtype(arguments),
         progress=arguments.progress,
     ):
         agreement = "" if row.agreement is None else f"{row.agreement:.1%}"
@@ -95,6 +115,49 @@ def run(arguments: argparse.Namespace) -> int:
             flush=True,
         )
     return 0
+
+
+def _likelihood(arguments: argparse.Namespace) -> int:
+    model = load(arguments.model, arguments.device)
+    sets = {
+        name: fashion_mnist(arguments.data, split=split) for name, split in (("test", "test"), ("training", "train"))
+    }
+    for name, data in sets.items():
+        if data.shape != model.shape:
+            raise ValueError(f"data: expected images of shape {model.shape}, got {data.shape}")
+        tell(f"{name} {data.summary}")
+    T, width = model.schedule.T, min(10, model.schedule.T)
+    parts = [(b * T // width, (b + 1) * T // width) for b in range(width)]
+    print("The variational bound in bits a dimension: of x_T, of the steps of each part of t, of the levels from x_1\n")
+    columns = ["images", "n", "prior", *(f"{low}..{high - 1}" for low, high in parts), "L_0", "sum", "+-"]
+    print("| " + " | ".join(columns) + " |")
+    print("| --- " + "| ---: " * (len(columns) - 1) + "|", flush=True)
+    for name, data in sets.items():
+        found = _nll(arguments, model, data)
+        n, terms = len(found.bits), found.terms
+        values = [terms["prior"], *(terms["t"][low:high].sum().item() for low, high in parts), terms["data"]]
+        error = found.bits.std(correction=int(n > 1)).item() / n**0.5
+        values += [found.bits.mean().item(), error]
+        print(f"| {name} | {n} | " + " | ".join(f"{value:.4f}" for value in values) + " |", flush=True)
+    return 0
+
+
+def _nll(arguments: argparse.Namespace, model: Model, data: Dataset) -> Nll:
+    """Of the first images."""
+    first = slice(min(arguments.nll, len(data)))
+    return nll(
+        model,
+        data.x_0(first),
+        labels=data.labels[first] if model.classes is not None and data.labels is not None else None,
+        steps=arguments.nll_steps,
+        batch_size=min(arguments.batch_size, first.stop),
+        dtype=_dtype(arguments),
+        progress=arguments.progress,
+    )
+
+
+def _dtype(arguments: argparse.Namespace) -> torch.dtype | None:
+    return None if arguments.dtype == "float32" else getattr(torch, arguments.dtype)
 
 
 def _sampler_and_steps(token: str) -> tuple[str, int]:

@@ -31,8 +31,8 @@ def noise(
     seeds   int64 tensor [N], or ints in [-2^63, 2^64), as a NumPy array if need be
     shape   of one sample
     step    in [0, 2^32): one for all, or an int64 tensor [N]
-    stream  what the noise is for: 0 the initial x_T, 1 reverse steps, 2 forward noising. 3 to 6 have other uses
-            (docs/noise.md); from 7 on they are free
+    stream  what the noise is for: 0 the initial x_T, 1 reverse steps, 2 forward noising. 3 to 8 have other uses
+            (docs/noise.md); from 9 on they are free
     dtype   float32, or bfloat16 or float16: the float32 value rounded once; in ``torch_ops`` also float64, unrounded
     device  where to; None is the seeds' own
 
