@@ -35,6 +35,7 @@ from .samplers import Sampler
 from .schedule import checked_int
 
 FIRST_BLEND = (1 << 20) - 1  # the address of the known part's noise at the start of a run
+MASK_STREAM = 6  # of the known part's noise, as ``ops.reverse_step`` draws it
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ class _Beginning:
         known = self._given("constraint", self.constraint.x, rows, device)
         mask = rows_of("mask", self.constraint.mask, self.n, self.model.shape)[rows.to(self.constraint.mask.device)]
         mask = mask.to(device)
-        z = ops.noise(seeds, self.model.shape, step=FIRST_BLEND, stream=6, device=device)
+        z = ops.noise(seeds, self.model.shape, step=FIRST_BLEND, stream=MASK_STREAM, device=device)
         return mask * x + (1 - mask) * (first.alpha * known + first.sigma * z), known, mask
 
     def _given(self, name: str, x: Tensor, rows: Tensor, device: torch.device) -> Tensor:

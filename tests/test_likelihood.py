@@ -123,7 +123,7 @@ def expected_terms(schedule, variance, begin, prediction="eps", network=None):
 def test_the_bound_of_an_exact_network_is_the_closed_form(variance, expectation):
     for N, exact in BOUNDS[variance].items():
         terms = expected_terms(LINEAR.respace(N), variance, expectation)
-        assert sum(terms) == pytest.approx(exact, abs=1e-5)
+        assert sum(terms) == pytest.approx(exact, abs=3e-6)
     assert exact >= ENTROPY
 
 
@@ -131,7 +131,7 @@ def test_the_bound_of_an_exact_network_is_the_closed_form(variance, expectation)
 def test_each_term_is_the_closed_form_with_every_prediction(prediction, expectation):
     for variance, exact in TERMS.items():
         terms = expected_terms(LINEAR.respace(5), variance, expectation, prediction)
-        assert terms == pytest.approx(exact, rel=2e-5, abs=1e-8)
+        assert terms == pytest.approx(exact, rel=1e-6, abs=1e-10)
 
 
 def test_a_network_that_has_learned_the_optimal_variance_has_the_optimal_bound(expectation):
@@ -141,7 +141,7 @@ def test_a_network_that_has_learned_the_optimal_variance_has_the_optimal_bound(e
     mean = exact_network(schedule)
     network = lambda x, t, labels: torch.cat((mean(x, t, labels), part[t][:, None]), 1)  # noqa: E731
     terms = expected_terms(schedule, "learned", expectation, network=network)
-    assert sum(terms) == pytest.approx(BOUNDS["optimal"][10], abs=1e-5)
+    assert sum(terms) == pytest.approx(BOUNDS["optimal"][10], abs=1e-6)
 
 
 def linear_network(x, t, labels):

@@ -8,5 +8,6 @@ levels of the sample from x_1. The network gets float32 and a term of the bound 
 state of the ODE and its volume are float64.
 """
 
+from .draws import LIKELIHOOD_STREAM as LIKELIHOOD_STREAM
 from .measure import Nll as Nll
 from .measure import nll as nll

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import ops
 
-STREAM = 8
+LIKELIHOOD_STREAM = 8
 """The stream of the random numbers here, beside the forward noise of stream 2. Step i has the signs of probe i."""
 DEQUANTIZE, STRATA = 1 << 31, 1 << 30
 """Steps of that stream: the place of a value within its level; the t of part j, at STRATA + j."""
@@ -22,12 +22,12 @@ Terms = tuple[Tensor, Tensor, Tensor, int]
 
 def uniform(seeds: Tensor, shape: tuple[int, ...], step: int) -> Tensor:
     """Uniform numbers in (0, 1), float64 [B, *shape]: Phi of the addressed normals."""
-    return torch.special.ndtr(ops.noise(seeds, shape, step=step, stream=STREAM).double())
+    return torch.special.ndtr(ops.noise(seeds, shape, step=step, stream=LIKELIHOOD_STREAM).double())
 
 
 def signs(seeds: Tensor, shape: tuple[int, ...], step: int) -> Tensor:
     """-1 or 1 with equal probability, float32 [B, *shape]."""
-    z = ops.noise(seeds, shape, step=step, stream=STREAM)
+    z = ops.noise(seeds, shape, step=step, stream=LIKELIHOOD_STREAM)
     return torch.ones_like(z).copysign(z)
 
 
