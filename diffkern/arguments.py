@@ -20,7 +20,7 @@ from .guidance import Guidance
 from .model import Model, checked_device, load, unwrapped
 from .networks import UNet
 from .process import Process
-from .program import Program
+from .program import FIRST_VISIT, Program
 from .runtime import Run
 from .runtime.loop import Network
 from .samplers import PREDICTIONS, SAMPLERS, Sampler, default_sampler
@@ -46,10 +46,13 @@ def guidance_of(guidance: Any) -> Guidance:
 def check_guided(guidance: Guidance, labels: Tensor | None, model: Model, n: int) -> None:
     """Raises ValueError where what guides is missing."""
     w = guidance.weight
-    if not guidance.per_row and len(w) != n:
+    if not guidance.one_weight and len(w) != n:
         raise ValueError(f"guidance: expected {n} weights, one for each image, got {len(w)}")
-    compares = guidance.plus_plus or not guidance.per_row or w != 1
-    by_labels = compares and not guidance.by_gradient and guidance.network is None and not model.conditions
+    compares = guidance.plus_plus or not guidance.one_weight or w != 1
+    others = any(condition.null is not None for condition in model.conditions)
+    by_labels = compares and not guidance.by_gradient and guidance.network is None and not others
+    if guidance.negative is not None and labels is None:
+        raise ValueError("negative: expected None without labels, got classes")
     if labels is None and by_labels:
         raise ValueError(f"guidance: expected 1 without labels, got {w}")
     if not model.null_class and by_labels and guidance.negative is None:
@@ -68,7 +71,10 @@ def conditions_of(
     if labels is not None:
         null = torch.full_like(labels, -1)
         if guidance.negative is not None:
-            null = labels_of(guidance.negative, model).expand(n).clone()
+            null = labels_of(guidance.negative, model)
+            if null.ndim and len(null) != n:
+                raise ValueError(f"negative: expected {n} classes, one for each image, got {len(null)}")
+            null = null.expand(n).clone()
         found["labels"] = labels, null
     for condition in model.conditions:
         given = condition.batch(options.pop(condition.name, None), n)
@@ -249,16 +255,16 @@ def program_of(
     T = process.T if process.discrete else None
     if T is not None and steps is not None:
         steps = process.timesteps(steps, spacing or process.spacing)
+    if constraint is not None and constraint.resample > 1:
+        if sampler not in (None, "ddpm", "repaint", SAMPLERS["ddpm"], SAMPLERS["repaint"]):
+            raise ValueError(f"resample: expected 1 with another sampler than 'ddpm', got {constraint.resample}")
+        sampler = "repaint"
+        options |= dict(jump=constraint.jump, resample=constraint.resample)
     if sampler is None:
         sampler = default_sampler(None if steps is None or T is None else len(steps), T, options.get("eta"))
     sampler = sampler_of(sampler)
     if steps is None and sampler.steps is not None:
         steps = sampler.steps if T is None else min(sampler.steps, T)
-    if constraint is not None and constraint.resample > 1:
-        if sampler.name != "ddpm":
-            raise ValueError(f"resample: expected 1 with sampler {sampler.name!r}, got {constraint.resample}")
-        sampler = SAMPLERS["repaint"]
-        options |= dict(jump=constraint.jump, resample=constraint.resample)
     settle(options, sampler, model)
     if steps is None and T is None:
         steps = 1000
@@ -267,7 +273,14 @@ def program_of(
         grid = grid.reversed()
     if start is not None:
         grid = grid.tail(start.fraction)
-    return sampler.trace(grid, model.prediction, plus_plus=guidance.plus_plus, **options)
+    program = sampler.trace(grid, model.prediction, plus_plus=guidance.plus_plus, **options)
+    guidance.check(program)
+    if grid.path and not any(row.noise and row.noise.address < FIRST_VISIT for row in program.rows):
+        name = sampler.name
+        raise ValueError(
+            f"noise: expected 'step' with sampler {name!r}, which draws no noise of a step's path, got 'path'"
+        )
+    return program
 
 
 def sampler_of(sampler: Any) -> Sampler:

@@ -67,7 +67,7 @@ class From:
     """Begin inside a run, from an image that is noised to there (SDEdit, Meng et al. 2022).
 
     x         [N or 1, ...], the image
-    fraction  in (0, 1]: of the process' time; 1 keeps next to nothing of x
+    fraction  in (0, 1]: of the steps that are left to do; 1 keeps next to nothing of x
     """
 
     x: Tensor

@@ -71,15 +71,15 @@ class Guidance:
         return low <= row.point.rho <= high
 
     @property
-    def per_row(self) -> bool:
+    def one_weight(self) -> bool:
         """Whether all samples have one weight."""
         return not isinstance(self.weight, Tensor)
 
     def outputs(self, row: Row) -> tuple[bool, bool]:
         """(whether the call makes the output with its condition, and the one to compare it with)."""
-        if self.by_gradient or not self.at(row) or (self.per_row and self.weight == 1 and not self.plus_plus):
+        if self.by_gradient or not self.at(row) or (self.one_weight and self.weight == 1 and not self.plus_plus):
             return True, False
-        if self.per_row and self.weight == 0 and not self.plus_plus and self.network is None:
+        if self.one_weight and self.weight == 0 and not self.plus_plus and self.network is None:
             return False, True
         return True, True
 
@@ -91,12 +91,28 @@ class Guidance:
             both = all(self.outputs(row))
             if not both:  # the only output is the unconditional one too
                 values[K_O], values[K_U] = values[K_O] + values[K_U], 0.0
-            values[W] = self.weight if both and self.per_row else 1.0
+            values[W] = self.weight if both and self.one_weight else 1.0
             if self.by_gradient and self.at(row):
-                scale = self.weight if self.per_row else 1.0
+                scale = self.weight if self.one_weight else 1.0
                 if self.form == "score":
+                    if row.point.alpha == 0:
+                        raise ValueError(
+                            "guidance: expected a run that starts at alpha > 0, for a gradient, got alpha = 0"
+                        )
                     values[P_G] = scale * row.point.sigma**2 / row.point.alpha
-                else:
-                    learned = row.noise is not None and row.noise.log_var is not None
-                    values[K_G] = scale * (1.0 if learned else row.sigma**2)
+                elif row.noise is not None:
+                    learned = row.noise.log_var is not None
+                    values[K_G] = scale * row.noise.count * (1.0 if learned else row.sigma**2)
         return table
+
+    def check(self, program: Program) -> None:
+        """ValueError for a program (not folded) that CFG++ is not defined for: every step must add eps to x0_hat."""
+        if not self.plus_plus:
+            return
+        weights = torch.as_tensor(self.weight, dtype=torch.float64, device="cpu")
+        if not ((weights >= 0) & (weights <= 1)).all():
+            raise ValueError(f"guidance: expected a weight in [0, 1] with plus_plus, got {self.weight}")
+        for row in program.rows:
+            ends = row.reached is not None and row.reached.sigma == 0
+            if row.point is not None and not ends and (row.k_u == 0 or row.k_0 == 0):
+                raise ValueError("plus_plus: expected a sampler that adds eps to x0_hat in each step, as 'ddim'")

@@ -59,7 +59,7 @@ def head(prediction: str, alpha: ArrayLike, sigma: ArrayLike, **constants: Any) 
 
 def head_at(prediction: str, point: Point, process: Process) -> tuple[float, float]:
     """(p_x, p_o) at a point, as numbers. Raises ValueError where float32 does not hold them."""
-    p_x, p_o = head(prediction, point.alpha, point.sigma, **process.constants(prediction, point))
+    p_x, p_o = head(prediction, point.alpha, point.sigma, **process.head_constants(prediction, point))
     if not max(abs(p_x), abs(p_o)) <= np.finfo(np.float32).max:
         raise ValueError(
             f"prediction: expected 'v', 'x0' or 'flow' where alpha falls to {point.alpha:.3g} "

@@ -6,9 +6,8 @@ A process is two functions of a real time, and what the network is told of it. E
 quantities of a :class:`Point`, so that no sampler knows a process. All of this is float64 on the host.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -64,10 +63,6 @@ class Process:
     t_max: float = 1.0
     discrete: ClassVar[bool] = False  # whether c_noise is a whole number, which the network gets as int64
     spacing: ClassVar[str] = "uniform"  # of a grid, unless another one is asked for
-    kinds: ClassVar[dict[str, type["Process"]]] = {}  # every process by its name
-
-    def __init_subclass__(cls) -> None:
-        Process.kinds[cls.__name__] = cls
 
     # --- what a process says ---
 
@@ -85,14 +80,20 @@ class Process:
         """The network gets c_in x_t."""
         return 1.0
 
-    def constants(self, prediction: str, point: Point) -> dict[str, Any]:
+    def head_constants(self, prediction: str, point: Point) -> dict[str, Any]:
         """The constants of :func:`diffkern.prediction.head` that this process has."""
+        if prediction == "mu":
+            raise ValueError("prediction: expected another one on a process without time steps, got 'mu'")
         return {}
+
+    def start_std(self, start: Point) -> float:
+        """The standard deviation of x where a run starts: sigma, or 1 where the process preserves the variance."""
+        return start.sigma
 
     @property
     def prior_std(self) -> float:
-        """The standard deviation of x at t_max, where a run starts."""
-        return 1.0
+        """The standard deviation of x at t_max."""
+        return self.start_std(self.point(self.t_max))
 
     # --- what follows ---
 
@@ -177,21 +178,6 @@ class Process:
         grid = Grid(tuple(points), self)
         return grid.on_path() if path else grid
 
-    # --- in and out ---
-
-    def config(self) -> dict[str, Any]:
-        """What :func:`from_config` makes this process from, fit for JSON."""
-        return {"kind": type(self).__name__, **dataclasses.asdict(self)}
-
-
-def from_config(config: Mapping[str, Any]) -> Process:
-    """Make the process that gave ``config``. Raises TypeError or ValueError where it is none."""
-    arguments = dict(config)
-    kind = arguments.pop("kind", None)
-    if kind not in Process.kinds:
-        raise ValueError(f"config: expected a kind among {sorted(Process.kinds)}, got {kind!r}")
-    return Process.kinds[kind](**arguments)
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -201,9 +187,8 @@ class Grid:
     process: Process
     path: bool = False
 
-    CELLS: ClassVar[int] = (
-        1024  # of a continuous process: parts of lambda in [-LIMIT, LIMIT], each with noise of its own
-    )
+    # On a continuous process a path has a noise for each of so many parts of lambda in [-LIMIT, LIMIT].
+    CELLS: ClassVar[int] = 1024
     LIMIT: ClassVar[float] = 7.0
 
     def __len__(self) -> int:
@@ -220,10 +205,8 @@ class Grid:
         return replace(self, points=self.points[::-1])
 
     def tail(self, fraction: float) -> "Grid":
-        """The part of the run from the first point at or below that fraction of the process' time, or its last step."""
-        latest = self.process.t_min + fraction * (self.process.t_max - self.process.t_min)
-        first = next((i for i, (s, _) in enumerate(self.steps) if s.time <= latest), len(self) - 1)
-        return replace(self, points=self.points[first:])
+        """The last part of the run: that fraction of its steps, one at least."""
+        return replace(self, points=self.points[-1 - max(1, round(fraction * len(self))) :])
 
     def on_path(self) -> "Grid":
         """The same points with the noise of a path: a step gets the sum of the noises of all that it passes.
@@ -300,10 +283,13 @@ class VP(Process):
     def c_noise(self, t):
         return 999 * t
 
+    def start_std(self, start):
+        return 1.0
+
 
 @dataclass(frozen=True)
 class SubVP(VP):
-    """The sub-VP SDE, whose sigma is 1 - alpha^2 (Song et al. 2021b, eq. 13)."""
+    """The sub-VP SDE, whose sigma is 1 - alpha^2 (Song et al. 2021b, eq. 12)."""
 
     def sigma(self, t):
         return -np.expm1(2 * self.log_alpha(t))
@@ -315,10 +301,6 @@ class VE(Process):
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
-
-    @property
-    def prior_std(self):
-        return self.sigma_max
 
     def alpha(self, t):
         return 1 + 0 * t
@@ -339,10 +321,6 @@ class EDM(Process):
     t_max: float = 80.0
     spacing: ClassVar[str] = "karras"
 
-    @property
-    def prior_std(self):
-        return self.t_max
-
     def alpha(self, t):
         return 1 + 0 * t
 
@@ -358,7 +336,7 @@ class EDM(Process):
     def c_in(self, point):
         return 1 / math.hypot(point.sigma, self.sigma_data)
 
-    def constants(self, prediction, point):
+    def head_constants(self, prediction, point):
         return {"sigma_data": self.sigma_data} if prediction == "edm" else {}
 
 

@@ -25,6 +25,7 @@ from .ops.row import LONG_COLUMNS, long_columns
 from .prediction import head_at
 from .process import Grid, Point
 
+FIRST_VISIT = 1 << 20  # below are the addresses of a step's first noise
 HALVES = 1 << 31  # the first of the addresses of half steps
 
 
@@ -32,7 +33,7 @@ HALVES = 1 << 31  # the first of the addresses of half steps
 
 
 @dataclass(frozen=True)
-class Out:
+class X0:
     """The x0_hat that the call in that row gives."""
 
     row: int
@@ -150,7 +151,7 @@ class Sampling:
         if self.grid.path and t is not None:
             return self.noise(Noise(s.address, s.address - t.address if s.address > t.address else 1, log_var))
         visit = self._visits[s.address] = self._visits.get(s.address, 0 if self.grid.path else -1) + 1
-        return self.noise(Noise(s.address + (visit << 20), 1, log_var))
+        return self.noise(Noise(s.address + (visit * FIRST_VISIT), 1, log_var))
 
     def z_halves(self, s: Point) -> tuple[Any, Any]:
         """The standard normals of the two halves of the step that leaves s. That of the step is their sum / sqrt(2)."""
@@ -208,7 +209,7 @@ class Row:
     k_u: float = 0.0
     k_0: float = 0.0
     slots: dict[Any, float] = field(default_factory=dict)  # by slot; while traced by symbol
-    sigma: float = 0.0
+    sigma: float = 0.0  # of each of the noise's normals
     noise: Noise | None = None
     q: tuple[float, float, float] = (0.0, 0.0, 0.0)  # q_x, q_o, q_0 of what is kept
     keep: int | None = None  # the slot that it goes to
@@ -244,7 +245,7 @@ class Trace(Sampling):
         p_x, p_o = head_at(self.prediction, s, self.grid.process) if s.sigma > 0 else (1.0 / s.alpha, 0.0)
         self.rows.append(Row(s, p_x, p_o, begins=begins))
         self.open = True
-        x0, state = Form(self, {Out(row): 1.0}), Form(self, {STATE: 1.0})
+        x0, state = Form(self, {X0(row): 1.0}), Form(self, {STATE: 1.0})
         if s.sigma == 0:
             return x0, None
         if self.plus_plus:
@@ -254,7 +255,7 @@ class Trace(Sampling):
     def keep(self, form: Form) -> Form:
         """Keep a form of the state and x0_hat of the latest call as it is now, such as its eps."""
         row, c = len(self.rows) - 1, dict(form.now())
-        q = (c.pop(STATE, 0.0), 0.0, c.pop(Out(row), 0.0))
+        q = (c.pop(STATE, 0.0), 0.0, c.pop(X0(row), 0.0))
         if c:
             raise ValueError(
                 f"sampler: expected to keep a form of the latest x and x0_hat, got one of {sorted(map(str, c))}"
@@ -288,8 +289,8 @@ class Trace(Sampling):
         self.open = False
         if (kept := c.pop(Kept(number), 0.0)) != 0:  # kept by this very row: written out
             q_x, _, q_0 = self.kept[Kept(number)]
-            c = _combine((1.0, c), (kept, {STATE: q_x, Out(number): q_0}))
-        row.k_x, row.k_0, row.k_u = (c.pop(symbol, 0.0) for symbol in (STATE, Out(number), Uncond(number)))
+            c = _combine((1.0, c), (kept, {STATE: q_x, X0(number): q_0}))
+        row.k_x, row.k_0, row.k_u = (c.pop(symbol, 0.0) for symbol in (STATE, X0(number), Uncond(number)))
         row.sigma, row.noise = _one_noise({symbol: c.pop(symbol) for symbol in list(c) if isinstance(symbol, Noise)})
         row.slots, row.reached = c, reached
         if any(isinstance(symbol, Uncond) for symbol in c):
@@ -369,20 +370,18 @@ class Program:
         """
         return replace(self, rows=tuple(_folded(row) for row in self.rows))
 
-    def table(self, limit: float | None = None, weight: Callable[[Point], float] | float = 1.0) -> Tensor:
+    def table(self, limit: float | None = None) -> Tensor:
         """The rows as ``ops.reverse_step`` takes them, long ones: float64 [rows, columns].
 
         limit   clamp x0_hat to [-limit, limit]; None: not at all
-        weight  the guidance at each point
         """
         table = torch.zeros(len(self.rows), long_columns(self.slots), dtype=torch.float64, device="cpu")
         for values, row in zip(table, self.rows, strict=True):
             log_var = (0.0, 0.0) if row.noise is None or row.noise.log_var is None else row.noise.log_var
-            w = 1.0 if row.point is None else weight(row.point) if callable(weight) else weight
             blend = (row.reached.alpha, row.reached.sigma) if row.reached else (0.0, 0.0)
             columns = (
                 *(row.p_x, row.p_o, 0.0, math.inf if limit is None else limit, row.k_x, row.k_o, row.k_u, row.k_0),
-                *(0.0, row.sigma, *log_var, w, *row.q, *blend, 0.0, 0.0),
+                *(0.0, row.sigma, *log_var, 1.0, *row.q, *blend, 0.0, 0.0),
             )
             values[: len(LONG_COLUMNS)] = torch.tensor(columns, dtype=torch.float64, device="cpu")
             for slot, k in row.slots.items():

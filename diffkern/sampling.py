@@ -1,8 +1,9 @@
 """Sampling: noise in, images out. Arguments become a program of rows; the loop runs it, batch by batch."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def sample(
                 unconditional one, each one pass through the network; any other w takes two, and needs labels. Or a
                 :class:`Guidance`
     clip        clamp each prediction of x_0: True to [-1, 1], to a range (-a, a), or by a :class:`Quantile`; None is
-                the model's own way, or True
+                the model's own way, or True, or False for latents
     start       begin inside the run, :class:`From` an image
     constraint  :class:`Inpaint`: keep a part of an image
     noise       "step": a step's noise is that of the time step that it leaves; "path": of all that it passes, so that a
@@ -134,7 +135,8 @@ def sample(
     n, seeds, labels = samples_of(n, seeds, labels, x_T, model)
     check_guided(guidance, labels, model, n)
     conditions = conditions_of(labels, guidance, model, n, options)
-    clip = (True if model.clip is None else model.clip) if clip is None else clip
+    if clip is None:
+        clip = model.codec is None if model.clip is None else model.clip
     limit = limit_of(clip)
     program = program_of(model, sampler, steps, constraint, start, noise, guidance, options)
     if limit is None and not guidance.by_gradient:  # whose term is x0_hat's
@@ -154,18 +156,23 @@ def sample(
         inpaint=constraint is not None,
         dtype=dtype,
     )
+    if model.codec is not None:
+        start, constraint = (given and replace(given, x=model.codec.to_model(given.x)) for given in (start, constraint))
     beginning = _Beginning(model, program.grid, x_T, start, constraint, n)
 
     images: Tensor | None = None
     batches = range(0, n, batch_size)
     bar = progress_bar(len(batches) * len(program), "sampling", "step", run.progress)
-    with bar, evaluating(network), torch.no_grad():
+    others = [m for m in (guidance.network, guidance.classifier) if isinstance(m, torch.nn.Module)]
+    with contextlib.ExitStack() as entered:
+        for manager in (bar, *map(evaluating, [network, *others]), torch.no_grad()):
+            entered.enter_context(manager)
         for first in batches:
             rows = torch.arange(first, first + batch_size, dtype=torch.int64, device="cpu").clamp_(max=n - 1)
             kept = slice(first, min(first + batch_size, n))  # the last image pads the last batch
             seed = seeds[rows].to(device)
             x, known, mask = beginning.batch(rows, seed)
-            weights = None if guidance.per_row else guidance.weight[rows].float().to(device)
+            weights = None if guidance.one_weight else guidance.weight[rows].float().to(device)
             loop.begin(x, seed, batch_of(conditions, rows, device), weights=weights, known=known, mask=mask)
             if run.cuda_graph:
                 loop.replay(bar.update)
@@ -192,9 +199,19 @@ def encode(
     ``sample(model, x_T=encode(model, x, steps=50), sampler="ddim", steps=50, clip=False)`` gives x back but for the
     error of the steps. Raises TypeError or ValueError for an argument that does not fit.
     """
-    described = model if isinstance(model, Model) else None
-    check_x_T(x, tuple(x.shape[1:]) if described is None else described.shape, "x")
-    return sample(model, x_T=x, sampler="ddim_inversion", steps=steps, clip=False, seeds=range(len(x)), **options)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a floating-point tensor, got {type(x).__name__}")
+    model, x = _latent(model, x)
+    check_x_T(x, model.shape if isinstance(model, Model) else tuple(x.shape[1:]), "x")
+    given = dict(x_T=x, sampler="ddim_inversion", steps=steps, clip=False, seeds=range(len(x)))
+    return sample(model, **given | options)
+
+
+def _latent(model: Any, x: Tensor) -> tuple[Any, Tensor]:
+    """(the model without its codec, what it diffuses of the images x)."""
+    if not isinstance(model, Model) or model.codec is None:
+        return model, x
+    return replace(model, codec=None), model.codec.to_model(x)
 
 
 def interpolate(
@@ -211,17 +228,22 @@ def interpolate(
     """Draw n images that lead from ``a`` to ``b``: [n, ...].
 
     a, b      [...], two images in [-1, 1]
-    fraction  mix x_t at that part of the process' time (Ho et al. 2020, section 5.4), with one ``seed``'s noise; None:
-              turn from one image's x_T to the other's (Song et al. 2021a, section 5.3), which :func:`encode` finds
+    fraction  mix x_t with that part of the steps left to do (Ho et al. 2020, section 4.4), with one ``seed``'s noise;
+              None: turn from one image's x_T to the other's, which :func:`encode` finds (Song et al. 2021a, sec. 5.3)
     options   as :func:`sample` takes them
     """
-    weights = torch.linspace(0, 1, checked_int("n", n, "an int >= 2"), dtype=torch.float64, device="cpu")
+    if checked_int("n", n, "an int >= 2") < 2:
+        raise ValueError(f"n: expected an int >= 2, got {n}")
+    weights = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
     if fraction is None:
         steps = 50 if steps is None else steps
         x_T = encode(model, torch.stack((a, b)), steps=steps, **options)
-        return sample(model, x_T=_turn(x_T[0], x_T[1], weights), sampler="ddim", steps=steps, clip=False, **options)
-    mixed = torch.stack([torch.lerp(a, b, float(weight)) for weight in weights])  # the noise is the same: so is x_t's
-    return sample(model, seeds=[seed] * n, start=From(mixed, fraction), steps=steps, **options)
+        given = dict(x_T=_turn(x_T[0], x_T[1], weights), sampler="ddim", steps=steps, clip=False)
+        return sample(model, **given | options)
+    inner, ends = _latent(model, torch.stack((a, b)))
+    mixed = torch.stack([torch.lerp(*ends, float(weight)) for weight in weights])
+    x = sample(inner, **dict(seeds=[seed] * n, start=From(mixed, fraction), steps=steps) | options)
+    return x if inner is model else model.codec.to_images(x)
 
 
 def _turn(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
@@ -255,7 +277,7 @@ class _Beginning:
             x = first.alpha * self._given("start", self.start.x, rows, device) + first.sigma * z
         else:
             x = ops.noise(seeds, self.model.shape, step=0, stream=0, device=device)
-            std = self.model.schedule.prior_std
+            std = self.model.schedule.start_std(first)
             x = x if std == 1 else x * std
         if self.constraint is None:
             return x, None, None
@@ -266,8 +288,6 @@ class _Beginning:
         return mask * x + (1 - mask) * (first.alpha * known + first.sigma * z), known, mask
 
     def _given(self, name: str, x: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-        if self.model.codec is not None:
-            x = self.model.codec.to_model(x)
         return rows_of(name, x, self.n, self.model.shape)[rows.to(x.device)].to(device)
 
 

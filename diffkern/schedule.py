@@ -166,10 +166,15 @@ class Schedule(Process):
         slopes = (logs[low + 1] - logs[low] for logs in self._logs)
         return tuple(float(value * slope) for value, slope in zip((self.alpha(t), self.sigma(t)), slopes, strict=True))
 
-    def constants(self, prediction, point):
+    def start_std(self, start):
+        return 1.0
+
+    def head_constants(self, prediction, point):
         if prediction != "mu":
             return {}
-        t = round(point.time)
+        t = int(point.time)
+        if t != point.time:
+            raise ValueError(f"prediction: expected another one at the real time {point.time:.6g}, got 'mu'")
         return {"posterior": (self.posterior_x0[t].item(), self.posterior_xt[t].item())}
 
     def point(self, t, address=None):

@@ -78,7 +78,7 @@ class Normal:
 
 def network_output(prediction: str, x: np.ndarray, x0: np.ndarray, s: Point, grid: Grid) -> np.ndarray:
     """The output of a network whose x0_hat is ``x0``."""
-    y_x, y_e = map(float, target(prediction, s.alpha, s.sigma, **grid.process.constants(prediction, s)))
+    y_x, y_e = map(float, target(prediction, s.alpha, s.sigma, **grid.process.head_constants(prediction, s)))
     return y_x * x0 + y_e * (x - s.alpha * x0) / s.sigma
 
 

@@ -236,7 +236,7 @@ def normal_network(data: Normal, process, prediction: str):
         gains = s.alpha * variances / (s.alpha**2 * variances + s.sigma**2)
         x0 = mean + ((x - s.alpha * mean) @ axes * gains) @ axes.T
         eps = s.sigma * ((x - s.alpha * mean) @ axes / (s.alpha**2 * variances + s.sigma**2)) @ axes.T
-        y_x, y_e = map(float, target(prediction, s.alpha, s.sigma, **process.constants(prediction, s)))
+        y_x, y_e = map(float, target(prediction, s.alpha, s.sigma, **process.head_constants(prediction, s)))
         return (y_x * x0 + y_e * eps).float()
 
     return network

@@ -44,7 +44,7 @@ def test_the_head_of_edm_is_c_skip_and_c_out():
 def test_mu_is_the_mean_of_the_posterior():
     schedule = Schedule.linear()
     point = schedule.point(400)
-    y_x, y_e = target("mu", point.alpha, point.sigma, **schedule.constants("mu", point))
+    y_x, y_e = target("mu", point.alpha, point.sigma, **schedule.head_constants("mu", point))
     c1, c2 = schedule.posterior_x0[400].item(), schedule.posterior_xt[400].item()
     assert y_x == pytest.approx(c1 + c2 * point.alpha) and y_e == pytest.approx(c2 * point.sigma)
 

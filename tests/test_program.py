@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gaussian import GRIDS, MOMENTS, Affine, Normal, interpret
 
+from diffkern import samplers
 from diffkern.prediction import PREDICTIONS
 from diffkern.process import EDM, VE, VP, RectifiedFlow, SubVP
 from diffkern.program import Direct, Trace
@@ -224,6 +225,15 @@ def test_a_sampler_whose_coefficients_are_not_finite_is_refused():
 
     with pytest.raises(ValueError, match="sampler: expected one with finite coefficients .* got 'divided'"):
         Sampler(divided).trace(Schedule.linear().grid(3))
+
+
+def test_every_sampler_is_an_attribute_of_the_package():
+    assert all(getattr(samplers, name) is sampler for name, sampler in SAMPLERS.items())
+
+
+def test_a_short_table_refuses_a_sampler_that_visits_a_time_step_twice():
+    with pytest.raises(ValueError, match="sampler: expected one that draws the noise of each time step once"):
+        samplers.pc(Schedule.linear(), [900, 500, 0], "x0")
 
 
 def test_options_are_the_samplers_own():

@@ -10,6 +10,7 @@ from test_program import case_name, heads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffkern import EDM, VE, VP, From, Guidance, Inpaint, Quantile, RectifiedFlow, Run, Schedule, SubVP, ops, sample
+from diffkern.codec import Codec
 from diffkern.conditions import Condition
 from diffkern.constraints import limit_of
 from diffkern.model import Model
@@ -226,6 +227,38 @@ def test_cfg_plus_plus_is_the_conditional_model_outside_its_interval():
     assert inside.isfinite().all() and not torch.allclose(inside, draw(**options), atol=1e-3)
 
 
+@pytest.mark.parametrize("sampler", ["unipc", "euler", "ddpm", "dpmpp_2m"])
+def test_cfg_plus_plus_refuses_samplers_that_do_not_add_an_eps_to_x0_hat(sampler):
+    with pytest.raises(ValueError, match="plus_plus: expected a sampler that adds eps to x0_hat"):
+        draw(labels=1, sampler=sampler, guidance=Guidance(0.5, plus_plus=True))
+    with pytest.raises(ValueError, match=r"guidance: expected a weight in \[0, 1\] with plus_plus, got 2"):
+        draw(labels=1, sampler="ddim", guidance=Guidance(2.0, plus_plus=True))
+
+
+@pytest.mark.parametrize("noise", ["step", "path"])
+def test_a_classifier_in_mean_form_shifts_the_mean_by_the_variance_times_its_gradient(noise):
+    """One step of ddpm from x_T: mean + w var g, with the variance of the whole step, however many noises it adds."""
+    w, g = 0.7, 1.3
+    options = dict(sampler="ddpm", prediction="x0", steps=[999, 499], clip=False, labels=1, noise=noise)
+    seen = {}
+    for guidance in (1.0, Guidance(w, classifier=lambda x, t, y: g * x.flatten(1).sum(1), form="mean")):
+        steps = seen.setdefault(guidance, [])
+        draw(lambda x, t, y: 0 * x, guidance=guidance, callback=steps.append, **options)
+    plain, guided = (steps[0].x_next for steps in seen.values())
+    s, t = LINEAR.grid([999, 499]).steps[0]
+    assert torch.allclose(guided - plain, torch.tensor(w * t.sigma**2 * LINEAR.removed(s, t) * g, dtype=torch.float32))
+
+
+def test_guidance_by_a_gradient_names_a_start_from_noise_alone():
+    with pytest.raises(ValueError, match="guidance: expected a run that starts at alpha > 0"):
+        draw(
+            schedule=RectifiedFlow(),
+            prediction="x0",
+            labels=1,
+            guidance=Guidance(1, classifier=lambda x, t, y: x.sum()),
+        )
+
+
 def test_a_classifier_in_score_form_gives_the_conditional_prediction_of_two_gaussian_classes():
     """x0_hat + sigma^2 / alpha grad ln p(y | x_t) is the exact x0_hat of the class: at every step of a run."""
     means, variance = torch.tensor([-1.0, 1.0]), 0.1
@@ -314,7 +347,7 @@ def test_a_row_stands_for_all_of_its_kind_whatever_guides(guidance, quantile):
         conditions = {"labels": (labels, torch.full_like(labels, -1))}
         options = dict(guidance=guidance, conditions=conditions, quantile=quantile, limit=quantile and 1.0)
         loop = Loop(linear_network, program, (3, *SHAPE), CPU, **options)
-        weights = None if guidance.per_row else guidance.weight.float()
+        weights = None if guidance.one_weight else guidance.weight.float()
         loop.begin(x_T, seeds, conditions, weights=weights)
         with _Indexing() as indexing:
             for row in rows:
@@ -454,6 +487,60 @@ def test_a_path_gives_similar_images_for_any_number_of_steps():
     assert correlation(draw(noise="step", steps=20, **options)) < 0.5
 
 
+@pytest.mark.parametrize("name", ["heun", "rk4", "dpmpp_2s", "pc"])
+def test_a_callback_sees_where_a_step_ends_and_may_change_it_there(name):
+    """Of samplers that call the network several times in a step: no state within it."""
+    seen = []
+    options = dict(sampler=name, prediction="x0", clip=False)
+    x = draw(callback=seen.append, **options)
+    assert all(torch.equal(a.x_next, b.x_t) for a, b in zip(seen[:-1], seen[1:], strict=True))
+    assert torch.equal(seen[-1].x_next, x)
+    moved = draw(callback=lambda step: seen[step.index].x_next if step.index == 3 else None, **options)
+    assert torch.equal(moved, x)
+    still = draw(callback=lambda step: step.x_next * 0 if step.index == 7 else None, **options)
+    assert still.abs().max() == 0
+
+
+def test_latents_are_encoded_once_and_decoded_at_the_end_and_not_clipped():
+    calls = []
+
+    def encode_images(x):
+        calls.append(len(x))
+        return 4 * x
+
+    model = Model(
+        lambda x, t, y: 3 + 0 * x, LINEAR, "x0", SHAPE, codec=Codec(encode_images, lambda z: z / 4, scale=0.5)
+    )
+    given = dict(steps=4, sampler="ddim", progress=False)
+    assert torch.allclose(sample(model, 2, **given), torch.full((2, *SHAPE), 3 / 0.5 / 4))
+    image = torch.full((1, *SHAPE), 0.25)
+    mask = torch.zeros(1, 1, 3, 3)
+    kept = sample(model, 3, constraint=Inpaint(image, mask), batch_size=1, **given)
+    assert torch.allclose(kept, image.expand(3, -1, -1, -1)) and calls == [1]
+    line = Model(lambda x, t, y: 0.1 * x, LINEAR, "eps", SHAPE, codec=model.codec)
+    x_T = encode(line, image, steps=50)
+    assert x_T.shape == (1, *SHAPE) and not torch.allclose(x_T, image)
+    assert torch.allclose(sample(line, x_T=x_T, sampler="ddim", steps=50, progress=False), image, atol=0.1)
+
+
+def test_a_run_that_starts_below_t_max_starts_with_the_deviation_there():
+    for process, times in ((EDM(), [10.0, 1.0]), (VE(), [0.5, 0.1])):
+        seen = []
+        draw(schedule=process, prediction="x0", steps=times, n=200, callback=seen.append, batch_size=200)
+        assert seen[0].x_t.std() == pytest.approx(float(process.sigma(times[0])), rel=0.05)
+
+
+def test_networks_that_guide_run_in_eval_mode():
+    class Worse(torch.nn.Module):
+        def forward(self, x, t, labels):
+            assert not self.training
+            return x * 0.4
+
+    worse = Worse()
+    draw(guidance=Guidance(2.0, network=worse))
+    assert worse.training
+
+
 # --- options ---
 
 
@@ -470,6 +557,7 @@ def test_any_function_is_a_sampler():
 
 
 def test_eta_alone_means_ddim():
+    assert torch.equal(draw(eta=0.0, schedule=VP()), draw(sampler="ddim", schedule=VP()))
     assert torch.equal(draw(eta=0.5, steps=None), draw(eta=0.5, steps=50, sampler="ddim"))
 
 
@@ -484,6 +572,19 @@ def test_a_run_s_fields_may_be_named_one_by_one():
     [
         (dict(ordr=3), TypeError, "ordr: expected an option of sampler 'unipc', a condition of the model"),
         (dict(sampler="unipc", order=9), ValueError, r"order: expected one of \(1, 2, 3, 4\), got 9"),
+        (dict(noise="path"), ValueError, "noise: expected 'step' with sampler 'unipc', which draws no noise"),
+        (
+            dict(guidance=Guidance(2, negative=[1, 2]), labels=1),
+            ValueError,
+            "negative: expected 3 classes, one for each",
+        ),
+        (dict(guidance=Guidance(2, negative=1)), ValueError, "negative: expected None without labels"),
+        (
+            dict(schedule=VP(), prediction="mu"),
+            ValueError,
+            "prediction: expected another one on a process without time",
+        ),
+        (dict(sampler="midpoint", prediction="mu"), ValueError, "prediction: expected another one at the real time"),
         (dict(noise="paths"), ValueError, "noise: expected 'step' or 'path', got 'paths'"),
         (dict(guidance=Guidance([1.0, 2.0]), labels=1), ValueError, "guidance: expected 3 weights, one for each image"),
         (

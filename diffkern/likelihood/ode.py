@@ -135,7 +135,7 @@ def velocity(prediction: str, point: Point, process: Process) -> tuple[float, fl
     x0_hat and eps_hat solve x = alpha x0_hat + sigma eps_hat, out = y_x x0_hat + y_e eps_hat.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        y_x, y_e = target(prediction, point.alpha, point.sigma, **process.constants(prediction, point))
+        y_x, y_e = target(prediction, point.alpha, point.sigma, **process.head_constants(prediction, point))
         determinant = point.alpha * y_e - point.sigma * y_x
         a = -(point.alpha * y_x + point.sigma * y_e) / determinant
         return float(a), float(np.hypot(point.alpha, point.sigma) / determinant)

@@ -62,7 +62,7 @@ class Loop:
         self.x = torch.empty(shape, dtype=torch.float32, device=device)
         self.slots = [torch.zeros_like(self.x) for _ in range(program.slots)]
         self.seeds = torch.empty(shape[0], dtype=torch.int64, device=device)
-        self.weights = None if self.guidance.per_row else torch.empty(shape[0], dtype=torch.float32, device=device)
+        self.weights = None if self.guidance.one_weight else torch.empty(shape[0], dtype=torch.float32, device=device)
         self.given = {name: value.clone() for name, (value, _) in (conditions or {}).items()}
         self.null = {name: value.clone() for name, (_, value) in (conditions or {}).items()}
         self.known = torch.zeros_like(self.x) if inpaint else None
@@ -79,7 +79,7 @@ class Loop:
         known: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> None:
-        """Put a batch at the first row. conditions, null: what the network gets, with and without the condition."""
+        """Put a batch at the first row. conditions: by name, what the network gets with and without the condition."""
         self.x.copy_(x_T)
         self.seeds.copy_(seeds)
         for name, (given, null) in (conditions or {}).items():
@@ -199,16 +199,18 @@ class Loop:
     def run(self, tick: Callable[[], Any], callback: Callable[[int, Row, Tensor, Tensor, Tensor], Any] | None = None):
         """Do every row. ``callback`` gets, in each step, its number, its row, x_t, x0_hat and the x that it reached; a
         tensor that it returns takes the place of the last."""
-        number = 0
+        number, step = 0, None
         for row in self.program.rows:
-            if callback is None or row.point is None or not row.begins:
-                self.step(row)
-            else:
-                x_t, seen = self.x.clone(), []
+            if callback is not None and row.begins and row.point is not None:
+                step, seen = (number, row, self.x.clone()), []
                 self.step(row, seen.append)
-                changed = callback(number, row, x_t, seen[0], self.x.clone())
+            else:
+                self.step(row)
+            if step is not None and row.reached is not None:
+                changed = callback(*step, seen[0], self.x.clone())
                 if changed is not None:
                     self.x.copy_(changed)
+                step = None
             number += row.begins
             tick()
 

@@ -13,7 +13,7 @@
 """
 
 from ..prediction import PREDICTIONS as PREDICTIONS
-from . import adams_bashforth, ancestral, dpm_solver, ode, stochastic, unipc  # noqa: F401  each registers its samplers
+from . import adams_bashforth, ancestral, dpm_solver, ode, stochastic, uni_pc  # noqa: F401  each registers its samplers
 from .ancestral import VARIANCES as VARIANCES
 from .registry import SAMPLERS as SAMPLERS
 from .registry import Sampler as Sampler
@@ -29,6 +29,6 @@ def __getattr__(name: str) -> Sampler:
 
 def default_sampler(steps: int | None, T: int | None, eta: float | None = None) -> str:
     """ddpm for all of a schedule's T steps (None); for fewer ddim with ``eta``, unipc, which is more exact, without."""
-    if eta or eta is not None and steps not in (None, T):
+    if eta or eta is not None and (T is None or steps not in (None, T)):
         return "ddim"
     return "ddpm" if T is not None and steps in (None, T) else "unipc"
