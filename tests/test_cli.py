@@ -21,6 +21,7 @@ import diffkern
 from diffkern import training
 from diffkern.cli import main
 from diffkern.cli import sample as sample_command
+from diffkern.constraints import Quantile
 from diffkern.images import read_settings, to_uint8
 from diffkern.model import Model, load, read, save
 from diffkern.sampling import sample
@@ -109,6 +110,39 @@ def test_sample_draws_what_the_settings_in_the_png_say(folder):
         assert np.array_equal(arrays["images"], to_uint8(x))
         assert arrays["seeds"].tolist() == [7, 20, 21] and arrays["labels"].tolist() == [2, 1, -1]
         assert json.loads(str(arrays["settings"])) == settings
+
+
+KEPT = {
+    "a quantile": (Quantile(0.5), [], {"quantile": 0.5}),
+    "no clamp": (False, [], False),
+    "no clamp, but asked for one": (False, ["--clip"], True),
+    "a limit, but asked for none": (0.5, ["--no-clip"], False),
+}
+
+
+@pytest.mark.parametrize(("clip", "options", "recorded"), KEPT.values(), ids=KEPT)
+def test_sample_clips_as_the_model_does_unless_told_otherwise(folder, clip, options, recorded):
+    model = dataclasses.replace(tiny.model(), clip=clip)
+    save(model, "kept.safetensors")
+    command = ["sample", "--model", "kept.safetensors", "--n", "2", "--steps", "3", "--labels", "1", "--npz", "s.npz"]
+    assert main([*command, *options, *QUIET]) == 0
+    assert read_settings("samples.png")["clip"] == recorded
+    used = recorded if options else clip
+    x = sample(tiny.model(), 2, labels=1, steps=3, spacing="trailing", clip=used, progress=False)
+    with np.load("s.npz", allow_pickle=False) as arrays:
+        assert np.array_equal(arrays["images"], to_uint8(x))
+
+
+@pytest.mark.parametrize(("options", "spacing"), [([], "quadratic"), (["--spacing", "linspace"], "linspace")])
+def test_sample_spaces_steps_as_the_model_does_unless_told_otherwise(folder, options, spacing):
+    save(dataclasses.replace(tiny.model(), spacing="quadratic"), "kept.safetensors")
+    command = ["sample", "--model", "kept.safetensors", "--n", "2", "--steps", "8", "--labels", "1", "--npz", "s.npz"]
+    assert main([*command, "--gif", "s.gif", *options, *QUIET]) == 0
+    assert read_settings("samples.png")["spacing"] == spacing
+    x = sample(tiny.model(), 2, labels=1, steps=8, spacing=spacing, progress=False)
+    with np.load("s.npz", allow_pickle=False) as arrays, Image.open("s.gif") as gif:
+        assert np.array_equal(arrays["images"], to_uint8(x))
+        assert gif.n_frames == len(tiny.SCHEDULE.timesteps(8, spacing)) + 1
 
 
 ALL = ["--steps", "20"]

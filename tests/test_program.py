@@ -85,7 +85,8 @@ SLOPES = [  # order of the error in the number of steps, on the ODE of correlate
         ("deis", {"order": 3}, "vp lambda", 3),
         ("lms", {"order": 3}, "edm", 2.8),
     ),
-    *(("midpoint", {}, "edm", 2), ("kutta3", {}, "edm", 3), ("rk4", {}, "edm", 4), ("ipndm", {}, "edm", 1.8)),
+    *(("midpoint", {}, "edm", 2), ("kutta3", {}, "edm", 3), ("rk4", {}, "edm", 4), ("dopri5", {}, "edm", 5)),
+    ("ipndm", {}, "edm", 1.8),
 ]
 
 
@@ -186,6 +187,26 @@ def test_each_visit_of_a_time_step_has_noise_of_its_own():
     addresses = [row.noise.address for row in program.rows if row.noise]
     assert len(set(addresses)) == len(addresses) and max(addresses) < 2**32
     assert program.calls == 15 * 4 + 5
+
+
+def drawn(name, grid, **options):
+    """The addresses of all normals of a program, in their order."""
+    noises = [row.noise for row in SAMPLERS[name].trace(grid, **options).rows if row.noise]
+    return [noise.address - i for noise in noises for i in range(noise.count)]
+
+
+def test_noises_have_the_addresses_of_the_page_on_noise():
+    steps = [900, 500, 100]
+    assert drawn("ddpm", Schedule.linear().grid(steps)) == [900, 500]
+    assert drawn("ddpm", VP().grid([0.9, 0.5, 0.1])) == [0, 1]  # points, counted from t_max
+    visits = drawn("pc", Schedule.linear().grid(steps), corrections=2)
+    assert visits == [s + (visit << 20) for s in steps for visit in range(3)][:-1]
+    halves = [2**31 + 2 * s + half for s in (900, 500) for half in (1, 1, 0)]  # one half, then both
+    assert drawn("dpmpp_sde", Schedule.linear().grid(steps)) == halves
+    assert drawn("ddpm", Schedule.linear().grid(steps, path=True)) == list(range(900, 100, -1))
+    grid = VP().grid(10, path=True)
+    cells = [round((7 - max(point.lam, -7)) * 1024 / 14) - 1 for point in grid.points[:-1]]
+    assert [point.address for point in grid.points] == [*cells, -1]
 
 
 def test_a_state_that_is_lost_is_named():

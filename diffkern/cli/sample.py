@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__, images, ops
+from ..constraints import Quantile
 from ..model import Model, load
 from ..samplers import SAMPLERS, VARIANCES, default_sampler
 from ..sampling import Step, sample
@@ -39,9 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=count, help="(default: all for ddpm, 50 for ddim, 20 for most others)")
     parser.add_argument("--sampler", choices=SAMPLERS, help="(default: ddpm for all steps, unipc for fewer)")
-    parser.add_argument("--spacing", choices=SPACINGS, default="trailing", help="of the steps (default: trailing)")
+    parser.add_argument("--spacing", choices=SPACINGS, help="of the steps (default: the model's, else trailing)")
     parser.add_argument(
-        "--noise", choices=("step", "path"), default="step", help="path: similar images for any number of steps"
+        "--noise",
+        choices=("step", "path"),
+        default="step",
+        help="path: similar images for any number of steps, with --sampler ddpm",
     )
     parser.add_argument(
         "--variance", choices=VARIANCES, help="of ddpm (default: learned if it was learned, else fixed_small)"
@@ -53,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         *("--option", "-o"), action="append", default=[], metavar="NAME=VALUE", help="of the sampler, as order=3"
     )
     parser.add_argument(
-        "--no-clip", dest="clip", action="store_false", help="do not clamp the predicted x_0 to [-1, 1]"
+        "--clip",
+        action=argparse.BooleanOptionalAction,
+        help="clamp the predicted x_0 to [-1, 1], or not at all (default: as the model does, else clamp)",
     )
     parser.add_argument("--batch-size", type=count, help="rows of each pass through the network (default: 16 at most)")
     parser.add_argument(
@@ -77,7 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"n: expected {n}, one for each of --seeds, got {arguments.n}")
     columns = arguments.columns or (len(model.classes) if model.classes and not arguments.labels else None)
     sampler = arguments.sampler or default_sampler(arguments.steps, model.schedule.T, arguments.eta)
-    shown = _shown_steps(model, arguments, sampler) if arguments.gif else range(0)
+    spacing = arguments.spacing or model.spacing or model.schedule.spacing
+    clip = next(clip for clip in (arguments.clip, model.clip, True) if clip is not None)
+    shown = _shown_steps(model, arguments.steps, spacing, sampler) if arguments.gif else range(0)
     _check_size(n, model, arguments, columns, len(shown))
     seeds = torch.cat([ops.as_seeds(numbers, "cpu") for numbers in ranges])
     labels = _labels(arguments.labels, model, len(seeds))
@@ -85,10 +93,10 @@ def run(arguments: argparse.Namespace) -> int:
         "guidance": arguments.guidance,
         "sampler": sampler,
         "steps": arguments.steps,
-        "spacing": arguments.spacing,
+        "spacing": spacing,
         "variance": arguments.variance,
         "eta": arguments.eta or 0.0,
-        "clip": arguments.clip,
+        "clip": clip,
         "batch_size": arguments.batch_size,
         **({} if arguments.noise == "step" else {"noise": arguments.noise}),
         **_options(arguments.option),
@@ -110,6 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         "labels": labels,
         "classes": model.classes,
         **settings,
+        **({"clip": {"quantile": clip.q}} if isinstance(settings["clip"], Quantile) else {}),
         "dtype": arguments.dtype,
         "device": str(model.device),
         "versions": {"diffkern": __version__, "torch": torch.__version__},
@@ -150,11 +159,10 @@ class Film:
         return [*(self.grid(images.from_pixels(self.taken[index])) for index in self.shown), self.grid(x)]
 
 
-def _shown_steps(model: Model, arguments: argparse.Namespace, sampler: str) -> range:
+def _shown_steps(model: Model, steps: int | None, spacing: str, sampler: str) -> range:
     """Choose the steps that become frames, by index: every k-th, so that there are at most ``GIF_FRAMES``."""
     T = model.schedule.T
-    steps = arguments.steps or min(SAMPLERS[sampler].steps or T, T)
-    steps = len(model.schedule.timesteps(steps, arguments.spacing))
+    steps = len(model.schedule.timesteps(steps or min(SAMPLERS[sampler].steps or T, T), spacing))
     return range(0, steps, -(-steps // GIF_FRAMES))
 
 
