@@ -212,7 +212,7 @@ def test_an_op_in_place_refuses_transforms(transform):
     [
         lambda x: ops.q_sample_(x, T, SEEDS, TABLE),
         lambda x: ops.reverse_step_(SMALL.clone(), SMALL, steps(), 1, SEEDS, x0_hat=x),
-        lambda x: torch.ops.diffkern.q_sample_(x, T, SEEDS, TABLE),
+        lambda x: torch.ops.diffkern.q_sample_(x, T, SEEDS, TABLE, None),
         lambda x: torch.ops.diffkern.attention_out(x, SMALL, SMALL, SMALL, None, None),
     ],
 )

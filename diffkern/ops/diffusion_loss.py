@@ -211,8 +211,8 @@ def _example_table() -> Tensor:
     """Five rows in order: KL, a bin, a density, KL, a bin. The log-variances lie in [-4, -1]."""
     table = uniform(5, len(LOSS_COLUMNS)) - 0.5
     log_var = LOSS_COLUMNS.index("log_var_q")
-    table[:, log_var : log_var + 3] += torch.tensor([-2.0, -3.5, -1.5])
-    table[:, LOSS_COLUMNS.index("first")] = torch.tensor([0.0, 1.0, 2.0, 0.0, 1.0])
+    table[:, log_var : log_var + 3] += table.new_tensor([-2.0, -3.5, -1.5])
+    table[:, LOSS_COLUMNS.index("first")] = table.new_tensor([0.0, 1.0, 2.0, 0.0, 1.0])
     return table
 
 
