@@ -123,6 +123,11 @@ class Model:
         network = unwrapped(self.network)
         return isinstance(network, UNet) and network.conv_out.out_channels == 2 * self.shape[0]
 
+    @property
+    def default_variance(self) -> str:
+        """The variance of its steps, unless told otherwise: its own, else what was learned, else "fixed_small"."""
+        return self.variance or ("learned" if self.learned_variance else "fixed_small")
+
     @classmethod
     def from_diffusers(cls, pipeline: Any, name: str = "model", *, ignore: Collection[str] = ()) -> "Model":
         """The model in a pipeline of diffusers' for pixels, as ``DDPMPipeline``: its ``UNet2DModel``, and the betas and

@@ -66,6 +66,13 @@ def test_an_unconditional_model_with_learned_variance_round_trips(tmp_path):
     assert loaded(X, T).shape == (2, 2, 8, 8)
 
 
+def test_a_models_default_variance_is_its_own_or_learned_or_small():
+    fixed, learned = tiny.model(), tiny.model(learned_variance=True)
+    assert (fixed.default_variance, learned.default_variance) == ("fixed_small", "learned")
+    for model in (fixed, learned):
+        assert dataclasses.replace(model, variance="fixed_large").default_variance == "fixed_large"
+
+
 def test_a_file_that_tells_of_its_variance_beside_its_network_loads(tmp_path):
     assert torch.equal(load(saved(tmp_path, learned_variance=False))(X, T, LABELS), tiny.model()(X, T, LABELS))
 

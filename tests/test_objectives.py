@@ -13,7 +13,7 @@ from diffkern import ops
 from diffkern.ops import LOSS_COLUMNS
 from diffkern.schedule import Schedule
 from diffkern.training import objectives, times
-from diffkern.training.objectives import EDM, P2, Flow, Likelihood, MinSNR, Objective
+from diffkern.training.objectives import P2, EDMWeight, Flow, Likelihood, MinSNR, Objective
 
 SCHEDULES = {
     "linear": Schedule.linear(),
@@ -60,7 +60,7 @@ def test_a_networks_target_is_the_output_from_which_x_0_follows(prediction):
     np.testing.assert_allclose(of_eps, 0, atol=2e-7 * scale.max())
 
 
-@pytest.mark.parametrize("weight", [MinSNR(5), MinSNR(0.5), P2(), P2(0.3, 0.5), EDM(0.5), Flow(), Likelihood()])
+@pytest.mark.parametrize("weight", [MinSNR(5), MinSNR(0.5), P2(), P2(0.3, 0.5), EDMWeight(0.5), Flow(), Likelihood()])
 def test_a_weight_makes_the_same_loss_whatever_is_predicted(weight):
     """An output's error is that of the x_0 that follows from it, over p_o."""
     for schedule in (Schedule.linear(), Schedule.cosine(100)):
@@ -72,7 +72,7 @@ def test_a_weight_makes_the_same_loss_whatever_is_predicted(weight):
 
 def test_weights_are_the_papers():
     schedule = Schedule.linear()
-    at = objectives.levels_of(schedule, variance="fixed_small")
+    at = objectives.levels_of(schedule)
     snr = (schedule.alpha_bar / schedule.one_minus_alpha_bar).numpy()
     beta, alpha, rest = (table.numpy() for table in (schedule.betas, schedule.alphas, schedule.one_minus_alpha_bar))
 
@@ -95,7 +95,8 @@ def test_weights_are_the_papers():
     row, variance = columns(edm), sigma**2 + 0.7**2
     np.testing.assert_allclose(row["p_x"], 0.7**2 / variance, rtol=1e-6)  # Karras et al. 2022, table 1
     np.testing.assert_allclose(row["p_o"], 0.7 * sigma / np.sqrt(variance), rtol=1e-6)
-    by_weight = Objective("edm", EDM(0.7), constants={"sigma_data": 0.7}).rows(objectives.levels(1 + 0 * sigma, sigma))
+    by_weight = Objective("edm", EDMWeight(0.7), constants={"sigma_data": 0.7})
+    by_weight = by_weight.rows(objectives.levels(1 + 0 * sigma, sigma))
     np.testing.assert_allclose(columns(by_weight)["weight"], row["weight"], rtol=1e-6)
 
 
@@ -130,10 +131,10 @@ def test_hybrid_is_the_simple_loss_and_a_thousandth_of_the_whole_bound():
     terms = ops.diffusion_loss(out, x_0, seeds, t, table, learned_variance=True, bound=True)
     eps = ops.noise(seeds, (3, 5, 4), step=t, stream=2)
     simple = (out[:, :3] - eps).square().flatten(1).mean(1)
-    got = objectives.hybrid().loss(out, x_0, seeds, t, table, weights=weights, learned_variance=True)
+    got = objectives.hybrid().loss(out, x_0, seeds, t, table, terms=100, weights=weights, learned_variance=True)
     torch.testing.assert_close(got, weights * (simple + 100 / 1000 * terms[:, 1]), rtol=1e-5, atol=1e-6)
     leaf = out.clone().requires_grad_()
-    objectives.hybrid().loss(leaf, x_0, seeds, t, table, learned_variance=True).sum().backward()
+    objectives.hybrid().loss(leaf, x_0, seeds, t, table, terms=100, learned_variance=True).sum().backward()
     mean = out[:, :3].clone().requires_grad_()
     objectives.simple().loss(mean, x_0, seeds, t, table).sum().backward()
     assert torch.equal(leaf.grad[:, :3], mean.grad) and leaf.grad[:, 3:].any()
@@ -145,10 +146,24 @@ def test_the_bound_alone_trains_the_mean_too():
     table = objective.table(schedule)
     out, x_0 = values((4, 3, 5)).requires_grad_(), values((4, 3, 5), seed=1)
     seeds, t = torch.arange(4), torch.tensor([9, 3, 1, 0])
-    loss = objective.loss(out, x_0, seeds, t, table)
+    loss = objective.loss(out, x_0, seeds, t, table, terms=10)
     terms = ops.diffusion_loss(out.detach(), x_0, seeds, t, table, bound=True)
     torch.testing.assert_close(loss, 10 * terms[:, 1], rtol=LOSS, atol=0)
     assert (torch.autograd.grad(loss.sum(), out)[0] != 0).all()
+
+
+def test_the_bound_of_a_batchs_own_table_has_the_terms_of_its_whole_grid():
+    """Rows for two of ten steps count as they do in the table of all ten."""
+    schedule, objective = Schedule.linear(10), objectives.vlb()
+    at, t = objectives.levels_of(schedule), np.array([7, 2])
+    points = np.append(1.0, at.alpha), np.append(0.0, at.sigma)
+    previous = tuple(column[t] for column in points)
+    table = objective.rows(objectives.levels(at.alpha[t], at.sigma[t], previous))
+    out, x_0, seeds = values((2, 3, 5)), values((2, 3, 5), seed=1), torch.arange(2)
+    t = torch.from_numpy(t)
+    expected = objective.loss(out, x_0, seeds, t, objective.table(schedule), terms=10)
+    got = objective.loss(out, x_0, seeds, torch.arange(2), table, terms=10, address=t)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
 
 
 def test_a_flows_batch_has_a_table_of_its_own():
@@ -182,6 +197,27 @@ def test_a_flows_batch_has_a_table_of_its_own():
             ValueError,
             r"first: expected one of \('bins', 'density'\), got 'pixels'",
         ),
+        (
+            lambda: objectives.hybrid().rows(objectives.levels([0.6], [0.8])),
+            ValueError,
+            r"previous: expected the \(alpha, sigma\) that each step reaches, for the bound, got None",
+        ),
+        (
+            lambda: objectives.likelihood().rows(objectives.levels([0.6], [0.8])),
+            ValueError,
+            r"previous: expected the \(alpha, sigma\) that each step reaches, for the weight of the bound, got None",
+        ),
+        (
+            lambda: objectives.vlb().loss(*4 * [torch.zeros(1)], torch.zeros(1, 12)),
+            TypeError,
+            "terms: expected an int >= 1, the terms of the bound, got None",
+        ),
+        (
+            lambda: objectives.vlb().loss(*4 * [torch.zeros(1)], torch.zeros(1, 12), terms=0),
+            ValueError,
+            "terms: expected an int >= 1, the terms of the bound, got 0",
+        ),
+        (lambda: times.steps(times.LogNormal(), WORDS, 5), ValueError, r"times: expected t in \[0, 1\], got LogNormal"),
         (lambda: objectives.levels([1.0], [0.0]), ValueError, "sigma: expected numbers > 0, got 0.0"),
         (
             lambda: Objective("eps").table(Schedule([0.5, 1.0])),

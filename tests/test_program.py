@@ -65,6 +65,15 @@ def test_a_program_is_its_sampler_on_other_schedules_too(name, options, schedule
     assert np.abs(x - direct).max() <= 1e-8 * np.abs(direct).max()
 
 
+@pytest.mark.parametrize("process", [EDM(), VP(), Schedule.linear()], ids=str)
+def test_langevin_dynamics_draw_the_data_s_moments_on_any_process(process):
+    sampler, data = SAMPLERS["langevin"], Affine()
+    grid = process.grid(sampler.steps)
+    x = sampler(Direct(grid, data.denoise, data.noise, data.x_T()), grid)
+    mean, std = data.moments(x, grid.process.prior_std)
+    assert mean == pytest.approx(0.3, abs=1e-3) and std == pytest.approx(0.5, abs=0.2)
+
+
 def test_inversion_is_the_same_direct_and_as_a_program_and_ddim_gives_the_image_back():
     grid, data = Schedule.linear().grid(200), Affine()
     up = grid.reversed()

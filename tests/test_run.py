@@ -362,7 +362,7 @@ def test_a_row_stands_for_all_of_its_kind_whatever_guides(guidance, quantile):
 
 ZERO = Schedule([*Schedule.linear(50, 1e-3, 0.3).betas.tolist()[:-1], 1.0])  # alpha_T = 0
 FROM_0 = ("ddpm", "ddim", "consistency", "repaint", "dpmpp_1m", "dpmpp_2m", "dpmpp_3m", "dpmpp_2s", "dpmpp_2m_sde")
-FROM_0 += ("dpmpp_sde", "velocity", "unipc", "langevin")
+FROM_0 += ("dpmpp_sde", "velocity", "unipc")
 
 
 @pytest.mark.parametrize("prediction", ["v", "x0"])

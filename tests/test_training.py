@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import threading
 from dataclasses import replace
 
@@ -17,10 +18,12 @@ from tiny import one_thread  # noqa: F401
 
 import diffkern
 from diffkern import ops, training
-from diffkern.data import Dataset
+from diffkern.data import EXAMPLE_STREAM, Dataset, words
 from diffkern.model import load, read, save
+from diffkern.ops import LOSS_COLUMNS
 from diffkern.schedule import Schedule
 from diffkern.training import CHECKPOINT, PRESETS, Config, Diverged, Trainer, draw, ema_decay, new_model, runs
+from diffkern.training.times import LogitNormal
 
 
 def trainer(data=None, **changes) -> Trainer:
@@ -107,6 +110,38 @@ def test_draws_are_those_of_the_noise_standard():
         assert draws.seeds.item() == w0 | w1 << 32
         assert draws.t.item() == w2 * 1000 >> 32
         assert draws.null.item() and not draw(np.arange(1), 0, 1000, w3 / 2**32).null.item()
+
+
+def test_steps_are_drawn_as_the_objective_says():
+    run = trainer(batch_size=400)
+    run.objective = replace(run.objective, t=LogitNormal(-1.0, 0.5))
+    w = words(np.arange(400), 0, EXAMPLE_STREAM, run.config.seed)[:, 2]
+    normal = statistics.NormalDist(-1.0, 0.5)
+    T = run.model.schedule.T
+    expected = [math.floor(T / (1 + math.exp(-normal.inv_cdf((word + 0.5) / 2**32)))) for word in w.tolist()]
+    assert run.batch()[2].t.tolist() == expected
+
+
+@pytest.mark.parametrize("variance", [None, "fixed_small", "fixed_large"])
+def test_the_bounds_weight_has_the_variance_that_the_model_samples_with(variance):
+    """beta^2 / (2 var alpha (1 - ab)) (Ho et al. 2020, eq. 12), but of the step to the image."""
+    data, config = tiny.dataset(), tiny.config(objective="likelihood")
+    run = Trainer(replace(new_model(data, config), variance=variance), data, config)
+    s = run.model.schedule
+    var = s.betas if variance == "fixed_large" else s.posterior_variance
+    expected = s.betas**2 / (2 * var * s.alphas * s.one_minus_alpha_bar)
+    weight = run.losses[:, LOSS_COLUMNS.index("weight")].double()
+    torch.testing.assert_close(weight[1:], expected[1:], rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("variance", [None, "fixed_small"])
+def test_a_learned_variance_is_trained_between_the_two_fixed_ones(variance):
+    data, config = tiny.dataset(), tiny.config(objective="hybrid", network={**tiny.NETWORK, "learned_variance": True})
+    run = Trainer(replace(new_model(data, config), variance=variance), data, config)
+    low, high = (run.losses[:, LOSS_COLUMNS.index(name)].double().exp() for name in ("log_var_min", "log_var_max"))
+    s = run.model.schedule
+    torch.testing.assert_close(low[1:], s.posterior_variance[1:], rtol=2e-6, atol=0)
+    torch.testing.assert_close(high, s.betas, rtol=2e-6, atol=0)
 
 
 def test_every_epoch_sees_every_image_once_whatever_the_batch():

@@ -47,7 +47,7 @@ class Bound:
         if steps is not None and not 1 <= checked_int("steps", steps, expected) <= divergences:
             raise ValueError(f"steps: expected {expected}, got {steps}")
         if variance is None:
-            variance = model.variance or ("learned" if model.learned_variance else "fixed_small")
+            variance = model.default_variance
         learned = isinstance(variance, str) and variance == "learned"
         if not isinstance(variance, str):
             variance = variances(variance, schedule.T)

@@ -69,18 +69,18 @@ def pc(m: Any, grid: Grid, snr: float = 0.16, corrections: int = 1) -> Any:
     return m.program(x)
 
 
-@sampler(steps=10, calls=5)
-def langevin(m: Any, grid: Grid, steps_a_level: int = 5, step_size: float = 2e-5) -> Any:
-    """Annealed Langevin dynamics (Song & Ermon 2019, algorithm 1), and a last prediction without noise (2020).
+@sampler(steps=50, calls=5)
+def langevin(m: Any, grid: Grid, steps_a_level: int = 5, step_size: float = 0.2) -> Any:
+    """Annealed Langevin dynamics in y = x / alpha (Song & Ermon 2019, algorithm 1), and a last prediction without noise
+    (2020).
 
-    step_size  at the last level, well below sigma_last^2; a level's is times (sigma / sigma_last)^2
+    step_size  relative to rho^2: a level's steps are step_size rho^2 long. 0.2 is 2e-5 at a last rho of 0.01
     """
     steps_a_level, step_size = whole("steps_a_level", steps_a_level, 1), number("step_size", step_size, 0)
-    x, last = m.start(), [point for point in grid.points if point.sigma > 0][-1]
-    for s, _ in m.steps():
-        a = step_size * (s.sigma / last.sigma) ** 2
+    x = m.start()
+    for s, t in m.steps():
         for _ in range(steps_a_level):
-            x = x - m.eps(x, s) * (a / 2 / s.sigma) + m.z(s) * math.sqrt(a)
-    if grid.points[-1].sigma == 0:
-        x = m(x, last)
+            length = step_size * s.rho**2
+            x = x - m.eps(x, s) * (length / 2 / s.rho * s.alpha) + m.z(s) * (math.sqrt(length) * s.alpha)
+        x = x * (t.alpha / s.alpha) if t.sigma > 0 else m(x, s)
     return m.program(x)

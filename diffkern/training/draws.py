@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from ..data import EXAMPLE_STREAM, words
+from .times import Times, Uniform, steps
+
+UNIFORM = Uniform()
 
 
 @dataclass(frozen=True)
@@ -14,17 +17,20 @@ class Draws:
     """What chance decides for N examples, each a function of its number and the run's seed."""
 
     seeds: Tensor  # [N] int64: of the forward noise (stream 2)
-    t: Tensor  # [N] int64, uniform on 0..T-1
+    t: Tensor  # [N] int64, in 0..T-1
     null: Tensor  # [N] bool: the label is dropped
     flip: Tensor  # [N] bool: the image may be mirrored
 
 
-def draw(examples: np.ndarray, seed: int, T: int, label_dropout: float) -> Draws:
-    """For each example number k: Philox words of (k, stream 3) are seed (two of them), t, and label dropout."""
+def draw(examples: np.ndarray, seed: int, T: int, label_dropout: float, times: Times = UNIFORM) -> Draws:
+    """For each example number k: Philox words of (k, stream 3) are seed (two of them), t, and label dropout.
+
+    times  how t is drawn from its word
+    """
     w = words(examples, 0, EXAMPLE_STREAM, seed)
     return Draws(
         seeds=torch.from_numpy((w[:, 0] | w[:, 1] << np.uint64(32)).view(np.int64)),
-        t=torch.from_numpy((w[:, 2] * np.uint64(T) >> np.uint64(32)).astype(np.int64)),
+        t=steps(times, w[:, 2], T),
         null=torch.from_numpy(w[:, 3] * 2.0**-32 < label_dropout),
         flip=torch.from_numpy(words(examples, 1, EXAMPLE_STREAM, seed)[:, 0] >> np.uint64(31) == 1),
     )

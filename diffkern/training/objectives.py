@@ -8,7 +8,8 @@ An objective fills the rows of :func:`diffkern.ops.diffusion_loss`::
     loss = objective.loss(network(x_t, t), x_0, seeds, t, table).mean()
 
 In continuous time a batch has a table of its own, ``objective.rows(levels(alpha, sigma))`` with a row for each example,
-``step=torch.arange(N)`` and ``address=0``.
+``step=torch.arange(N)`` and ``address=0``. A loop of one's own draws t by ``objective.t``, and says how many terms a
+bound has: ``objective.loss(..., table, terms=schedule.T)``.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from .. import ops
 from ..prediction import head, target
-from ..schedule import Schedule
+from ..samplers import VARIANCES
+from ..schedule import Schedule, checked_int
 from .times import LogNormal, Times, Uniform
 
 # --- levels of noise ---------------------------------------------------------------------------------------------
@@ -55,13 +57,18 @@ class Levels:
     def snr(self) -> NDArray:
         return (self.alpha / self.sigma) ** 2
 
+    def check_steps(self, what: str) -> None:
+        """Raise ValueError if no step leaves these levels, which ``what`` needs."""
+        if not (self.c1 > 0).all():
+            raise ValueError(f"previous: expected the (alpha, sigma) that each step reaches, for {what}, got None")
+
 
 def levels(
     alpha: ArrayLike,
     sigma: ArrayLike,
     previous: tuple[ArrayLike, ArrayLike] | None = None,
     *,
-    variance: str | ArrayLike = "fixed_large",
+    variance: str | ArrayLike = "fixed_small",
     first: str = "bins",
 ) -> Levels:
     """Make levels of alpha and sigma > 0, each [rows].
@@ -101,9 +108,6 @@ def levels(
     return Levels(alpha, sigma, alpha_prev * share, c2, small, small, log_var_max, np.where(ends, FIRST[first], 0.0))
 
 
-VARIANCES = ("fixed_small", "fixed_large", "learned")
-
-
 def levels_of(schedule: Schedule, **options: Any) -> Levels:
     """Make the T levels of a schedule, with the options of :func:`levels`."""
     alpha_bars = schedule.alpha_bar, schedule.one_minus_alpha_bar
@@ -140,7 +144,7 @@ class P2:
 
 
 @dataclass(frozen=True)
-class EDM:
+class EDMWeight:
     """1 / c_out^2 (Karras et al. 2022, table 1): 1 of F."""
 
     sigma_data: float = 0.5
@@ -159,9 +163,14 @@ class Flow:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """c1^2 / (2 var), the bound's own, in nats: beta^2 / (2 var alpha (1 - ab)) of eps (Ho et al. 2020, eq. 12)."""
+    """c1^2 / (2 var), the bound's own, in nats: beta^2 / (2 var alpha (1 - ab)) of eps (Ho et al. 2020, eq. 12).
+
+    var is the variance of p that the levels were made with, the large one if it is learned. Raises ValueError for
+    levels without steps.
+    """
 
     def __call__(self, at: Levels) -> NDArray:
+        at.check_steps("the weight of the bound")
         return at.c1**2 / (2 * np.exp(at.log_var_max))
 
 
@@ -174,7 +183,7 @@ class Objective:
 
     prediction  what its output is: a name of :data:`diffkern.prediction.PREDICTIONS`
     weight      of its squared error: a number, or a :data:`Weight`, which is of the x_0 that it predicts
-    t           how t is drawn
+    t           how t is drawn: of a schedule's time steps by :func:`diffkern.training.times.steps`
     vlb         what the bound counts, T times the mean of its terms in bits a dimension
     stop_mean   the bound trains the variance alone
     constants   of the prediction: ``sigma_data`` of "edm"
@@ -188,7 +197,12 @@ class Objective:
     constants: Mapping[str, Any] = field(default_factory=dict)
 
     def rows(self, at: Levels, device: torch.device | str | None = None) -> Tensor:
-        """The table of :func:`diffkern.ops.diffusion_loss` at these levels: float32 [rows, 12]."""
+        """The table of :func:`diffkern.ops.diffusion_loss` at these levels: float32 [rows, 12].
+
+        Raises ValueError for levels where the prediction is not finite, and for a bound of levels without steps.
+        """
+        if self.vlb != 0:
+            at.check_steps("the bound")
         constants = dict(self.constants)
         if self.prediction == "mu":
             constants["posterior"] = at.c1, at.c2
@@ -218,18 +232,22 @@ class Objective:
         step: int | Tensor,
         table: Tensor,
         *,
+        terms: int | None = None,
         weights: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """Each sample's loss, float32 [N]; its arguments and options are those of ``ops.diffusion_loss``.
 
-        ``weights`` [N] are of all of it: the 1 / (T p_t) of :class:`diffkern.training.times.Importance`.
+        terms    how many terms the whole bound has: the T of the schedule. An objective with ``vlb`` needs it
+        weights  [N], of all of it: the 1 / (T p_t) of :class:`diffkern.training.times.Importance`
         """
-        bound = self.vlb != 0
+        bound, expected = self.vlb != 0, "an int >= 1, the terms of the bound"
+        if bound and checked_int("terms", terms, expected) < 1:
+            raise ValueError(f"terms: expected {expected}, got {terms}")
         loss = ops.diffusion_loss(out, x_0, seeds, step, table, bound=bound, stop_mean=self.stop_mean, **options)
         if bound:
             mse, bits = loss.unbind(1)
-            loss = mse + self.vlb * len(table) * bits
+            loss = mse + self.vlb * terms * bits
         return loss if weights is None else loss * weights
 
 

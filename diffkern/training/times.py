@@ -56,7 +56,12 @@ Times = Uniform | LogitNormal | LogNormal
 
 
 def steps(times: Times, words: NDArray, T: int) -> Tensor:
-    """0-based steps [N] of a schedule of T: the floor of T t, by integers where t is uniform on [0, 1]. int64."""
+    """0-based steps [N] of a schedule of T: the floor of T t, by integers where t is uniform on [0, 1]. int64.
+
+    Raises ValueError for times that are no part of a schedule.
+    """
+    if isinstance(times, LogNormal):
+        raise ValueError(f"times: expected t in [0, 1], got {times}")
     if times == Uniform():
         t = np.asarray(words, np.uint64) * np.uint64(T) >> np.uint64(32)
     else:

@@ -90,7 +90,8 @@ class Trainer:
         self.predict = parallel.averaging(self.network)
         self.table = model.schedule.q_table(self.model.device)
         as_printed = (config.prediction, config.objective) == ("eps", "simple")  # Algorithm 1, by ops.noise_loss
-        self.losses = None if as_printed else self.objective.table(model.schedule, self.model.device)
+        variance = "learned" if model.learned_variance else model.default_variance
+        self.losses = None if as_printed else self.objective.table(model.schedule, self.model.device, variance=variance)
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -192,7 +193,8 @@ class Trainer:
         """This process's share of the next step: x_0 [N, C, H, W] in [-1, 1], labels [N] (-1 where dropped), draws."""
         share = self.config.batch_size // parallel.world()
         examples = self.examples + share * parallel.rank() + np.arange(share)
-        draws = draw(examples, self.config.seed, self.model.schedule.T, self.config.label_dropout)
+        T = self.model.schedule.T
+        draws = draw(examples, self.config.seed, T, self.config.label_dropout, self.objective.t)
         index = self.index(examples)
         x_0 = self.dataset.x_0(index)
         if self.config.flip:
@@ -212,7 +214,7 @@ class Trainer:
             out = self.predict(x_t, t, labels)
         if self.losses is None:
             return ops.noise_loss(out, seeds, t).mean()  # the same eps, drawn again rather than stored
-        options = dict(learned_variance=self.model.learned_variance)
+        options = dict(terms=self.model.schedule.T, learned_variance=self.model.learned_variance)
         return self.objective.loss(out.float(), x_0, seeds, t, self.losses, **options).mean()
 
     def step(self) -> float:
