@@ -305,7 +305,7 @@ def settle(options: dict[str, Any], sampler: Sampler, model: Model) -> None:
             raise ValueError(f"variance: expected None, its default, with sampler {sampler.name!r}, got {got!r}")
         del options["variance"]
     if "variance" in sampler.options and options.get("variance") is None:
-        options["variance"] = model.variance or ("learned" if model.learned_variance else "fixed_small")
+        options["variance"] = model.default_variance
     for name, value in options.items():
         if name not in sampler.options:
             known = [*sampler.options, *(condition.name for condition in model.conditions)]

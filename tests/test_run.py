@@ -428,6 +428,17 @@ def test_inpainting_keeps_the_known_part_exactly_and_makes_the_rest():
     assert torch.equal(x[..., :2], image[..., :2].expand(3, -1, -1, -1))
 
 
+@pytest.mark.parametrize("name", ["ddim", "heun", "midpoint", "rk4", "unipc", "repaint"])
+def test_the_known_part_has_noise_of_its_own_in_every_step(name):
+    program = SAMPLERS[name].trace(LINEAR.grid(6), "x0")
+    blended = [
+        n
+        for row, (n, _) in zip(program.rows, program.addresses().tolist(), strict=True)
+        if row.reached and row.reached.sigma > 0
+    ]
+    assert len(set(blended)) == len(blended) >= 5
+
+
 def test_a_run_from_an_image_begins_at_its_noise_level():
     image, seen = torch.full((1, *SHAPE), 0.5), []
     draw(start=From(image, 0.5), callback=seen.append, sampler="ddim")

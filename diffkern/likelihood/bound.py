@@ -14,7 +14,6 @@ from ..constraints import Quantile, limit_of
 from ..model import Model
 from ..samplers.options import variances
 from ..schedule import Schedule, checked_int
-from ..training.objectives import Objective
 from .draws import STRATA, Predict, Terms, bits, uniform
 
 
@@ -58,6 +57,8 @@ class Bound:
         if isinstance(clip, Quantile) or (limit := limit_of(clip)) not in (1, None):
             raise ValueError(f"clip: expected True or False with method 'bound', got {clip!r}")
         first = "density" if levels is None else "bins"
+        from ..training.objectives import Objective  # which brings the trainer, and pillow
+
         table = Objective(model.prediction).table(schedule, variance=variance, first=first)
         return cls(schedule, table, learned, limit is not None, divergences if steps is None else steps)
 

@@ -34,7 +34,7 @@ def heun(
     for s, t in m.steps():
         gamma = min(churn / len(grid), math.sqrt(2) - 1) if s_min <= s.rho <= s_max else 0.0
         if gamma > 0:
-            up = grid.process.at_rho(s.rho * (1 + gamma))
+            up = grid.process.at_rho(s.rho * (1 + gamma), s.address)
             x = (x / s.alpha + m.z(s) * (s_noise * math.sqrt(up.rho**2 - s.rho**2))) * up.alpha
             s = up
         d = m.eps(x, s)
@@ -53,7 +53,7 @@ def _runge_kutta(m: Any, grid: Grid, nodes: list[float], stages: list[list[float
         h, y, slopes = t.rho - s.rho, None, []
         last = t.sigma == 0
         for c, row in zip(nodes[:1] if last else nodes, stages, strict=False):
-            at = s if c == 0 else t if c == 1 else grid.process.at_rho(s.rho + c * h)
+            at = s if c == 0 else t if c == 1 else grid.process.at_rho(s.rho + c * h, s.address)
             if slopes:
                 x = y
                 for a, slope in zip(row, slopes, strict=True):

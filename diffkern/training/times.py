@@ -84,7 +84,9 @@ class Importance:
             if value < 1:
                 raise ValueError(f"{name}: expected an int >= 1, got {value}")
         self.uniform = checked_float("uniform", uniform, "a number in [0, 1]", lambda value: 0 <= value <= 1)
-        self.history = torch.zeros(T, length, dtype=torch.float64, device="cpu")  # of step t, the k-th term is in column k % length
+        self.history = torch.zeros(
+            T, length, dtype=torch.float64, device="cpu"
+        )  # of step t, the k-th term is in column k % length
         self.counts = torch.zeros(T, dtype=torch.int64, device="cpu")
 
     def tensors(self) -> dict[str, Tensor]:
