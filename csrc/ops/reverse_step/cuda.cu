@@ -50,9 +50,14 @@ DIFFKERN_FN void add(float k, const Access<T>& operand, int64_t n, int64_t first
   for (int i = 0; i < kVector<T>; ++i) to[i] = (to[i] + Rounded(k) * value[i]).value;
 }
 
-// Blocks that a multiprocessor must have registers for.
+// Blocks that a multiprocessor must have registers for. From sm_100 on, code for three would spill.
+#if __CUDA_ARCH__ >= 1000
+template <class T, bool kLearned>
+constexpr int kBlocks = 2;
+#else
 template <class T, bool kLearned>
 constexpr int kBlocks = sizeof(T) == 4 && !kLearned ? 3 : 2;
+#endif
 
 template <class T, bool kGuided, bool kLearned>
 __global__ void __launch_bounds__(256, kBlocks<T, kLearned>)
