@@ -99,11 +99,6 @@ class Model:
                 )
 
     @property
-    def process(self) -> Process:
-        """The schedule, by the name of what it is."""
-        return self.schedule
-
-    @property
     def num_classes(self) -> int | None:
         """How many classes the network has; None where nobody knows."""
         network = unwrapped(self.network)
