@@ -1,4 +1,4 @@
-"""What every benchmark shares: ours beside its peers, checked first, then timed in turns on the same threads.
+"""The fixture of every benchmark: ours beside its peers, checked first, then timed in turns on the same threads.
 
 A benchmark asks for ``compare`` and calls it once::
 

@@ -1,4 +1,4 @@
-"""What the CUDA kernels move, compute and hold: counted by an interpreter of their PTX, never timed.
+"""Traffic, arithmetic and registers of the CUDA kernels: counted by an interpreter of their PTX, never timed.
 
 ``python -m benchmarks.cuda_on_paper`` prints a table, ``--markdown`` writes it to docs/cuda_on_paper.md. It wants nvcc,
 the interpreter's folder in DIFFKERN_PTXEMU, and diffkern built with its CUDA kernels, for what ptxas said of them.
@@ -253,7 +253,7 @@ def cases(architecture: int) -> list[Case]:
 
 
 def count(case: Case, interpreter: Any) -> dict[str, Any]:
-    """What one run of the op did."""
+    """Count one run of the op."""
     interpreter.clear()
     with interpreter.options(stats=1, race=0, race_global=0, init=0):
         case.run(interpreter.ops)
@@ -279,7 +279,7 @@ def count(case: Case, interpreter: Any) -> dict[str, Any]:
 
 @functools.cache
 def counted() -> dict[int, list[dict[str, Any]]]:
-    """Of each architecture, of each of its cases: a process interprets one architecture, and all run at once."""
+    """Count the cases of each architecture: a process interprets one architecture, and all run at once."""
     from tests import interpreted
 
     command = [sys.executable, "-m", "benchmarks.cuda_on_paper", "--count"]
@@ -307,7 +307,7 @@ class Resources(NamedTuple):
     declared: int  # bytes of shared memory
 
     def warps(self, architecture: int, launch: _C.Launch) -> int:
-        """That one multiprocessor holds at a time."""
+        """Warps that one multiprocessor holds at a time."""
         sm, warps = MULTIPROCESSORS[architecture], launch.threads // 32
         of_a_warp = -(-self.registers * 32 // 256) * 256
         of_a_block = launch.shared_bytes + self.declared + 1024  # which the system takes
@@ -316,7 +316,7 @@ class Resources(NamedTuple):
 
 @functools.cache
 def resources() -> dict[tuple[int, str], Resources]:
-    """Of each (architecture, op/mangled name)."""
+    """The registers by (architecture, op/mangled name)."""
     found = {}
     for report in (ROOT / "build" / "kernels").rglob("*.cu.o.ptxas"):
         for entry in report.read_text().split("Compiling entry function ")[1:]:
@@ -380,7 +380,7 @@ def row(case: Case, counts: dict[str, Any], architecture: int) -> tuple[str, ...
 
 
 def missing() -> str:
-    """What there is not and must be, or nothing."""
+    """Name what is missing, or nothing."""
     from tests.interpreted import missing
 
     if missing():

@@ -12,7 +12,7 @@ FLUSH_BYTES, COPY_BYTES, PRODUCT = 256 << 20, 1 << 30, 8192
 
 
 class Timer:
-    """Of calls on the current card; its ceilings."""
+    """Times calls on the current card; knows its ceilings."""
 
     def __init__(self) -> None:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")

@@ -51,7 +51,7 @@ struct Wanted {
   }
 };
 
-// What all elements of a sample share. The round keys lie in memory as whole registers, to be operands as they are.
+// A sample's key and counter. The round keys lie in memory as whole registers, to be operands as they are.
 struct NoiseAddress {
   struct {
     u64v first[10], second[10];
@@ -110,7 +110,7 @@ DIFFKERN_FN void box_muller(float* z, int count, const Wanted& by_radii, const W
 }
 
 // z[0, count) = elements [first, first + count) of the sample's noise; both are multiples of kNormals.
-// What is wanted afterwards comes meanwhile, by each of the three loops one.
+// Each of the three loops prefetches one of the operands that are read afterwards.
 DIFFKERN_FN void normals(const NoiseAddress& address, int64_t first, int count, float* z, const Wanted& by_words = {},
                          const Wanted& by_radii = {}, const Wanted& by_phases = {}) {
   philox_words(address, first, count, z, by_words);

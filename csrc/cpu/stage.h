@@ -116,7 +116,7 @@ DIFFKERN_FN const float* staged(const View& view, const Chunk& chunk, Buffer& bu
   return buffer.data;
 }
 
-// Where to write the chunk's elements; commit() then brings them to the tensor.
+// Returns memory to write the chunk's elements to; commit() then brings them to the tensor.
 DIFFKERN_FN float* target(const View& view, const Chunk& chunk, Buffer& buffer) {
   return in_place(view, chunk) ? address(view, chunk) : buffer.data;
 }

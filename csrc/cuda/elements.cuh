@@ -1,4 +1,4 @@
-// What the elementwise CUDA kernels share: 16 bytes of a sample at a time as floats, and the normals that belong to them.
+// Shared by the elementwise CUDA kernels: 16 bytes of a sample at a time as floats, and the normals that belong to them.
 
 #pragma once
 
