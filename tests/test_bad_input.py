@@ -462,8 +462,8 @@ BAD = {
         (
             dict(weights=torch.ones(2, requires_grad=True)),
             RuntimeError,
-            "weights: expected no gradient through noise_loss outside of diffkern.torch_ops(), "
-            "got a tensor that requires grad",
+            "weights: expected no gradient through noise_loss, got a tensor that requires grad, which "
+            "diffkern.torch_ops() takes",
         ),
     ],
     ops.diffusion_loss: [

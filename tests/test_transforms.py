@@ -40,7 +40,7 @@ SMALL = values(2, 2, 2, 2, seed=1)
 def function_of(example: Example) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """Return a function of the tensors that the example may be differentiated by, and these tensors."""
     lists = {name: example.arguments[name] for name in example.differentiable if name in example.arguments}
-    leaves = list(named(lists))
+    leaves = list(named(lists.items()))
 
     def function(*tensors: Tensor) -> Tensor:
         given = {name: [] if isinstance(value, list) else None for name, value in lists.items()}
@@ -53,7 +53,7 @@ def function_of(example: Example) -> tuple[Callable[..., Tensor], list[Tensor]]:
 
 def is_smooth(example: Example) -> bool:
     """Is it a float32 call of a public function that may be differentiated?"""
-    tensors = named({name: example.arguments.get(name) for name in example.differentiable})
+    tensors = named((name, example.arguments.get(name)) for name in example.differentiable)
     single = all(tensor.dtype == torch.float32 for _, tensor in tensors)
     return bool(example.differentiable) and single and isinstance(getattr(ops, example.op, None), FunctionType)
 

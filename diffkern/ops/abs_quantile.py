@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from numbers import Real
-from types import NoneType
 
 import torch
 from torch import Tensor
 
-from .arguments import as_index, check_types, wide
+from .arguments import as_index, device_of, wide
 from .example import Example
-from .registration import fake, native, refuse_gradient, run, same_device
+from .registration import check_arguments, fake, native, run, same_device
 from .reverse_step import examples as reverse_step_examples
 from .reverse_step import outputs, unclamped_x0
 from .row import read_rows
@@ -39,19 +37,14 @@ def abs_quantile(
 
     The other arguments are those of :func:`reverse_step`; the rows may have any slots of history.
     """
-    check_types("a tensor", Tensor, x=x, table=table)
-    check_types("a tensor or None", (Tensor, NoneType), out=out, out_uncond=out_uncond, grad=grad)
-    check_types("a number", Real, q=q, guidance=guidance)
-    check_types("True or False", bool, learned_variance=learned_variance)
+    step = as_index("step", step, device_of(x))
+    arguments = (x, out, table, step, q, out_uncond, guidance, grad, learned_variance)
+    check_arguments(native.abs_quantile, arguments)
     if not 0 <= q <= 1:
         raise ValueError(f"q: expected a number in [0, 1], got {q}")
-    step = as_index("step", step, x.device)
-    options = dict(out_uncond=out_uncond, guidance=guidance, grad=grad, learned_variance=learned_variance)
-    if by_torch(x, out, table, out_uncond, grad):
-        return composite(x, out, table, step, q, **options)
-    tensors = dict(x=x, out=out, table=table, out_uncond=out_uncond, grad=grad)
-    refuse_gradient("abs_quantile outside of diffkern.torch_ops()", **tensors)
-    return run(native.abs_quantile, x, out, table, step, q, *options.values())
+    if by_torch(*arguments):
+        return composite(*arguments)
+    return run(native.abs_quantile, *arguments)
 
 
 @fake("abs_quantile")
@@ -69,7 +62,6 @@ def composite(
     table: Tensor,
     step: Tensor,
     q: float,
-    *,
     out_uncond: Tensor | None = None,
     guidance: float = 1.0,
     grad: Tensor | None = None,

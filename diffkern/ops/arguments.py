@@ -13,13 +13,22 @@ from torch import Tensor
 from .transforms import readable
 
 
+def check_type(name: str, expected: str, kind: type | tuple[type, ...], value: object) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}, got {reprlib.repr(value)}")
+
+
 def check_types(expected: str, kind: type | tuple[type, ...], **options: object) -> None:
     for name, value in options.items():
-        if not isinstance(value, kind):
-            raise TypeError(f"{name}: expected {expected}, got {reprlib.repr(value)}")
+        check_type(name, expected, kind, value)
 
 
-def as_index(name: str, index: int | Tensor, device: torch.device) -> Tensor:
+def device_of(like: Tensor) -> torch.device | str:
+    """A tensor's device. What is no tensor is refused later, with the other arguments."""
+    return like.device if isinstance(like, Tensor) else "cpu"
+
+
+def as_index(name: str, index: int | Tensor, device: torch.device | str) -> Tensor:
     if isinstance(index, Tensor):
         return index
     try:

@@ -181,7 +181,8 @@ def conv2d(
             raise RuntimeError(f"out_channels: expected {packed.out_channels}, those of packed, got {out_channels}")
     if x.device.type == "cuda":
         raise RuntimeError(f"x: expected device cpu, the only one that conv2d has a kernel for, got {x.device}")
-    refuse_gradient("conv2d", x=x, packed=packed.tensor, bias=bias, skip=skip, add=add, residual=residual)
+    tensors = dict(x=x, packed=packed.tensor, bias=bias, skip=skip, add=add, residual=residual)
+    refuse_gradient("conv2d", tensors.items())
     x, skip, residual = (_channels_last(*image) for image in (("x", x), ("skip", skip), ("residual", residual)))
     height, width = (-(-size * (2 if upsample else 1) // stride) for size in x.shape[2:])
     y = torch.empty(

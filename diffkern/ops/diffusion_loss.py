@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterator
-from types import NoneType
 
 import torch
 from torch import Tensor
 
-from .arguments import as_index, check_shape, check_types, look_up, wide
+from .arguments import as_index, check_shape, device_of, look_up, wide
 from .example import DTYPES, Example, label, normal, one, steps, uniform
 from .example import seeds as example_seeds
 from .noise import composite as noise_composite
 from .noise import reference as noise_reference
-from .registration import fake, gradient, native, refuse_gradient, run, same_device
+from .registration import BY_TORCH, check_arguments, fake, gradient, native, refuse_gradient, run, same_device
 from .seeds import Seeds, as_seeds
 from .transforms import by_torch, readable
 
@@ -68,18 +67,18 @@ def diffusion_loss(
     Returns float32 [N], the mse; with ``bound`` [N, 2], the mse and the bound's term in bits a dimension.
     Differentiable in ``out``. Errors as in :mod:`diffkern.ops`.
     """
-    check_types("a tensor", Tensor, out=out, table=table)
-    check_types("a tensor or None", (Tensor, NoneType), x_0=x_0, weights=weights)
-    check_types("True or False", bool, learned_variance=learned_variance, bound=bound, stop_mean=stop_mean, clip=clip)
+    device = device_of(out)
+    seeds, step = as_seeds(seeds, device), as_index("step", step, device)
+    address = None if address is None else as_index("address", address, device)
+    options = (learned_variance, bound, stop_mean, clip)
+    arguments = (out, x_0, seeds, step, table, address, weights, *options)
+    check_arguments(native.diffusion_loss, arguments)
     if bound and x_0 is None:
         raise ValueError("x_0: expected a tensor with bound=True, got None")
-    seeds, step = as_seeds(seeds, out.device), as_index("step", step, out.device)
-    address = None if address is None else as_index("address", address, out.device)
-    options = dict(learned_variance=learned_variance, bound=bound, stop_mean=stop_mean, clip=clip)
-    if by_torch(out, x_0, table, weights):
-        return composite(out, x_0, seeds, step, table, address=address, weights=weights, **options)
-    refuse_gradient("diffusion_loss outside of diffkern.torch_ops()", x_0=x_0, table=table, weights=weights)
-    return run(native.diffusion_loss, out, x_0, seeds, step, table, address, weights, *options.values())
+    if by_torch(*arguments):
+        return composite(*arguments)
+    refuse_gradient("diffusion_loss", [("x_0", x_0), ("table", table), ("weights", weights)], BY_TORCH)
+    return run(native.diffusion_loss, *arguments)
 
 
 @fake("diffusion_loss", differentiable=True)
@@ -117,13 +116,13 @@ def composite(
     seeds: Tensor,
     step: Tensor,
     table: Tensor,
-    *,
     address: Tensor | None = None,
     weights: Tensor | None = None,
     learned_variance: bool = False,
     bound: bool = False,
     stop_mean: bool = True,
     clip: bool = False,
+    *,
     noise: Callable[..., Tensor] = noise_composite,
 ) -> Tensor:
     """See :func:`diffkern.ops.diffusion_loss`. float64 of an ``out`` that is float64."""

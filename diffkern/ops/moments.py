@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .arguments import check_shape, check_types, wide
+from .arguments import check_shape, wide
 from .example import DTYPES, Example, label, normal
-from .registration import fake, native, refuse_gradient, run, same_device
+from .registration import check_arguments, fake, native, run, same_device
 from .transforms import by_torch
 
 
@@ -18,10 +18,9 @@ def moments(a: Tensor, b: Tensor) -> Tensor:
 
     A sample's bits depend neither on its batch nor on the number of threads.
     """
-    check_types("a tensor", Tensor, a=a, b=b)
+    check_arguments(native.moments, (a, b))
     if by_torch(a, b):
         return composite(a, b)
-    refuse_gradient("moments outside of diffkern.torch_ops()", a=a, b=b)
     return run(native.moments, a, b)
 
 

@@ -2,17 +2,16 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from types import NoneType
 
 import torch
 from torch import Tensor
 
-from .arguments import as_index, check_shape, check_types, wide
+from .arguments import as_index, check_shape, device_of, wide
 from .example import DTYPES, Example, label, normal, one, steps, uniform
 from .example import seeds as example_seeds
 from .noise import composite as noise_composite
 from .noise import reference as noise_reference
-from .registration import fake, gradient, native, refuse_gradient, run, same_device
+from .registration import BY_TORCH, check_arguments, fake, gradient, native, refuse_gradient, run, same_device
 from .seeds import Seeds, as_seeds
 from .transforms import by_torch
 
@@ -26,13 +25,13 @@ def noise_loss(out: Tensor, seeds: Seeds, t: int | Tensor, weights: Tensor | Non
 
     Returns float32 [N]. Differentiable in ``out``.
     """
-    check_types("a tensor", Tensor, out=out)
-    check_types("a tensor or None", (Tensor, NoneType), weights=weights)
-    seeds, t = as_seeds(seeds, out.device), as_index("t", t, out.device)
-    if by_torch(out, weights):
-        return composite(out, seeds, t, weights)
-    refuse_gradient("noise_loss outside of diffkern.torch_ops()", weights=weights)
-    return run(native.noise_loss, out, seeds, t, weights)
+    device = device_of(out)
+    arguments = (out, as_seeds(seeds, device), as_index("t", t, device), weights)
+    check_arguments(native.noise_loss, arguments)
+    if by_torch(*arguments):
+        return composite(*arguments)
+    refuse_gradient("noise_loss", [("weights", weights)], BY_TORCH)
+    return run(native.noise_loss, *arguments)
 
 
 @fake("noise_loss", differentiable=True)

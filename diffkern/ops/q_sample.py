@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .arguments import as_index, check_shape, check_types, look_up, wide
+from .arguments import as_index, check_shape, device_of, look_up, wide
 from .example import DTYPES, Example, label, normal, one, steps, uniform
 from .example import seeds as example_seeds
 from .noise import composite as noise_composite
 from .noise import reference as noise_reference
-from .registration import by_torch_in_place, fake, native, refuse_gradient, run, same_device
+from .registration import by_torch_in_place, check_arguments, fake, native, run, same_device
 from .seeds import Seeds, as_seeds
-from .transforms import by_torch, mark_written
+from .transforms import by_torch
 
 
 def q_sample(
@@ -34,14 +34,11 @@ def q_sample(
     address     the noise's step, in [0, 2^32): one, or an int64 tensor [N]; None is t
     return_eps  also return eps, like x_0
     """
-    check_types("a tensor", Tensor, x_0=x_0, table=table)
-    check_types("True or False", bool, return_eps=return_eps)
-    t, seeds = as_index("t", t, x_0.device), as_seeds(seeds, x_0.device)
-    address = None if address is None else as_index("address", address, x_0.device)
-    if by_torch(x_0, table):
-        return composite(x_0, t, seeds, table, address=address, return_eps=return_eps)
-    refuse_gradient("q_sample outside of diffkern.torch_ops()", x_0=x_0, table=table)
-    x_t, eps = run(native.q_sample, x_0, t, seeds, table, address, return_eps)
+    arguments = _arguments(x_0, t, seeds, table, address) + (return_eps,)
+    check_arguments(native.q_sample, arguments)
+    if by_torch(*arguments):
+        return composite(*arguments)
+    x_t, eps = run(native.q_sample, *arguments)
     return (x_t, eps) if return_eps else x_t
 
 
@@ -49,15 +46,18 @@ def q_sample_(
     x_0: Tensor, t: int | Tensor, seeds: Seeds, table: Tensor, *, address: int | Tensor | None = None
 ) -> None:
     """:func:`q_sample` in place: x_0 becomes x_t."""
-    check_types("a tensor", Tensor, x_0=x_0, table=table)
-    refuse_gradient("q_sample_", x_0=x_0, table=table)
-    t, seeds = as_index("t", t, x_0.device), as_seeds(seeds, x_0.device)
-    address = None if address is None else as_index("address", address, x_0.device)
-    if by_torch_in_place("q_sample_", x_0=x_0, table=table):
-        x_0.copy_(composite(x_0, t, seeds, table, address=address))
+    arguments = _arguments(x_0, t, seeds, table, address)
+    check_arguments(native.q_sample_, arguments)
+    if by_torch_in_place(native.q_sample_, arguments):
+        x_0.copy_(composite(*arguments))
     else:
-        run(native.q_sample_, x_0, t, seeds, table, address)
-        mark_written(x_0)
+        run(native.q_sample_, *arguments)
+
+
+def _arguments(x_0: Tensor, t: int | Tensor, seeds: Seeds, table: Tensor, address: int | Tensor | None) -> tuple:
+    device = device_of(x_0)
+    t, seeds = as_index("t", t, device), as_seeds(seeds, device)
+    return x_0, t, seeds, table, None if address is None else as_index("address", address, device)
 
 
 @fake("q_sample")
@@ -79,9 +79,9 @@ def composite(
     t: Tensor,
     seeds: Tensor,
     table: Tensor,
-    *,
     address: Tensor | None = None,
     return_eps: bool = False,
+    *,
     noise: Callable[..., Tensor] = noise_composite,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`diffkern.ops.q_sample`."""

@@ -3,23 +3,22 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Real
-from types import NoneType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import as_index, check_shape, check_types, wide
+from .arguments import as_index, check_shape, check_types, device_of, wide
 from .example import DTYPES, Example, label, normal, one, steps, uniform
 from .example import seeds as example_seeds
 from .noise import composite as noise_composite
 from .noise import horner
 from .noise import reference as noise_reference
-from .registration import by_torch_in_place, fake, native, refuse_gradient, run, same_device
+from .registration import by_torch_in_place, check_arguments, fake, native, run, same_device
 from .row import COLUMNS, LONG_COLUMNS, MAX_HISTORY, addresses, has_long_rows, long_columns, read_rows
 from .seeds import Seeds, as_seeds
-from .transforms import by_torch, mark_written, readable
+from .transforms import by_torch, readable
 
 
 def reverse_step(
@@ -89,22 +88,20 @@ def reverse_step(
                       mask has x's dtype, and in each dimension x's size or 1
     return_kept       also return what is kept, like x
     """
-    options = dict(out_uncond=out_uncond, guidance=guidance, clip=clip, learned_variance=learned_variance)
-    options |= dict(history=history)
-    operands = dict(address=address, grad=grad, known=known, mask=mask)
-    _check_step(x, out, table, **options, operands=operands)
     check_types("True or False", bool, return_x0=return_x0, return_kept=return_kept)
+    both, device = return_x0 or return_kept, device_of(x)
+    step, seeds = as_index("step", step, device), as_seeds(seeds, device)
+    options = (out_uncond, guidance, clip, learned_variance, history, both, address, grad, known, mask)
+    arguments = (x, out, table, step, seeds, *options)
+    check_arguments(native.reverse_step, arguments)
+    _check_values(out, table, guidance, clip)
     if return_x0 and has_long_rows(table):
         raise ValueError("return_x0: expected False with long rows, which have return_kept, got True")
     if return_kept and not has_long_rows(table):
         raise ValueError("return_kept: expected False with short rows, which have return_x0, got True")
-    both = return_x0 or return_kept
-    step, seeds = as_index("step", step, x.device), as_seeds(seeds, x.device)
-    if by_torch(x, out, table, out_uncond, history, grad, known, mask):
-        return composite(x, out, table, step, seeds, **options, **operands, return_x0=both)
-    tensors = dict(x=x, out=out, table=table, out_uncond=out_uncond, history=history) | operands
-    refuse_gradient("reverse_step outside of diffkern.torch_ops()", **tensors)
-    x_next, kept = run(native.reverse_step, x, out, table, step, seeds, *options.values(), both, *operands.values())
+    if by_torch(*arguments):
+        return composite(*arguments)
+    x_next, kept = run(native.reverse_step, *arguments)
     return (x_next, kept) if both else x_next
 
 
@@ -133,47 +130,31 @@ def reverse_step_(
     but not where ``known`` or ``mask`` does: kept in the place of the history, x in that of ``out``, or of its first
     half with ``learned_variance``. RuntimeError where they overlap otherwise.
     """
-    options = dict(out_uncond=out_uncond, guidance=guidance, clip=clip, learned_variance=learned_variance)
-    options |= dict(history=history)
-    operands = dict(address=address, grad=grad, known=known, mask=mask)
-    _check_step(x, out, table, **options, operands=operands)
-    check_types("a tensor or None", (Tensor, NoneType), x0_hat=x0_hat, kept=kept)
-    tensors = dict(x=x, out=out, table=table, out_uncond=out_uncond, history=history, x0_hat=x0_hat)
-    tensors |= operands | dict(kept=kept)
-    refuse_gradient("reverse_step_", **tensors)
-    step, seeds = as_index("step", step, x.device), as_seeds(seeds, x.device)
-    if not by_torch_in_place("reverse_step_", **tensors):
-        arguments = (*options.values(), x0_hat, *operands.values(), kept)
-        run(native.reverse_step_, x, out, table, step, seeds, *arguments)
-        mark_written(x, x0_hat, kept)
+    device = device_of(x)
+    step, seeds = as_index("step", step, device), as_seeds(seeds, device)
+    read = (x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history)
+    arguments = (*read, x0_hat, address, grad, known, mask, kept)
+    check_arguments(native.reverse_step_, arguments)
+    _check_values(out, table, guidance, clip)
+    if not by_torch_in_place(native.reverse_step_, arguments):
+        run(native.reverse_step_, *arguments)
         return
-    x_next, second = composite(x, out, table, step, seeds, **options, **operands, return_x0=True)
+    x_next, second = composite(*read, True, address, grad, known, mask)
     x.copy_(x_next)
     for target in (x0_hat, kept):
         if target is not None:
             target.copy_(second)
 
 
-def _check_step(x, out, table, out_uncond, guidance, clip, learned_variance, history, operands) -> None:
-    """The types and values that the dispatcher would let pass, or whose names it would not say."""
-    check_types("a tensor", Tensor, x=x, table=table)
-    if has_long_rows(table):
-        check_types("a tensor or None", (Tensor, NoneType), out=out)
-    else:
-        check_types("a tensor", Tensor, out=out)
-    check_types("a tensor or None", (Tensor, NoneType), out_uncond=out_uncond, **operands)
-    check_types("a number", Real, guidance=guidance)
+def _check_values(out: Tensor | None, table: Tensor, guidance: float, clip: bool) -> None:
     if not math.isfinite(guidance):
         raise ValueError(f"guidance: expected a finite number, got {guidance}")
-    check_types("True or False", bool, clip=clip, learned_variance=learned_variance)
-    check_types("a list of tensors", (list, tuple), history=history)
-    for h in history:
-        check_types("tensors", Tensor, history=h)
-    if has_long_rows(table):
-        if guidance != 1:
-            raise ValueError(f"guidance: expected 1 with long rows, which have w, got {guidance}")
-        if clip:
-            raise ValueError("clip: expected False with long rows, which have a limit, got True")
+    if not has_long_rows(table):
+        check_types("a tensor", Tensor, out=out)
+    elif guidance != 1:
+        raise ValueError(f"guidance: expected 1 with long rows, which have w, got {guidance}")
+    elif clip:
+        raise ValueError("clip: expected False with long rows, which have a limit, got True")
 
 
 @fake("reverse_step")
@@ -269,7 +250,6 @@ def composite(
     table: Tensor,
     step: Tensor,
     seeds: Tensor,
-    *,
     out_uncond: Tensor | None = None,
     guidance: float = 1.0,
     clip: bool = False,

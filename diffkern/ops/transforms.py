@@ -6,8 +6,7 @@ works on the op's composite: derivatives forwards and of higher order, ``torch.f
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +35,12 @@ class torch_ops(contextlib.ContextDecorator):
         _mode.depth -= 1
 
 
-def named(tensors: dict[Any, Tensor | Sequence[Tensor] | None]) -> Iterator[tuple[Any, Tensor]]:
+def named(arguments: Iterable[tuple[str, object]]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor with its argument's name, also those of a list."""
-    for name, value in tensors.items():
-        for tensor in (value,) if isinstance(value, Tensor) else value or ():
-            yield name, tensor
+    for name, value in arguments:
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(tensor, Tensor):
+                yield name, tensor
 
 
 def is_dual(tensor: Tensor) -> bool:
@@ -48,13 +48,13 @@ def is_dual(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def by_torch(*tensors: Tensor | Sequence[Tensor] | None) -> bool:
+def by_torch(*args: object) -> bool:
     """Must torch's own ops run: in ``torch_ops``, in a transform of ``torch.func``, or as an argument has a tangent?"""
     if _mode.depth > 0 or torch._C._are_functorch_transforms_active():
         return True
     if forward_ad._current_level < 0:
         return False
-    return torch.compiler.is_compiling() or any(is_dual(tensor) for _, tensor in named(dict(enumerate(tensors))))
+    return torch.compiler.is_compiling() or any(is_dual(tensor) for _, tensor in named(("", value) for value in args))
 
 
 def recorded() -> bool:
@@ -75,7 +75,7 @@ def readable(tensor: Tensor) -> bool:
     return plain and not (torch._C._are_functorch_transforms_active() or recorded())
 
 
-def mark_written(*tensors: Tensor | None) -> None:
+def mark_written(tensors: Iterable[Tensor | None]) -> None:
     """Tell autograd that these were changed in place, so that it refuses to use them for a gradient."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
