@@ -21,9 +21,11 @@ sample: $(VENV)/.diffkern
 	$(BIN)/diffkern sample --model fashion-mnist --n 64 --steps 50 --out samples.png
 
 test: $(VENV)/.diffkern-test
+	$(BIN)/python tests/interpreted.py
 	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
 
 test-all: $(VENV)/.diffkern-test
+	$(BIN)/python tests/interpreted.py
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow" $(PYTEST)
 
 bench: $(VENV)/.diffkern-bench

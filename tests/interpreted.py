@@ -132,3 +132,7 @@ def missing() -> str:
 @functools.cache  # a process registers the ops once
 def load_interpreter() -> Interpreter:
     return Interpreter(Path(os.environ["DIFFKERN_PTXEMU"]))
+
+
+if __name__ == "__main__" and not missing():  # before pytest, so that no test waits for it
+    print(f"CUDA kernels for the interpreter: {build().relative_to(ROOT)}")

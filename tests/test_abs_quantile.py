@@ -111,6 +111,6 @@ def test_abs_quantile_passes_opcheck_and_refuses_to_cut_a_gradient():
     arguments = (x, out, table, step, 0.9, options["out_uncond"], 1.0, options["grad"], False)
     torch.library.opcheck(torch.ops.diffkern.abs_quantile.default, arguments)
     with pytest.raises(
-        RuntimeError, match="^x: expected no gradient through abs_quantile, got a tensor that requires grad, which diffkern.torch_ops"
+        RuntimeError, match="^x: expected no gradient through abs_quantile, .* which diffkern.torch_ops"
     ):
         ops.abs_quantile(x.requires_grad_(), out, table, step, 0.9)

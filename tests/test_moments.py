@@ -59,5 +59,5 @@ def test_moments_are_independent_of_batch_and_thread_count():
 def test_moments_pass_opcheck_and_refuse_to_cut_a_gradient():
     a, b = values((2, 3, 4, 5)), values((2, 3, 4, 5), seed=1)
     torch.library.opcheck(torch.ops.diffkern.moments.default, (a, b))
-    with pytest.raises(RuntimeError, match="^b: expected no gradient through moments, got a tensor that requires grad, which diffkern.torch_ops"):
+    with pytest.raises(RuntimeError, match="^b: expected no gradient through moments, .* which diffkern.torch_ops"):
         ops.moments(a, b.requires_grad_())

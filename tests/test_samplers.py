@@ -219,7 +219,7 @@ def test_learned_variance_spans_from_beta_tilde_to_beta(schedule):
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_any_number_of_steps_gives_a_finite_table_with_a_noiseless_end(spacing):
-    for N in [*range(1, 50), *range(50, 1001, 19)]:
+    for N in (1, 2, 3, 4, 5, 7, 10, 31, 50, 333, 501, 999, 1000):
         timesteps = LINEAR.timesteps(N, spacing)
         for table in (ddpm(LINEAR, timesteps, variance="fixed_large"), ddim(LINEAR, timesteps, eta=0.5)):
             assert table.shape == (N, len(ops.COLUMNS)) and table.dtype == torch.float64

@@ -37,9 +37,10 @@ def take(run: Trainer, steps: int) -> list[float]:
 
 def assert_equal(a: Trainer, b: Trainer) -> None:
     assert (a.steps, a.examples) == (b.steps, b.examples)
-    assert a.tensors().keys() == b.tensors().keys()
-    for key, tensor in a.tensors().items():
-        assert torch.equal(tensor, b.tensors()[key]), key
+    tensors, others = a.tensors(), b.tensors()
+    assert tensors.keys() == others.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, others[key]), key
 
 
 # --- what is trained ---
