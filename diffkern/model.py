@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -144,12 +145,22 @@ class Model:
         return self.network(x_t, t, labels)
 
     def __repr__(self) -> str:
-        parameters = sum(parameter.numel() for parameter in _parameters(self.network))
-        classes = "None" if self.classes is None else f"<{len(self.classes)} names>"
-        return (
-            f"Model(<{type(self.network).__name__} of {parameters} parameters>, {self.schedule!r}, "
-            f"{self.prediction!r}, shape={self.shape}, classes={classes}, name={self.name!r})"
+        parameters = list(_parameters(self.network))
+        network = type(self.network).__name__
+        if parameters:
+            dtype = str(parameters[0].dtype).removeprefix("torch.")
+            network += f" of {sum(p.numel() for p in parameters):,} parameters, {dtype} on {self.device}"
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given |= dict(network=f"<{network}>", schedule=repr(self.schedule))
+        if self.classes is not None:
+            given["classes"] = f"<{len(self.classes)}: {shorten(', '.join(self.classes), 80, placeholder=' ...')}>"
+        shown = given.keys() - {"network", "schedule", "classes"}
+        lines = (
+            f"  {name}={value!r},\n" if name in shown else f"  {name}={value},\n"
+            for name, value in given.items()
+            if value not in (None, ())
         )
+        return f"Model(\n{''.join(lines)})"
 
     @property
     def device(self) -> torch.device:

@@ -9,8 +9,6 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from tqdm import tqdm
-
 TENTHS, SECONDS = 10, 10
 """Lines nobody asks for come at each tenth of the work, and at least this many seconds after the one before."""
 
@@ -26,21 +24,18 @@ def tell(line: str) -> None:
             sys.stderr.flush()
 
 
-def bar(total: int, desc: str, unit: str, enabled: bool = True, *, initial: int = 0) -> "Bar | Lines":
+def bar(total: int, desc: str, unit: str, enabled: bool = True, *, initial: int = 0) -> Any:
     """Begin the progress of ``total`` units, ``initial`` of which are done, as a context manager.
 
     ``update(n)`` counts n more units. ``report(**values)`` shows values, and in a file it writes a line at once.
     """
     if enabled and sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules):
-        return Bar(total=total, desc=desc, unit=unit, initial=initial, file=_Screen(), dynamic_ncols=True)
+        from tqdm.auto import tqdm  # in a notebook, a widget where it can be one
+
+        shown = tqdm(total=total, desc=desc, unit=unit, initial=initial, file=_Screen(), dynamic_ncols=True)
+        shown.report = shown.set_postfix
+        return shown
     return Lines(total, desc, unit, enabled, initial)
-
-
-class Bar(tqdm):
-    """tqdm's bar."""
-
-    def report(self, **values: Any) -> None:
-        self.set_postfix(values)
 
 
 class _Screen:

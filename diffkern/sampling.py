@@ -216,8 +216,8 @@ def _latent(model: Any, x: Tensor) -> tuple[Any, Tensor]:
 
 def interpolate(
     model: str | os.PathLike | Model | Network,
-    a: Tensor,
-    b: Tensor,
+    a: Tensor | int,
+    b: Tensor | int,
     n: int = 9,
     *,
     fraction: float | None = None,
@@ -227,23 +227,38 @@ def interpolate(
 ) -> Tensor:
     """Draw n images that lead from ``a`` to ``b``: [n, ...].
 
-    a, b      [...], two images in [-1, 1]
+    a, b      [...], two images in [-1, 1]; or the seeds of two that the model draws
     fraction  mix x_t with that part of the steps left to do (Ho et al. 2020, section 4.4), with one ``seed``'s noise;
               None: turn from one image's x_T to the other's, which :func:`encode` finds (Song et al. 2021a, sec. 5.3)
     options   as :func:`sample` takes them
     """
     if checked_int("n", n, "an int >= 2") < 2:
         raise ValueError(f"n: expected an int >= 2, got {n}")
+    for name, end in (("a", a), ("b", b)):
+        if not isinstance(end, Tensor):
+            checked_int(name, end, "an image or a seed")
+    run = run_of(options.pop("run", None), options)
+    model, _, device, _ = resolve(model, run, options)
     weights = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
     if fraction is None:
-        steps = 50 if steps is None else steps
-        x_T = encode(model, torch.stack((a, b)), steps=steps, **options)
-        given = dict(x_T=_turn(x_T[0], x_T[1], weights), sampler="ddim", steps=steps, clip=False)
-        return sample(model, **given | options)
-    inner, ends = _latent(model, torch.stack((a, b)))
+        given = dict(steps=50 if steps is None else steps, run=run, **options)
+        ends = (_noise_of(model, end, given, device) for end in (a, b))
+        inverted = isinstance(a, Tensor) or isinstance(b, Tensor)  # by steps without a clamp
+        clip = {"clip": False} if inverted else {}
+        return sample(model, **dict(x_T=_turn(*ends, weights), sampler="ddim") | clip | given)
+    given = dict(steps=steps, run=run, **options)
+    ends = [end if isinstance(end, Tensor) else sample(model, seeds=[end], **given)[0] for end in (a, b)]
+    inner, ends = _latent(model, torch.stack([end.to(device) for end in ends]))
     mixed = torch.stack([torch.lerp(*ends, float(weight)) for weight in weights])
-    x = sample(inner, **dict(seeds=[seed] * n, start=From(mixed, fraction), steps=steps) | options)
+    x = sample(inner, **dict(seeds=[seed] * n, start=From(mixed, fraction)) | given)
     return x if inner is model else model.codec.to_images(x)
+
+
+def _noise_of(model: Model, end: Tensor | int, options: dict[str, Any], device: torch.device) -> Tensor:
+    """x_T of an image, or of a seed."""
+    if isinstance(end, Tensor):
+        return encode(model, end[None], **options)[0]
+    return ops.noise([end], model.shape, step=0, stream=0, device=device)[0] * model.schedule.prior_std
 
 
 def _turn(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:

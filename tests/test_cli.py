@@ -76,6 +76,18 @@ def test_sample_writes_a_labelled_grid_with_its_settings_inside(folder, capsys):
         assert image.size == (3 * 68 + 4, 2 * (68 + 14) + 4)  # a column a class
 
 
+def test_the_model_that_ships_and_fresh_seeds_that_are_told(folder, capsys):
+    command = ["sample", "--n", "2", "--steps", "1", "--labels", "Bag", "--seeds"]
+    drawn = []
+    for _ in range(2):
+        assert main([*command, "random", *QUIET]) == 0
+        said, name = capsys.readouterr().out.splitlines()
+        settings = read_settings(name)
+        assert settings["model"] == "fashion-mnist" and said == "--seeds " + " ".join(map(str, settings["seeds"]))
+        drawn += settings["seeds"]
+    assert len(set(drawn)) == 4
+
+
 def test_a_label_on_the_command_line_means_what_it_means_in_python(folder, capsys):
     model = dataclasses.replace(tiny.model(12), classes=tuple(sorted(map(str, range(12)))))  # 0, 1, 10, 11, 2 ...
     save(model, "numbers.safetensors")
@@ -188,6 +200,49 @@ def test_no_more_frames_are_kept_than_are_shown(folder, monkeypatch, options, st
     assert main(["sample", "--model", "m.safetensors", "--n", "1", "--gif", "s.gif", *options, *QUIET]) == 0
     steps = steps or len(tiny.SCHEDULE.timesteps(8, "quadratic"))
     assert list(films[0].taken) == list(range(steps))[:: math.ceil(steps / 4)]
+
+
+# --- interpolate, inpaint ---
+
+
+def test_interpolate_leads_from_one_seed_s_image_to_the_other_s(folder, capsys):
+    command = ["interpolate", "3", "8", "--model", "m.safetensors", "--label", "class 1", "--n", "5", "--steps", "10"]
+    assert main([*command, "--out", "i.png", "--gif", "i.gif", *QUIET]) == 0
+    assert capsys.readouterr().out == "i.png\ni.gif\n"
+    ends = sample(tiny.model(), seeds=[3, 8], labels=1, sampler="ddim", steps=10, progress=False)
+    with Image.open("i.png") as drawn, Image.open("i.gif") as gif:
+        assert gif.n_frames == 9
+        for end, left in zip(to_uint8(ends), (4, 4 + 4 * 68), strict=True):
+            assert np.array_equal(np.asarray(drawn)[4:68:8, left : left + 64 : 8], end[..., 0])
+
+
+def test_interpolate_takes_images_and_mixes_them_at_a_fraction_of_the_run(folder):
+    Image.new("L", (8, 8), 255).save("white.png")
+    command = ["interpolate", "white.png", "3", "--model", "m.safetensors", "--n", "3", "--steps", "10"]
+    assert main([*command, "--out", "i.png", *QUIET]) == 0
+    assert main([*command, "--fraction", "0.2", "--out", "m.png", *QUIET]) == 0
+    assert read_settings("m.png")["fraction"] == 0.2
+    image = diffkern.interpolate(tiny.model(), torch.ones(1, 8, 8), 3, 3, fraction=0.2, steps=10, progress=False)
+    with Image.open("m.png") as drawn:
+        assert np.array_equal(np.asarray(drawn)[4:68:8, 4:68:8], to_uint8(image)[0, ..., 0])
+
+
+@pytest.mark.parametrize("where", [["--box", "0", "0", "8", "4"], ["--mask", "mask.png"]], ids=["box", "mask"])
+def test_inpaint_keeps_all_but_the_masked_part(folder, capsys, where):
+    Image.new("L", (8, 8), 200).save("grey.png")
+    mask = Image.new("L", (8, 8), 0)
+    mask.paste(255, (0, 0, 8, 4))
+    mask.save("mask.png")
+    command = ["inpaint", "grey.png", "--model", "m.safetensors", *where, "--n", "2", "--steps", "5", "--seeds"]
+    assert main([*command, "random", *QUIET]) == 0
+    first = np.asarray(Image.open("inpainted.png"))
+    said, name = capsys.readouterr().out.splitlines()
+    assert name == "inpainted.png" and said.split()[1:] == [str(seed) for seed in read_settings(name)["seeds"]]
+    for left in (4, 72, 140):
+        assert (first[4 + 32 : 68, left : left + 64] == 200).all()
+    assert (first[4 : 4 + 32, 72:136] != 200).any()
+    assert main([*command, *said.split()[1:], *QUIET]) == 0  # the seeds that it told draw the same again
+    assert np.array_equal(np.asarray(Image.open(name)), first)
 
 
 # --- train, export ---
@@ -412,6 +467,16 @@ def test_ctrl_c_leaves_with_130(folder, monkeypatch, capsys):
     assert capsys.readouterr().err == "diffkern: interrupted\n"
 
 
+def test_the_command_alone_shows_its_help_with_examples(capsys):
+    assert main([]) == 0
+    alone = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert alone == capsys.readouterr().out and "\nexamples:\n  diffkern sample --steps 20 " in alone
+    for name in ("sample", "interpolate", "inpaint", "train", "export", "evaluate", "doctor"):
+        assert f"    {name}" in alone
+
+
 def test_help_and_version_leave_with_0(capsys):
     for arguments in (["--help"], ["--version"], *([command, "--help"] for command in ("sample", "train", "evaluate"))):
         with pytest.raises(SystemExit) as leaving:
@@ -443,23 +508,21 @@ def test_help_and_version_import_no_torch(tmp_path, option):
 
 
 def test_the_module_is_the_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "diffkern", "sample"], capture_output=True, text=True, env=environment(), timeout=120
-    )
+    command = [sys.executable, "-m", "diffkern", "export"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
     assert (done.returncode, done.stderr) == (
         2,
-        "diffkern: error: the following arguments are required: --model (see diffkern sample --help)\n",
+        "diffkern: error: the following arguments are required: checkpoint, --out (see diffkern export --help)\n",
     )
 
 
 SAMPLE = ["sample", "--model", "m.safetensors", "--n", "2", "--steps", "2"]
 FIT = ["train", "--data", "pictures", "--out", "run"]
+BETWEEN, HOLE = (["interpolate", "--model", "m.safetensors"], ["inpaint", "--model", "m.safetensors", "m.safetensors"])
 SMALL = ["--network", '{"channels": 8, "channel_mult": [1, 1, 1], "blocks": 1}']
 JUDGE = ["evaluate", "--model", "m.safetensors", "--data", "idx"]
 BAD_COMMANDS = {
-    "nothing": ([], "expected a command: sample, train, export, evaluate, doctor .see diffkern --help."),
     "no such command": (["draw"], "argument COMMAND: invalid choice: 'draw'"),
-    "no model": (["sample"], "the following arguments are required: --model"),
     "no such option": ([*SAMPLE, "--colour"], "unrecognized arguments: --colour"),
     "an abbreviation": ([*SAMPLE, "--guid", "2"], "unrecognized arguments: --guid 2"),
     "no such model": (["sample", "--model", "cats"], r"model: expected a shipped model \(.*\) or an existing"),
@@ -468,8 +531,8 @@ BAD_COMMANDS = {
     "n 0": ([*SAMPLE, "--n", "0"], "argument --n: expected at least 1, got 0"),
     "n text": ([*SAMPLE, "--n", "many"], "argument --n: invalid count value: 'many'"),
     "n and seeds": ([*SAMPLE, "--seeds", "1"], "n: expected 1, one for each of --seeds, got 2"),
-    "seed text": ([*SAMPLE, "--seeds", "one"], "seeds: expected integers or ranges a:b, got 'one'"),
-    "seed range": ([*SAMPLE, "--seeds", "1:"], "seeds: expected integers or ranges a:b, got '1:'"),
+    "seed text": ([*SAMPLE, "--seeds", "one"], "seeds: expected integers, ranges a:b or random, got 'one'"),
+    "seed range": ([*SAMPLE, "--seeds", "1:"], "seeds: expected integers, ranges a:b or random, got '1:'"),
     "empty range": ([*SAMPLE, "--seeds", "3:3"], "seeds: expected at least one, got none in 3:3"),
     "seed too large": ([*SAMPLE, "--n", "1", "--seeds", str(2**64)], "seeds: expected .* got 18446744073709551616"),
     "label": ([*SAMPLE, "--label", "cat"], "labels: expected none or one of 0 class 0, .*, got 'cat'"),
@@ -512,6 +575,12 @@ BAD_COMMANDS = {
     "export nothing": (["export", "none", "--out", "m.safetensors"], "model: expected a shipped model"),
     "export suffix": (["export", "m.safetensors", "--out", "m.pt"], "out: expected a file name that ends in .safeten"),
     "export folder": (["export", "m.safetensors", "--out", "no/m.safetensors"], "out: expected a file in an existing"),
+    "an end that is no file": ([*BETWEEN, "3", "cat.png"], "ends: expected an image file, got 'cat.png'"),
+    "an end that is no image": ([*BETWEEN, "m.safetensors", "3"], "ends: expected an image file, got 'm.safet.*: a"),
+    "one image between": ([*BETWEEN, "3", "4", "--n", "1"], "n: expected an int >= 2, got 1"),
+    "no mask": (HOLE, "one of the arguments --mask --box is required"),
+    "a box outside": ([*HOLE, "--box", "0", "0", "9", "8"], r"box: expected 0 <= left < right <= 8, .* \[0, 0, 9, 8"),
+    "an empty box": ([*HOLE, "--box", "4", "0", "4", "8"], "box: expected 0 <= left < right <= 8, .*"),
     "evaluate steps": ([*JUDGE, "--steps", "50"], "steps: expected SAMPLER:STEPS with .*, got '50'"),
     "evaluate sampler": ([*JUDGE, "--steps", "plms:5"], "steps: expected SAMPLER:STEPS with .*, got 'plms:5'"),
     "evaluate nll steps": ([*JUDGE, "--nll-steps", "5"], "nll-steps: expected none without --nll, got 5"),
@@ -527,7 +596,7 @@ def test_a_bad_command_is_one_line_and_status_2(folder, pictures, capsys, argume
         (folder / name).mkdir()
     (folder / "idx" / "train-images-idx3-ubyte").write_bytes(tiny.idx(np.zeros((2, 28, 28))))
     save(tiny.model(), f"foreign/{CHECKPOINT}")
-    assert main([*arguments, *QUIET] if arguments[:1] in (["sample"], ["train"], ["evaluate"]) else arguments) == 2
+    assert main([*arguments, *QUIET] if arguments[:1] != ["export"] else arguments) == 2
     captured = capsys.readouterr()
     assert re.fullmatch(rf"diffkern: error: .*{message}.*\n", captured.err)
     assert captured.out == ""

@@ -145,13 +145,23 @@ def test_loaded_weights_are_float32_whatever_torch_s_default_is(tmp_path):
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_model_shows_itself_in_one_line():
+def test_a_model_shows_itself_and_leaves_out_what_it_has_not():
     model = tiny.model()
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
-    assert repr(model) == (
-        f"Model(<UNet of {parameters} parameters>, Schedule.linear(T=20, beta_start=0.001, beta_end=0.3), 'eps', "
-        "shape=(1, 8, 8), classes=<3 names>, name='tiny')"
+    assert (
+        repr(model)
+        == f"""\
+Model(
+  network=<UNet of {parameters:,} parameters, float32 on cpu>,
+  schedule=Schedule.linear(T=20, beta_start=0.001, beta_end=0.3),
+  prediction='eps',
+  shape=(1, 8, 8),
+  classes=<3: class 0, class 1, class 2>,
+  name='tiny',
+)"""
     )
+    bare = Model(lambda x_t, t, labels: x_t, tiny.SCHEDULE, shape=(2,), variance="fixed_large")
+    assert "  network=<function>,\n" in repr(bare) and repr(bare).endswith("  variance='fixed_large',\n)")
 
 
 def test_a_network_without_parameters_is_on_the_cpu():

@@ -462,6 +462,22 @@ def test_encoding_and_drawing_again_gives_the_image_back():
     assert mixed.shape == (3, *SHAPE)
 
 
+@pytest.mark.parametrize("process", [LINEAR, VE()], ids=["schedule", "VE"])
+def test_interpolation_between_seeds_has_their_images_at_its_ends(process):
+    described = dict(schedule=process, prediction="x0", shape=SHAPE, progress=False, steps=10)
+
+    def network(x_t, t, labels):
+        return x_t.tanh()
+
+    ends = sample(network, seeds=[5, 6], sampler="ddim", **described)
+    line = interpolate(network, 5, 6, 3, **described)
+    assert torch.equal(line[0], ends[0]) and torch.allclose(line[2], ends[1], atol=1e-6)
+    mixed = interpolate(network, 5, ends[1], 3, fraction=0.5, sampler="ddim", **described)
+    assert torch.equal(mixed, interpolate(network, ends[0], ends[1], 3, fraction=0.5, sampler="ddim", **described))
+    with pytest.raises(TypeError, match="^b: expected an image or a seed, got 'cat'"):
+        interpolate(network, 5, "cat", **described)
+
+
 def test_a_callback_s_tensor_takes_the_place_of_x():
     x = draw(callback=lambda step: torch.full_like(step.x_next, 0.25), batch_size=2)
     assert torch.equal(x, torch.full_like(x, 0.25))

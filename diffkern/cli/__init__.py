@@ -19,11 +19,22 @@ from .options import threads
 
 COMMANDS = {
     "sample": "Draw images from a model into a labelled grid.",
+    "interpolate": "Draw the images between two.",
+    "inpaint": "Make a part of an image anew.",
     "train": "Train a model, or resume the run in --out.",
     "export": "Write a checkpoint's averaged weights as a model file to ship.",
     "evaluate": "Frechet distances and held-out loss of a model of Fashion-MNIST.",
     "doctor": "What is this installation, and does it work?",
 }
+
+
+EXAMPLES = """\
+examples:
+  diffkern sample --steps 20                           16 images from the model that ships: samples.png
+  diffkern sample --labels Sneaker --guidance 2 --seeds random
+  diffkern train --data photos --size 32 --out run     a model of the images in a folder
+  diffkern sample --model run
+  diffkern COMMAND --help                              the options of a command, with examples"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,10 +94,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("diffkern", description="Denoising diffusion: sample, train and evaluate.")
+    parser = Parser(
+        "diffkern",
+        description="Denoising diffusion: sample, train and evaluate.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"diffkern {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND")
-    parser.set_defaults(run=lambda _: parser.error(f"expected a command: {', '.join(COMMANDS)}"), threads=None)
+    parser.set_defaults(run=lambda _: print(parser.format_help(), end="") or 0, threads=None)
     for name, text in COMMANDS.items():
         command = commands.add_parser(
             name,

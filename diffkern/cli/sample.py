@@ -16,22 +16,32 @@ from ..model import Model, load
 from ..samplers import SAMPLERS, VARIANCES, default_sampler
 from ..sampling import Step, sample
 from ..schedule import SPACINGS
-from .options import DTYPES, add_long_options, count
+from .options import (
+    add_grid,
+    add_long_options,
+    add_model,
+    add_network,
+    add_seeds,
+    count,
+    dtype_of,
+    fresh_seeds,
+    labels_of,
+    seed_ranges,
+)
 from .outputs import check_file
 
+N = 16
 GIF_FRAMES = 50
 EXAMPLES = """\
-  diffkern sample --model fashion-mnist --n 40 --steps 50
+  diffkern sample --steps 20
+  diffkern sample --n 40 --steps 50 --seeds random
   diffkern sample --model run --labels cat --guidance 2 --seeds 100:116 --out cats.png"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_long_options(parser)
-    parser.add_argument(
-        "--model", required=True, help="a shipped model's name, a model file, a run's checkpoint or folder"
-    )
-    parser.add_argument("--n", type=count, help="how many images, of the seeds 0..n-1 (default: 16)")
-    parser.add_argument("--seeds", nargs="+", metavar="SEED", help="the seed of each image; a:b is a range without b")
+    add_model(parser)
+    add_seeds(parser, N)
     parser.add_argument(
         "--labels", "--label", nargs="+", metavar="LABEL", help="classes by name or number, none for the null class"
     )
@@ -61,15 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="clamp the predicted x_0 to [-1, 1], or not at all (default: as the model does, else clamp)",
     )
-    parser.add_argument("--batch-size", type=count, help="rows of each pass through the network (default: 16 at most)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the network's arithmetic (default: float32)"
-    )
-    parser.add_argument("--out", default="samples.png", metavar="PNG", help="the grid (default: samples.png)")
+    add_network(parser)
+    add_grid(parser, "samples.png")
     parser.add_argument("--gif", metavar="GIF", help="the denoising, animated")
     parser.add_argument("--npz", metavar="NPZ", help="images [N, H, W, C] uint8, seeds and labels as arrays")
-    parser.add_argument("--columns", type=count, help="of the grid")
-    parser.add_argument("--scale", type=count, help="screen pixels a pixel")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -77,10 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None:
             check_file(name, getattr(arguments, name), suffix)
     model = load(arguments.model, arguments.device)
-    ranges = _ranges(arguments.seeds) if arguments.seeds else [range(arguments.n or 16)]
+    ranges = seed_ranges(arguments.seeds, arguments.n, N)
     n = sum(max(0, seeds.stop - seeds.start) for seeds in ranges)
-    if arguments.n is not None and n != arguments.n:
-        raise ValueError(f"n: expected {n}, one for each of --seeds, got {arguments.n}")
     columns = arguments.columns or (len(model.classes) if model.classes and not arguments.labels else None)
     sampler = arguments.sampler or default_sampler(arguments.steps, model.schedule.T, arguments.eta)
     spacing = arguments.spacing or model.spacing or model.schedule.spacing
@@ -88,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     shown = _shown_steps(model, arguments.steps, spacing, sampler) if arguments.gif else range(0)
     _check_size(n, model, arguments, columns, len(shown))
     seeds = torch.cat([ops.as_seeds(numbers, "cpu") for numbers in ranges])
-    labels = _labels(arguments.labels, model, len(seeds))
+    labels = labels_of(arguments.labels, model, len(seeds))
     settings = {
         "guidance": arguments.guidance,
         "sampler": sampler,
@@ -107,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         model,
         seeds=seeds,
         labels=labels,
-        dtype=None if arguments.dtype == "float32" else getattr(torch, arguments.dtype),
+        dtype=dtype_of(arguments.dtype),
         progress=arguments.progress,
         callback=film and film.record,
         **settings,
@@ -134,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
             arrays["labels"] = torch.tensor(labels, dtype=torch.int64, device="cpu").numpy()
         images.save_npz(arguments.npz, **arrays, settings=json.dumps(settings))
         written.append(arguments.npz)
-    print(*written, sep="\n")
+    print(*fresh_seeds(arguments.seeds, ranges), *written, sep="\n")
     return 0
 
 
@@ -180,20 +183,6 @@ def _options(tokens: list[str]) -> dict[str, Any]:
     return options
 
 
-def _ranges(tokens: list[str]) -> list[range]:
-    """Integers, and half-open ranges a:b."""
-    ranges = []
-    for token in tokens:
-        try:
-            first, colon, last = token.partition(":")
-            ranges.append(range(int(first), int(last) if colon else int(first) + 1))
-        except ValueError:
-            raise ValueError(f"seeds: expected integers or ranges a:b, got {token!r}") from None
-    if not any(ranges):
-        raise ValueError(f"seeds: expected at least one, got none in {' '.join(tokens)}")
-    return ranges
-
-
 def _check_size(n: int, model: Model, arguments: argparse.Namespace, columns: int | None, frames: int) -> None:
     """ValueError if the images and their ``frames`` are more than memory holds, or their grid more than a file can."""
     channels, height, width = model.shape
@@ -223,18 +212,3 @@ def _memory() -> int:
             limits.append(int(Path(path).read_text()))
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return min(limits if limit == resource.RLIM_INFINITY else [*limits, limit])
-
-
-def _labels(tokens: list[str] | None, model: Model, n: int) -> list[int] | None:
-    """A label an image: the classes in turn, or those given (numbers, names, or "none"); one serves all images."""
-    classes = model.classes
-    if classes is None:
-        if tokens:
-            raise ValueError("labels: expected none, this model has no classes")
-        return None
-    if not tokens:
-        return [i % len(classes) for i in range(n)]
-    labels = [model.label(token) for token in tokens]
-    if len(labels) not in (1, n):
-        raise ValueError(f"labels: expected 1 or {n}, one for each image, got {len(labels)}")
-    return labels * n if len(labels) == 1 else labels
