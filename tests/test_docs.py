@@ -1,0 +1,104 @@
+"""README and docs: Python blocks run, commands have the options that they are shown with, links lead somewhere."""
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+from tiny import one_thread  # noqa: F401
+
+import diffkern
+from diffkern import cli, model
+from diffkern.networks import UNet
+from diffkern.samplers import SAMPLERS
+from diffkern.training import Trainer
+
+PAGES = {str(page.relative_to(ROOT)): page for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [code for found, code in FENCE.findall(page.read_text()) if found == language]
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A working directory, in which the models that ship have few weights."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    shipped = diffkern.load("fashion-mnist")
+    network = UNet(**tiny.NETWORK | {"num_classes": 10})
+    torch.nn.init.normal_(network.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
+    small = model.Model(network, shipped.schedule, "eps", shipped.shape, shipped.classes, name=shipped.name)
+    diffkern.save(small, "models/fashion-mnist.safetensors")
+    diffkern.save(small, "model.safetensors")
+    monkeypatch.setattr(model, "MODELS", tmp_path / "models")
+
+
+def from_pretrained(name: str):
+    """A pipeline of small random weights, for one that would be fetched."""
+    import diffusers
+
+    network = diffusers.UNet2DModel(
+        32, 3, 3, block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return diffusers.DDPMPipeline(network, diffusers.DDPMScheduler(clip_sample=True))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what a page says that a call warns of
+@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if blocks(page, "python")])
+def test_every_block_of_python_runs(small, monkeypatch, capsys, name):
+    import diffusers
+
+    monkeypatch.setattr(diffusers.DDPMPipeline, "from_pretrained", staticmethod(from_pretrained))
+    monkeypatch.setattr(Trainer, "run", lambda self, folder: self.step())
+    dataset = replace(tiny.dataset(classes=10, size=32), classes=diffkern.load("model.safetensors").classes)
+    space = {"__name__": name, "dataset": dataset}
+    with mock.patch.dict(SAMPLERS):  # a sampler that a page makes is known to this page alone
+        for number, code in enumerate(blocks(PAGES[name], "python"), 1):
+            exec(compile(code, f"{name}, block {number}", "exec"), space)
+
+
+def commands(page: Path) -> set[str]:
+    """Those in the page's blocks and in its text, but for mere names and what is left out by three dots."""
+    text = page.read_text()
+    lines = [line for _, code in FENCE.findall(text) for line in code.splitlines()]
+    lines += [" ".join(code.split()) for code in re.findall("`([^`]+)`", FENCE.sub("", text))]
+    named = re.compile(rf"(?:diffkern|.*-m diffkern) ((?:{'|'.join(cli.COMMANDS)}) .*)")
+    return {found[1] for found in map(named.match, lines) if found and "..." not in found[1]}
+
+
+COMMANDS = sorted((name, line) for name, page in PAGES.items() for line in commands(page))
+
+
+@pytest.mark.parametrize(("name", "line"), COMMANDS, ids=[line for _, line in COMMANDS])
+def test_every_command_has_its_options(name, line):
+    assert cli._parse(shlex.split(line, comments=True)).run
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_to_a_file_and_a_heading(name):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[name].read_text()):
+        if link.startswith("http"):
+            continue
+        path, _, heading = link.partition("#")
+        target = (PAGES[name].parent / path).resolve() if path else PAGES[name]
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], link
+
+
+def test_every_command_s_examples_have_its_options():
+    for command in cli.COMMANDS:
+        module = __import__(f"diffkern.cli.{command}", fromlist=["EXAMPLES"])
+        for line in filter(None, map(str.strip, (module.EXAMPLES or "").splitlines())):
+            program, *arguments = shlex.split(line, comments=True)
+            arguments = arguments[arguments.index(command) :]  # torchrun may run it
+            assert program in ("diffkern", "torchrun") and cli._parse(arguments).run
