@@ -161,7 +161,7 @@ def _curves(
     rows: Iterable[evaluate.Row],
     accuracy: float,
 ) -> int:
-    n, calls = min(arguments.n, 16), arguments.calls
+    n, calls = min(arguments.n, 8), arguments.calls
     options = dict(guidance=arguments.guidance, dtype=_dtype(arguments), progress=arguments.progress)
     rms = evaluate.distances_to_limit(model, runs, n=n, batch_size=n, **options)
     limit = f"Distance of {n} images to the ODE's limit, rms of a pixel unclipped; none where a sampler draws noise"
