@@ -33,6 +33,9 @@ import torch
 from torch import Tensor
 
 from diffkern import _C
+from diffkern.ops.row import LONG_COLUMNS
+from diffkern.samplers import SAMPLERS
+from diffkern.schedule import Schedule
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (80, 90)  # whose PTX is interpreted; a card of sm_89 runs what sm_80 runs
@@ -124,6 +127,19 @@ def elementwise_cases(shape: tuple[int, ...], dtype: torch.dtype) -> Iterable[Ca
         lambda ops: ops.reverse_step(x, x.clone(), table, step, seeds, None, 1.0, True, False, [], False),
         2 * of_one + 8 * n + 8 + 36,
         of_one,
+    )._replace(kernels=(Kernel("", f"reverse_step_kernelI{MANGLED[dtype]}Lb0ELb0E", plan),))
+    unipc = SAMPLERS["unipc"].trace(Schedule.linear().grid(10), "eps", order=2).fold()
+    rows, addresses = unipc.table().float(), unipc.addresses()
+    history = [x.clone() for _ in range(unipc.slots)]
+    assert (rows[step, len(LONG_COLUMNS) :][: len(history)] != 0).all()
+    yield case(
+        "reverse_step, long row",
+        "reverse_step_kernel",
+        lambda ops: ops.reverse_step(
+            x, x.clone(), rows, step, seeds, None, 1.0, False, False, history, True, addresses
+        ),
+        (2 + len(history)) * of_one + 8 * n + 8 + 4 * rows.shape[1],
+        2 * of_one,
     )._replace(kernels=(Kernel("", f"reverse_step_kernelI{MANGLED[dtype]}Lb0ELb0E", plan),))
     yield from loss_cases(x, seeds, t, title)
 

@@ -86,7 +86,7 @@ class Guidance:
     def fill(self, table: Tensor, program: Program) -> Tensor:
         """``table`` of the program with the columns w, p_g and k_g, in place. ValueError where nothing would guide."""
         if self.by_gradient and self.form == "mean" and not any(row.sigma > 0 for row in program.rows):
-            raise ValueError("form: expected 'score' with a sampler that draws no noise, got 'mean'")
+            raise ValueError("form: expected 'score' with a sampler that draws no independent noise, got 'mean'")
         for values, row in zip(table, program.rows, strict=True):
             both = all(self.outputs(row))
             if not both:  # the only output is the unconditional one too

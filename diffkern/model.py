@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import covariance
 from .codec import Codec
 from .conditions import Condition
 from .constraints import Quantile, limit_of
@@ -85,6 +86,8 @@ class Model:
                 )
         if self.variance not in (None, *VARIANCES):
             raise ValueError(f"variance: expected None or one of {VARIANCES}, got {self.variance!r}")
+        if self.variance == "full":
+            covariance.channels(self.shape)
         if self.spacing not in (None, *SPACINGS):
             raise ValueError(f"spacing: expected None or one of {SPACINGS}, got {self.spacing!r}")
         if self.clip is not None:

@@ -60,6 +60,7 @@ class Noise:
     address: int
     count: int
     log_var: tuple[float, float] | None = None  # times the standard deviation that the network predicts between these
+    correlated: bool = False  # by what the network predicts beside it (covariance.py)
 
 
 STATE = "x"  # what the latest call got
@@ -143,15 +144,24 @@ class Sampling:
     def eps(self, x: Any, s: Point) -> Any:
         return self.predict(x, s)[1]
 
-    def z(self, s: Point, t: Point | None = None, *, log_var: tuple[float, float] | None = None) -> Any:
+    def z(
+        self,
+        s: Point,
+        t: Point | None = None,
+        *,
+        log_var: tuple[float, float] | None = None,
+        correlated: bool = False,
+    ) -> Any:
         """Standard normals: the noise of the step from s to t, new at each visit; without t it is never a path's.
 
-        log_var  of a learned variance: times exp(log_var / 2), which the network predicts between these two
+        log_var     of a learned variance: times exp(log_var / 2), which the network predicts between these two
+        correlated  and with the correlations that it predicts, of samples [N, D]
         """
+        learned = log_var, correlated
         if self.grid.path and t is not None:
-            return self.noise(Noise(s.address, s.address - t.address if s.address > t.address else 1, log_var))
+            return self.noise(Noise(s.address, s.address - t.address if s.address > t.address else 1, *learned))
         visit = self._visits[s.address] = self._visits.get(s.address, 0 if self.grid.path else -1) + 1
-        return self.noise(Noise(s.address + (visit * FIRST_VISIT), 1, log_var))
+        return self.noise(Noise(s.address + (visit * FIRST_VISIT), 1, *learned))
 
     def z_halves(self, s: Point) -> tuple[Any, Any]:
         """The standard normals of the two halves of the step that leaves s. That of the step is their sum / sqrt(2)."""
@@ -272,6 +282,8 @@ class Trace(Sampling):
         """The rows that lead to x."""
         self._update(x, self.grid.points[-1])
         rows, slots = _allocate(self.rows, self.kept)
+        if any(row.noise is not None and row.noise.correlated for row in rows):
+            rows, slots = [_correlated(row, slots) for row in rows], slots + 1
         return Program(tuple(rows), slots, self.grid, self.prediction)
 
     def _update(self, x: Form, reached: Point | None) -> None:
@@ -306,10 +318,11 @@ def _one_noise(noises: Mapping[Noise, float]) -> tuple[float, Noise | None]:
     count = 0
     for noise in ordered:
         same = math.isclose(noises[noise] / math.sqrt(noise.count), weight, rel_tol=1e-12)
-        if not same or noise.address != first.address - count or noise.log_var != first.log_var:
+        same = same and (noise.log_var, noise.correlated) == (first.log_var, first.correlated)
+        if not same or noise.address != first.address - count:
             raise ValueError(f"sampler: expected noises of equal weight at addresses in sequence, got {dict(noises)}")
         count += noise.count
-    return weight, Noise(first.address, count, first.log_var)
+    return weight, replace(first, count=count)
 
 
 def _allocate(rows: list[Row], kept: Mapping[Kept, tuple[float, float, float]]) -> tuple[list[Row], int]:
@@ -339,6 +352,15 @@ def _allocate(rows: list[Row], kept: Mapping[Kept, tuple[float, float, float]]) 
     return done, slots
 
 
+def _correlated(row: Row, slot: int) -> Row:
+    """The row with its noise in that slot, which the loop fills: the kernel draws each dimension alone."""
+    if row.noise is None or not row.noise.correlated:
+        return row
+    if row.point is None:
+        raise ValueError("sampler: expected a call of the network before a noise that it correlates, got none")
+    return replace(row, sigma=0.0, slots=row.slots | {slot: row.sigma})
+
+
 # --- what a sampler becomes ---
 
 
@@ -362,6 +384,11 @@ class Program:
     @property
     def learned_variance(self) -> bool:
         return any(row.noise is not None and row.noise.log_var is not None for row in self.rows)
+
+    @property
+    def correlated(self) -> bool:
+        """Whether the last slot holds the noise of a row, which the network correlates."""
+        return any(row.noise is not None and row.noise.correlated for row in self.rows)
 
     def fold(self) -> "Program":
         """The same program with x0_hat written out (k_0 = q_0 = 0), for a run that clamps nothing.

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from tiny import one_thread  # noqa: F401
 
 import diffkern
 from diffkern import training
+from diffkern.cli import evaluate as evaluate_command
 from diffkern.cli import main
+from diffkern.cli import plot as plot_command
 from diffkern.cli import sample as sample_command
 from diffkern.constraints import Quantile
 from diffkern.images import read_settings, to_uint8
@@ -412,12 +415,18 @@ def test_a_diverging_run_is_an_error_of_one_line(folder, pictures, capsys):
 # --- evaluate, doctor ---
 
 
-def test_evaluate_prints_its_tables_and_keeps_its_classifier(folder, capsys):
+@pytest.fixture
+def judged(folder):
+    """A working directory with a model of the classifier's shape, and images to judge it by."""
     tiny.write_fashion_mnist(folder / "idx")
     torch.manual_seed(0)
     model = tiny.model(classes=10)
     model.shape = (1, 32, 32)
     save(model, "m.safetensors")
+    return folder
+
+
+def test_evaluate_prints_its_tables_and_keeps_its_classifier(judged, capsys):
     command = ["evaluate", "--model", "m.safetensors", "--data", "idx", "--n", "4", "--steps", "ddpm:2", "ddim:1"]
     assert main([*command, "--loss-n", "3", "--classifier", "c.safetensors", *QUIET]) == 0
     first, told = capsys.readouterr()
@@ -432,11 +441,7 @@ def test_evaluate_prints_its_tables_and_keeps_its_classifier(folder, capsys):
     assert timeless.sub("|\n", capsys.readouterr().out) == timeless.sub("|\n", first)
 
 
-def test_evaluate_prints_the_bound_of_test_and_training_images(folder, capsys):
-    tiny.write_fashion_mnist(folder / "idx")
-    model = tiny.model(classes=10)
-    model.shape = (1, 32, 32)
-    save(model, "m.safetensors")
+def test_evaluate_prints_the_bound_of_test_and_training_images(judged, capsys):
     assert main([*JUDGE, "--nll", "3", "--nll-steps", "4", "--batch-size", "2", *QUIET]) == 0
     header, _, *rows = capsys.readouterr().out.splitlines()[2:]
     assert header.startswith("| images | n | prior | 0..1 | 2..3 |") and header.endswith("| 18..19 | L_0 | sum | +- |")
@@ -445,6 +450,49 @@ def test_evaluate_prints_the_bound_of_test_and_training_images(folder, capsys):
         split, n, *terms, total, error = (cell.strip() for cell in row.strip("|").split("|"))
         assert (split, n) == (name, "3") and float(error) > 0
         assert float(total) == pytest.approx(sum(map(float, terms)), abs=1e-3)
+
+
+def test_evaluate_compares_samplers_over_network_calls(judged, capsys):
+    command = [*JUDGE, "--curves", "ddim", "heun", "ddpm", "--calls", "2", "9", "--n", "2", "--batch-size", "2"]
+    assert main([*command, *QUIET]) == 0
+    limit, distance = (table.splitlines() for table in capsys.readouterr().out.split("\n\n")[1::2])
+    assert limit[0] == distance[0] == "| sampler | 2 calls | 9 calls |"
+    cells = {row.split(" | ")[0][2:]: row.strip("| ").split(" | ")[1:] for row in limit[2:]}
+    assert cells["ddpm"] == [] and list(cells) == ["ddim", "heun", "ddpm"]  # it draws noise: there is no limit
+    for name in ("ddim", "heun"):
+        few, many = map(float, cells[name])
+        assert 0 < many < few
+    assert [len(row.split("|")) for row in distance[2:]] == [5] * 3
+    assert all(float(cell) >= 0 for row in distance[2:] for cell in row.strip("| ").split(" | ")[1:])
+
+
+def without_matplotlib(name):
+    return None if name == "matplotlib" else find_spec(name)
+
+
+@pytest.mark.parametrize("what", [["--curves", "ddim", "--calls", "1", "--n", "2"], ["--nll", "1", "--nll-steps", "3"]])
+def test_without_matplotlib_evaluate_prints_its_tables_alone(judged, capsys, monkeypatch, what):
+    monkeypatch.setattr(plot_command, "find_spec", without_matplotlib)
+    assert main([*JUDGE, *what, "--plot", "p.png", *QUIET]) == 0
+    out, told = capsys.readouterr()
+    assert "| --- |" in out
+    assert told.startswith("plot: matplotlib is not installed, the tables are all: pip install matplotlib\n")
+    assert not (judged / "p.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [["--curves", "ddim", "--calls", "1", "--n", "2"], ["--nll", "1"]])
+def test_evaluate_draws_its_tables_with_matplotlib(judged, what):
+    pytest.importorskip("matplotlib")
+    assert main([*JUDGE, *what, "--plot", "p.png", *QUIET]) == 0
+    panels = len(Image.open(judged / "p.png").getcolors(1 << 24)) > 100 and Image.open(judged / "p.png").width // 500
+    assert panels == (2 if "--curves" in what else 1)
+
+
+def test_the_bound_over_t_is_the_mean_of_each_part_of_the_steps():
+    terms = torch.tensor([0.0, 8.0, 4.0, 2.0, 1.0, 0.0, 0.5])
+    assert evaluate_command._over_t(terms, None) == [(t, terms[t].item()) for t in range(1, 7)]
+    assert evaluate_command._over_t(terms, 3) == [(1.5, 6.0), (3.5, 1.5), (5.5, 0.25)]
 
 
 def test_doctor_gives_its_own_status(monkeypatch):
@@ -584,6 +632,11 @@ BAD_COMMANDS = {
     "evaluate steps": ([*JUDGE, "--steps", "50"], "steps: expected SAMPLER:STEPS with .*, got '50'"),
     "evaluate sampler": ([*JUDGE, "--steps", "plms:5"], "steps: expected SAMPLER:STEPS with .*, got 'plms:5'"),
     "evaluate nll steps": ([*JUDGE, "--nll-steps", "5"], "nll-steps: expected none without --nll, got 5"),
+    "evaluate both": ([*JUDGE, "--curves", "--nll", "2"], "nll: expected none with --curves, got 2"),
+    "evaluate calls": ([*JUDGE, "--calls", "5", "9"], "calls: expected none without --curves, got 5 9"),
+    "evaluate curves": ([*JUDGE, "--curves", "plms"], "curves: expected samplers among .*, got 'plms'"),
+    "evaluate plot": ([*JUDGE, "--plot", "p.png"], "plot: expected none without --curves or --nll, got 'p.png'"),
+    "evaluate picture": ([*JUDGE, "--nll", "--plot", "p.pdf"], "plot: expected a file name that ends in .png, got 'p."),
     "evaluate 0 steps": ([*JUDGE, "--steps", "ddim:0"], "steps: expected SAMPLER:STEPS with .*, got 'ddim:0'"),
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from diffkern.evaluate import (
 )
 from diffkern.io.files import floating, write
 from diffkern.model import Model, save
+from diffkern.sampling import sample
 from diffkern.schedule import Schedule
 from diffkern.unet import UNet
 
@@ -232,6 +233,25 @@ def test_evaluate_reports_a_row_for_each_sampler():
     assert all(row.distance >= 0 and 0 <= row.agreement <= 1 and row.seconds > 0 for row in rows)
     real = features(net, data.images)
     assert rows[0].floor == rows[1].floor == frechet_distance(features(net, data.images[:6]), real)
+
+
+def test_a_sampler_takes_the_most_steps_that_fit_in_the_calls():
+    model = tiny.model(classes=None)
+    for name, steps in (("ddim", (1, 5, 20)), ("heun", (1, 3, 10)), ("rk4", (1, 2, 5))):
+        assert tuple(evaluate.steps_within(model, name, calls) for calls in (1, 5, 20)) == steps
+
+
+def test_distances_fall_to_the_ode_s_limit_and_a_sampler_with_noise_has_none():
+    """The exact network of data N(0, 1) in every dimension: the ODE leaves x_T as it is."""
+    data, flat = tiny.SCHEDULE, (1, 2, 2)
+    network = lambda x, t, labels: data.one_minus_alpha_bar[t].sqrt().float()[:, None, None, None] * x  # noqa: E731
+    model = Model(network, data, "eps", flat)
+    runs = [("ddim", 3), ("ddim", 20), ("unipc", 20), ("ddpm", 20)]
+    few, many, better, none = evaluate.distances_to_limit(model, runs, n=8, progress=False)
+    x_T = ops.noise(torch.arange(8), flat, step=0, stream=0)
+    exact = (sample(model, 8, sampler="ddim", steps=3, clip=False, progress=False) - x_T).square().mean().sqrt()
+    assert few == pytest.approx(exact.item(), rel=0.1)
+    assert none is None and better < many < few
 
 
 def evaluation(**changes):

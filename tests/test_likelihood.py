@@ -409,7 +409,7 @@ BAD = {
     "levels": (dict(levels=1), "levels: expected an int >= 2 or None, got 1"),
     "levels 2.5": (dict(levels=2.5), "levels: expected an int >= 2 or None, got 2.5"),
     "steps": (dict(steps=8), "steps: expected an int in 1..7 or None, got 8"),
-    "variance": (dict(variance="tiny"), "variance: expected one of ('fixed_small', 'fixed_large', 'learned') or"),
+    "variance": (dict(variance="tiny"), "variance: expected one of ('fixed_small', 'fixed_large', 'learned', "),
     "variance 0": (dict(variance=torch.zeros(8)), "variance: expected variances > 0, got 0.0"),
     "variance [3]": (dict(variance=torch.ones(3)), "variance: expected shape (8,), one for each step, got (3,)"),
     "clip": (dict(clip=0.5), "clip: expected True or False with method 'bound', got 0.5"),

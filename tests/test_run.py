@@ -634,7 +634,7 @@ def test_a_run_s_fields_may_be_named_one_by_one():
         (
             dict(sampler="ddim", labels=1, guidance=Guidance(1.0, classifier=len, form="mean")),
             ValueError,
-            "form: expected 'score' with a sampler that draws no noise, got 'mean'",
+            "form: expected 'score' with a sampler that draws no independent noise, got 'mean'",
         ),
         (dict(clip=0.0), ValueError, "clip: expected True, False, a number > 0"),
         (dict(clip=(-1, 2)), ValueError, r"clip: expected a range \(-a, a\), got"),

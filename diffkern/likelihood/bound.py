@@ -3,15 +3,16 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import covariance, ops
 from ..constraints import Quantile, limit_of
 from ..model import Model
+from ..samplers import LEARNED
 from ..samplers.options import variances
 from ..schedule import Schedule, checked_int
 from .draws import STRATA, Predict, Terms, bits, uniform
@@ -21,14 +22,16 @@ from .draws import STRATA, Predict, Terms, bits, uniform
 class Bound:
     """L_T, the divergences L_t of a time step in each of ``parts``, and L_0.
 
-    table    a row of ``ops.diffusion_loss`` for each time step
-    learned  the network's second half tells the variance
-    clip     clamp x0_hat to [-1, 1]
+    table     a row of ``ops.diffusion_loss`` for each time step
+    term_of   (out, x_0, seeds, t, table, clip) -> [B], a term of the bound
+    channels  of the network's output
+    clip      clamp x0_hat to [-1, 1]
     """
 
     schedule: Schedule
     table: Tensor
-    learned: bool
+    term_of: Callable[..., Tensor]
+    channels: int
     clip: bool
     parts: int
 
@@ -47,7 +50,9 @@ class Bound:
             raise ValueError(f"steps: expected {expected}, got {steps}")
         if variance is None:
             variance = model.default_variance
-        learned = isinstance(variance, str) and variance == "learned"
+        name = variance if isinstance(variance, str) else None
+        if name == "full" and levels is not None:
+            raise ValueError(f"levels: expected None with variance 'full', got {levels}")
         if not isinstance(variance, str):
             variance = variances(variance, schedule.T)
             if min(variance) == 0:
@@ -60,7 +65,12 @@ class Bound:
         from ..training.objectives import Objective  # which brings the trainer, and pillow
 
         table = Objective(model.prediction).table(schedule, variance=variance, first=first)
-        return cls(schedule, table, learned, limit is not None, divergences if steps is None else steps)
+        learned, channels = name in LEARNED, model.shape[0]
+        term_of = covariance.bound if name == "full" else partial(_independent, learned_variance=learned)
+        if learned:
+            channels = covariance.channels(model.shape) if name == "full" else 2 * channels
+        parts = divergences if steps is None else steps
+        return cls(schedule, table, term_of, channels, limit is not None, parts)
 
     @property
     def ticks(self) -> int:
@@ -75,12 +85,11 @@ class Bound:
     def terms(self, predict: Predict, x_0: Tensor, seeds: Tensor, tick: Callable[[], Any]) -> Terms:
         """(L_T [B], L_t [B, T], L_0 [B]) in bits a dimension, and how often the network was called."""
         q_table, table = self.schedule.q_table(x_0.device), self.table.to(x_0.device)
-        options = dict(learned_variance=self.learned, bound=True, clip=self.clip)
 
         def term(t: Tensor) -> Tensor:
             out = predict(ops.q_sample(x_0, t, seeds, q_table), t).to(x_0.dtype)
             tick()
-            return ops.diffusion_loss(out, x_0, seeds, t, table, **options)[:, 1].double()
+            return self.term_of(out, x_0, seeds, t, table, clip=self.clip).double()
 
         data = term(torch.zeros_like(seeds))
         found = torch.zeros(len(x_0), self.schedule.T, dtype=torch.float64, device=x_0.device)
@@ -95,3 +104,8 @@ class Bound:
         """KL(q(x_T | x_0) || N(0, 1)), (alpha^2 (x_0^2 - 1) - ln(1 - alpha^2)) / 2 nats for each dimension."""
         alpha_bar = self.schedule.alpha_bar[-1].item()
         return bits((alpha_bar * (x_0.square() - 1) - math.log(self.schedule.one_minus_alpha_bar[-1].item())) / 2)
+
+
+def _independent(*arguments: Tensor, **options: bool) -> Tensor:
+    """A term of dimensions that the model draws independently of one another."""
+    return ops.diffusion_loss(*arguments, bound=True, **options)[:, 1]

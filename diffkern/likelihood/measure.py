@@ -77,8 +77,9 @@ def nll(
               within the level (ode). None: x is continuous, and the bits are those of its density
     steps     (bound) how many of the T - 1 divergences to compute: one t is drawn from each of as many equal parts, for
               an estimate without bias. None: all
-    variance  (bound) of the model's steps: "fixed_small", "fixed_large", "learned", or a tensor [T] by time step; None:
-              the model's own. The small variance of the last step would be 0; it is that of the step before
+    variance  (bound) of the model's steps: a name as ``ddpm`` takes it, or a tensor [T] by time step; None: the model's
+              own. "full" needs ``levels=None``. The small variance of the last step would be 0; it is that of the step
+              before
     clip      (bound) clamp each prediction of x_0 to [-1, 1], as :func:`diffkern.sample` does; None: with ``levels``
     tol       (ode) relative and absolute error of a step of Runge-Kutta 4(5), by scipy
     probes    (ode) how many random sign vectors v estimate the divergence, by v^T J v (Hutchinson 1990; Grathwohl
@@ -122,7 +123,7 @@ def nll(
             rows = torch.arange(first, first + batch_size, dtype=torch.int64, device="cpu").clamp_(max=n - 1)
             kept = min(batch_size, n - first)  # the last sample pads the last batch
             given = {name: value[rows.to(value.device)].to(device) for name, value in conditions.items()}
-            predict = partial(_predict, runs, dtype, way.learned, given)
+            predict = partial(_predict, runs, dtype, way.channels, given)
             *terms, taken = way.terms(predict, x[rows.to(x.device)].to(device), seeds[rows].to(device), bar.update)
             prior, t, data = (term[:kept].cpu() for term in terms)
             bits.append(prior + t.sum(1) + data)
@@ -133,13 +134,13 @@ def nll(
 
 
 def _predict(
-    network: Network, dtype: torch.dtype | None, learned: bool, conditions: dict[str, Tensor], x: Tensor, t: Tensor
+    network: Network, dtype: torch.dtype | None, channels: int, conditions: dict[str, Tensor], x: Tensor, t: Tensor
 ) -> Tensor:
     labels = conditions.get("labels")
     others = {name: value for name, value in conditions.items() if name != "labels"}
     with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
         out = network(x, t, labels, **others)
-    return checked_output(out, x, learned)
+    return checked_output(out, x, channels)
 
 
 def _checked(x: Tensor, levels: Any, model: Model) -> Tensor:

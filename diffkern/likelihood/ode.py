@@ -30,8 +30,8 @@ class Ode:
     levels: int | None
     tol: float
     probes: int | None
+    channels: int
 
-    learned = False
     ticks = 1
     unit = "batch"
 
@@ -57,7 +57,7 @@ class Ode:
             import scipy.integrate  # noqa: F401
         except ImportError:
             raise ImportError("method: expected scipy for 'ode', got none: run pip install scipy") from None
-        return cls(process, model.prediction, levels, tol, probes)
+        return cls(process, model.prediction, levels, tol, probes, model.shape[0])
 
     @cached_property
     def ends(self) -> tuple[Point, Point]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import covariance, ops
 from ..constraints import Quantile
 from ..guidance import K_G, P_G, Guidance, W
 from ..ops.row import LONG_COLUMNS
@@ -19,6 +19,7 @@ as its ``sample``. t is int64 of a schedule's time steps, else float32"""
 P_X, P_O = (LONG_COLUMNS.index(name) for name in ("p_x", "p_o"))
 FROM_OUT = [LONG_COLUMNS.index(name) for name in ("p_o", "k_o", "q_o")]
 FROM_X0 = [LONG_COLUMNS.index(name) for name in ("p_x", "p_o", "p_g")]
+SIGMA, LOG_VAR_MIN, LOG_VAR_MAX = (LONG_COLUMNS.index(name) for name in ("sigma", "log_var_min", "log_var_max"))
 SEEN = [LONG_COLUMNS.index(name) for name in ("p_x", "p_o", "p_g", "limit", "w")]
 
 
@@ -57,6 +58,11 @@ class Loop:
         c_in = [1.0 if p is None else program.grid.process.c_in(p) for p in points]
         self.c_in = None if set(c_in) == {1.0} else torch.tensor(c_in, dtype=torch.float32, device=device)
         self.learned = program.learned_variance
+        self.outputs = shape[1] * (2 if self.learned else 1)  # the channels of the network's that the kernel reads
+        self.channels = covariance.channels(shape[1:]) if program.correlated else self.outputs
+        self.normals = torch.zeros_like(self.table) if program.correlated else None
+        if self.normals is not None:
+            self.normals[:, SIGMA] = 1  # rows that do nothing but draw
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
         self.each = torch.arange(shape[0], dtype=torch.int64, device=device)
         self.x = torch.empty(shape, dtype=torch.float32, device=device)
@@ -99,6 +105,9 @@ class Loop:
         out = uncond = gradient = None
         if row.point is not None:
             out, uncond, gradient = self._call(row)
+        if row.noise is not None and row.noise.correlated:
+            self._correlate(out)
+        out, uncond = (o if o is None else o[:, : self.outputs] for o in (out, uncond))
         table, addresses, step = self._rows(row, out, uncond, gradient)
         operands = dict(out_uncond=uncond, address=addresses, learned_variance=self.learned, grad=gradient)
         if out is None:
@@ -137,6 +146,13 @@ class Loop:
             worse = self._predict(self.network, self.x, t, self.null)
         return (out, worse, None) if given else (worse, None, None)
 
+    def _correlate(self, out: Tensor) -> None:
+        """Put the row's normals, with the covariance that ``out`` tells, into the last slot."""
+        z = ops.reverse_step(self.x, None, self.normals, self.row, self.seeds, address=self.addresses)
+        values = self.table.index_select(0, self.row).T  # [columns, 1]
+        factor = covariance.factor(out, values[LOG_VAR_MIN, :, None], values[LOG_VAR_MAX, :, None])
+        self.slots[-1].copy_((factor @ z[..., None])[..., 0])
+
     def _predict(self, network: Network, x: Tensor, t: Tensor, conditions: dict[str, Any]) -> Tensor:
         """A network's output. It gets copies of what the loop changes in place: a graph of its own may hold them."""
         conditions = {name: value.clone() if isinstance(value, Tensor) else value for name, value in conditions.items()}
@@ -144,7 +160,7 @@ class Loop:
         x_in = x.clone() if self.c_in is None else x * self.c_in.index_select(0, self.row)
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             out = network(x_in, t, labels, **conditions)
-        return checked_output(out, x, self.learned).float()
+        return checked_output(out, x, self.channels).float()
 
     def _differentiate(self, t: Tensor) -> tuple[Tensor, None, Tensor]:
         """(out, None, grad ln p) by the guidance's classifier or measurement."""
@@ -217,7 +233,7 @@ class Loop:
     def kind(self, row: Row) -> tuple[Any, ...]:
         """What a row has in common with those that the same CUDA graph can do."""
         calls = row.point is not None and (*self.guidance.outputs(row), self.guidance.at(row))
-        return calls, row.keep, row.reached is not None
+        return calls, row.keep, row.reached is not None, row.noise is not None and row.noise.correlated
 
     def replay(self, tick: Callable[[], Any]) -> None:
         """:meth:`run` by CUDA graphs, one for each kind of row, which the first batch records. All of it happens on the
@@ -253,9 +269,9 @@ def _scale(table: Tensor, columns: Iterable[int], factors: Tensor) -> None:
         table[:, column] *= factors
 
 
-def checked_output(out: Any, x_t: Tensor, learned_variance: bool) -> Tensor:
-    """The network's output; without the half that tells a variance where none is asked for."""
-    n, channels, *size = x_t.shape
+def checked_output(out: Any, x_t: Tensor, channels: int) -> Tensor:
+    """The first ``channels`` of the network's output: more of them tell a variance, which may not be asked for."""
+    n, own, *size = x_t.shape
     out = getattr(out, "sample", out)
     if not isinstance(out, Tensor):
         raise TypeError(f"model: expected a tensor as output, got {type(out).__name__}")
@@ -263,9 +279,7 @@ def checked_output(out: Any, x_t: Tensor, learned_variance: bool) -> Tensor:
         raise TypeError(f"model: expected a floating-point output, got {out.dtype}")
     if out.device != x_t.device:
         raise ValueError(f"model: expected an output on {x_t.device}, got {out.device}")
-    if not learned_variance and out.shape == (n, 2 * channels, *size):
-        return out[:, :channels]
-    shape = (n, 2 * channels if learned_variance else channels, *size)
-    if out.shape != shape:
+    shape, more = (n, channels, *size), [2 * own] if size else [2 * own, covariance.most_channels(own)]
+    if out.shape not in [shape, *((n, c, *size) for c in more if c > channels)]:
         raise ValueError(f"model: expected an output of shape {shape}, got {tuple(out.shape)}")
-    return out
+    return out if out.shape == shape else out[:, :channels]

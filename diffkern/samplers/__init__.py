@@ -14,6 +14,9 @@
 
 from ..prediction import PREDICTIONS as PREDICTIONS
 from . import adams_bashforth, ancestral, dpm_solver, ode, stochastic, uni_pc  # noqa: F401  each registers its samplers
+from .ancestral import LEARNED as LEARNED
+from .ancestral import SPREAD as SPREAD
+from .ancestral import UNBOUNDED as UNBOUNDED
 from .ancestral import VARIANCES as VARIANCES
 from .registry import SAMPLERS as SAMPLERS
 from .registry import Sampler as Sampler

@@ -10,7 +10,10 @@ from ..process import Grid
 from .options import number, one_of, variances, whole
 from .registry import sampler
 
-VARIANCES = ("fixed_small", "fixed_large", "learned")  # and "optimal", which needs data_std
+UNBOUNDED = ("diagonal", "full")
+LEARNED = ("learned", *UNBOUNDED)  # the variances that a network tells
+VARIANCES = ("fixed_small", "fixed_large", *LEARNED)  # and "optimal", which needs data_std
+SPREAD = 2.0  # log_var_max - log_var_min of an unbounded variance, whose ln is that of the large one plus v - 1
 
 
 @sampler(steps=None)
@@ -24,8 +27,10 @@ def ddpm(
 
     variance  "fixed_small", the posterior's; "fixed_large", the forward step's; "learned", between these by the second
               half of the network's output (Nichol & Dhariwal 2021, eq. 15), all three without noise in the step to
-              sigma = 0; "optimal", the posterior's + c1^2 Var(x_0 | x_s) (Bao et al. 2022, theorem 1) of Gaussian data
-              of the standard deviation ``data_std``; or one number >= 0 for each step, taken as it is
+              sigma = 0; "diagonal", e^(v - 1) times the forward step's, v being that second half (Sohl-Dickstein et al.
+              2015); "full", the same with correlations between dimensions (:mod:`diffkern.covariance`); "optimal", the
+              posterior's + c1^2 Var(x_0 | x_s) (Bao et al. 2022, theorem 1) of Gaussian data of the standard deviation
+              ``data_std``; or one number >= 0 for each step, taken as it is
     """
     named = isinstance(variance, str | None)
     given = None if named else variances(variance, len(grid))
@@ -47,6 +52,9 @@ def ddpm(
         elif optimal:
             unknown = s.sigma**2 * data_var / (s.alpha**2 * data_var + s.sigma**2)  # Var(x_0 | x_s)
             x = x + m.z(s, t) * math.sqrt(small + (t.alpha * removed) ** 2 * unknown)
+        elif variance in UNBOUNDED:
+            most = math.log(large)
+            x = x + m.z(s, t, log_var=(most - SPREAD, most), correlated=variance == "full")
         elif t.sigma > 0 and variance == "learned":
             x = x + m.z(s, t, log_var=(math.log(small), math.log(large)))
         elif t.sigma > 0:

@@ -38,6 +38,8 @@ def short_rows(program: Program, slots: int = 0) -> Tensor:
     """The rows of a program as a short table, with that many slots at least. ValueError where they do not fit."""
     if program.slots > 1 or any(row.point is None or row.q not in ((0, 0, 0), (0, 0, 1)) for row in program.rows):
         raise ValueError("sampler: expected one that keeps x0_hat alone, with a network call in each row")
+    if program.correlated:
+        raise ValueError("variance: expected one without correlations in a short table, got 'full'")
     if any(row.noise and (row.noise.address, row.noise.count) != (row.point.time, 1) for row in program.rows):
         raise ValueError("sampler: expected one that draws the noise of each time step once")
     rows = []

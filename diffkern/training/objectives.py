@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import ops
 from ..prediction import head, target
-from ..samplers import VARIANCES
+from ..samplers import SPREAD, UNBOUNDED, VARIANCES
 from ..schedule import Schedule, checked_int
 from .times import LogNormal, Times, Uniform
 
@@ -75,7 +75,7 @@ def levels(
 
     previous  (alpha, sigma) that each step reaches, less noisy, sigma 0 at the image; None: there is no bound
     variance  of p: "fixed_small" is that of q(x_prev | x_t, x_0), "fixed_large" that of q(x_t | x_prev), "learned" lies
-              between them; or variances [rows]
+              between them, "diagonal" and "full" anywhere; or variances [rows]
     first     "bins" or "density": of the step that ends at the image
 
     The small variance of the step to the image is 0. The one of the step that reaches its level takes its place, or the
@@ -102,10 +102,13 @@ def levels(
         if variance not in VARIANCES:
             raise ValueError(f"variance: expected one of {VARIANCES} or variances, got {variance!r}")
         log_var_max = small if variance == "fixed_small" else large
+        log_var_min = large - SPREAD if variance in UNBOUNDED else small
     else:
         log_var_max = np.log(np.broadcast_to(np.asarray(variance, float), alpha.shape))
+        log_var_min = small
     c2 = alpha / alpha_prev * (sigma_prev / sigma) ** 2
-    return Levels(alpha, sigma, alpha_prev * share, c2, small, small, log_var_max, np.where(ends, FIRST[first], 0.0))
+    ends_at = np.where(ends, FIRST[first], 0.0)
+    return Levels(alpha, sigma, alpha_prev * share, c2, small, log_var_min, log_var_max, ends_at)
 
 
 def levels_of(schedule: Schedule, **options: Any) -> Levels:

@@ -23,6 +23,7 @@ from ..io.files import CHECKPOINT, restore, write
 from ..model import Model, build, checked_device
 from ..networks import UNet
 from ..progress import bar as progress_bar
+from ..samplers import LEARNED
 from ..sampling import sample
 from . import runs
 from .checkpoint import read_checkpoint
@@ -90,7 +91,8 @@ class Trainer:
         self.predict = parallel.averaging(self.network)
         self.table = model.schedule.q_table(self.model.device)
         as_printed = (config.prediction, config.objective) == ("eps", "simple")  # Algorithm 1, by ops.noise_loss
-        variance = "learned" if model.learned_variance else model.default_variance
+        learns = model.learned_variance and model.variance not in LEARNED
+        variance = "learned" if learns else model.default_variance
         self.losses = None if as_printed else self.objective.table(model.schedule, self.model.device, variance=variance)
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True

@@ -1,0 +1,1 @@
+"""Figures of the theory: small programs that train and draw in seconds."""
