@@ -1,6 +1,7 @@
 """Guidance: which outputs a network call makes, and the columns by which the kernel combines them."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,9 @@ class Guidance:
     negative     labels in place of the null class
     plus_plus    CFG++ (Chung et al. 2024): step by the unconditional noise; w in [0, 1]
     network      a worse network in place of the null class (autoguidance, Karras et al. 2024)
-    classifier   (x_t, t, labels) -> logits [N, K] or log p(y | x_t) [N]
+    classifier   (x_t, t, labels) -> logits [N, K] or log p(y | x_t) [N], or the name or file of a
+                 :class:`diffkern.classifier.NoisyClassifier`. The network gets the null class where it has one: the
+                 labels are the classifier's matter
     form         of a classifier's or measurement's gradient g: "score", x0_hat + w sigma^2 / alpha g, with any sampler;
                  or "mean", mean + w var g, with samplers that draw noise (Dhariwal & Nichol 2021, algorithm 1)
     measurement  x0_hat -> log p(y | x0_hat) [N]: its gradient goes through the network (Chung et al. 2023)
@@ -39,7 +42,7 @@ class Guidance:
     negative: Any = None
     plus_plus: bool = False
     network: Callable[..., Tensor] | None = None
-    classifier: Callable[..., Tensor] | None = None
+    classifier: Callable[..., Tensor] | str | os.PathLike | None = None
     form: str = "score"
     measurement: Callable[[Tensor], Tensor] | None = None
 
@@ -77,6 +80,8 @@ class Guidance:
 
     def outputs(self, row: Row) -> tuple[bool, bool]:
         """(whether the call makes the output with its condition, and the one to compare it with)."""
+        if self.classifier is not None:
+            return False, True
         if self.by_gradient or not self.at(row) or (self.one_weight and self.weight == 1 and not self.plus_plus):
             return True, False
         if self.one_weight and self.weight == 0 and not self.plus_plus and self.network is None:

@@ -392,6 +392,29 @@ def test_evaluate_prints_the_bound_of_test_and_training_images(folder, capsys):
         assert float(total) == pytest.approx(sum(map(float, terms)), abs=1e-3)
 
 
+def test_classifier_trains_one_where_there_is_none_and_it_guides(folder, capsys):
+    tiny.write_fashion_mnist(folder / "idx")
+    model = tiny.model(classes=10)
+    model.shape, model.classes = (1, 32, 32), tuple(map(str, range(10)))  # those of IDX files
+    save(model, "clothes.safetensors")
+    command = ["classifier", "--classifier", "c.safetensors", "--data", "idx", "--model", "clothes.safetensors", *QUIET]
+    assert main([*command, "--examples", "6", "--batch-size", "3", "--n", "8"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("Accuracy on 8 test images at the time step t\n\n| t | 0 | 2 | 4 |")
+    assert re.search(r"\n\| accuracy( \| [\d.]+%){11} \|\n$", first)
+    assert main([*command, "--n", "8"]) == 0 and capsys.readouterr().out == first
+    guided = ["--guide", "c.safetensors", "--guidance", "3", *QUIET]
+    options = ["--model", "clothes.safetensors", "--n", "2", "--steps", "1"]
+    assert main(["sample", *options, *guided, "--npz", "guided.npz"]) == 0
+    settings = read_settings("samples.png")
+    assert (settings["guide"], settings["guidance"]) == ("c.safetensors", 3)
+    assert main(["sample", *options, "--guidance", "0", "--npz", "free.npz", *QUIET]) == 0
+    assert not np.array_equal(np.load("guided.npz")["images"], np.load("free.npz")["images"])
+    evaluated = ["evaluate", "--model", "clothes.safetensors", "--data", "idx", "--n", "4", "--steps", "ddim:1"]
+    assert main([*evaluated, "--loss-n", "2", *guided]) == 0
+    assert "| ddim | 1 | 4 |" in capsys.readouterr().out
+
+
 def test_doctor_gives_its_own_status(monkeypatch):
     import diffkern.doctor
 
@@ -457,7 +480,7 @@ FIT = ["train", "--data", "pictures", "--out", "run"]
 SMALL = ["--network", '{"channels": 8, "channel_mult": [1, 1, 1], "blocks": 1}']
 JUDGE = ["evaluate", "--model", "m.safetensors", "--data", "idx"]
 BAD_COMMANDS = {
-    "nothing": ([], "expected a command: sample, train, export, evaluate, doctor .see diffkern --help."),
+    "nothing": ([], "expected a command: sample, train, export, evaluate, classifier, doctor .see diffkern --help."),
     "no such command": (["draw"], "argument COMMAND: invalid choice: 'draw'"),
     "no model": (["sample"], "the following arguments are required: --model"),
     "no such option": ([*SAMPLE, "--colour"], "unrecognized arguments: --colour"),

@@ -11,11 +11,12 @@ from ..likelihood import Nll, nll
 from ..model import Model, load
 from ..progress import tell
 from ..samplers import SAMPLERS
-from .options import DTYPES, add_long_options, count
+from .options import DTYPES, add_guidance, add_long_options, count, guidance
 from .outputs import check_file
 
 EXAMPLES = """\
   diffkern evaluate --model run --steps ddim:50 dpmpp_2m:20
+  diffkern evaluate --model run --guide fashion-mnist-noisy --guidance 4 --n 1000
   diffkern evaluate --model run --nll 1000"""
 
 
@@ -35,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SAMPLER:STEPS",
         help="(default: ddpm:1000 ddim:50 ddim:20 ddim:10)",
     )
-    parser.add_argument(
-        "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance (default: 1)"
-    )
+    add_guidance(parser)
     parser.add_argument("--loss-n", type=count, default=1000, help="test images for the held-out loss (default: 1000)")
     parser.add_argument(
         "--nll",
@@ -78,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         check_file("classifier", arguments.classifier)
     train, test = (fashion_mnist(arguments.data, split=split) for split in ("train", "test"))
-    options = dict(n=arguments.n, runs=runs, guidance=arguments.guidance)
+    options = dict(n=arguments.n, runs=runs, guidance=guidance(arguments))
     evaluate.check(model, train, test, net, **options)
     tell(f"training {train.summary}")
     tell(f"test {test.summary}")

@@ -16,12 +16,13 @@ from ..model import Model, load
 from ..samplers import SAMPLERS, VARIANCES, default_sampler
 from ..sampling import Step, sample
 from ..schedule import SPACINGS
-from .options import DTYPES, add_long_options, count
+from .options import DTYPES, add_guidance, add_long_options, count, guidance
 from .outputs import check_file
 
 GIF_FRAMES = 50
 EXAMPLES = """\
   diffkern sample --model fashion-mnist --n 40 --steps 50
+  diffkern sample --model fashion-mnist --labels Sneaker --guide fashion-mnist-noisy --guidance 4
   diffkern sample --model run --labels cat --guidance 2 --seeds 100:116 --out cats.png"""
 
 
@@ -35,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels", "--label", nargs="+", metavar="LABEL", help="classes by name or number, none for the null class"
     )
-    parser.add_argument(
-        "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance (default: 1)"
-    )
+    add_guidance(parser)
     parser.add_argument("--steps", type=count, help="(default: all for ddpm, 50 for ddim, 20 for most others)")
     parser.add_argument("--sampler", choices=SAMPLERS, help="(default: ddpm for all steps, unipc for fewer)")
     parser.add_argument("--spacing", choices=SPACINGS, help="of the steps (default: the model's, else trailing)")
@@ -110,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=None if arguments.dtype == "float32" else getattr(torch, arguments.dtype),
         progress=arguments.progress,
         callback=film and film.record,
-        **settings,
+        **settings | {"guidance": guidance(arguments)},
     )
     settings = {
         "model": str(arguments.model),
@@ -118,6 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         "labels": labels,
         "classes": model.classes,
         **settings,
+        **({} if arguments.guide is None else {"guide": arguments.guide}),
         **({"clip": {"quantile": clip.q}} if isinstance(settings["clip"], Quantile) else {}),
         "dtype": arguments.dtype,
         "device": str(model.device),

@@ -161,7 +161,7 @@ class Loop:
                 log_p = self.guidance.measurement(values[P_X] * x + values[P_O] * out[:, : x.shape[1]])
             (gradient,) = torch.autograd.grad(log_p.sum(), x)
         if out is None:
-            out = self._predict(self.network, self.x, t, self.given)
+            out = self._predict(self.network, self.x, t, self.null)
         return out.detach(), None, gradient.float()
 
     def _rows(
