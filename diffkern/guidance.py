@@ -139,7 +139,7 @@ class PiGDM:
     are N(m, s^2). Without noise it is H^+ (y - H x0_hat) / r^2 times the network's derivative.
 
     forward     H: [N, ...] -> [N, ...], linear and differentiable, each sample for itself
-    y           [N or 1, ...]: 1 for one that all samples share
+    y           [N or 1, ...], of a batch of N samples: 1 for one that all share; for a CUDA graph on its device
     noise_std   of the noise of each element of y
     data_std    of the data; 1 is the paper's
     iterations  of conjugate gradients: one is exact where H H^T is a multiple of the identity (a mask, a mean of

@@ -582,6 +582,15 @@ def test_a_path_gives_similar_images_for_any_number_of_steps():
     assert correlation(draw(noise="step", steps=20, **options)) < 0.5
 
 
+@pytest.mark.slow
+def test_a_path_gives_the_shipped_model_s_image_of_that_seed():
+    """Of 100 seeds the same one's is the nearest image. 250 steps, not all, are the long run: minutes on one thread."""
+    options = dict(sampler="ddpm", batch_size=25, progress=False)
+    short, long = (sample("fashion-mnist", 100, steps=steps, noise="path", **options) for steps in (20, 250))
+    nearest = torch.cdist(short.flatten(1), long.flatten(1)).argmin(1)
+    assert (nearest == torch.arange(100)).sum() >= 95
+
+
 @pytest.mark.parametrize("name", ["heun", "rk4", "dpmpp_2s", "pc"])
 def test_a_callback_sees_where_a_step_ends_and_may_change_it_there(name):
     """Of samplers that call the network several times in a step: no state within it."""
