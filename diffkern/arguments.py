@@ -6,7 +6,7 @@ Each error names the argument, what was expected and what came.
 import inspect
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .classifier import NoisyClassifier, load_noisy_classifier
 from .constraints import From, Inpaint
 from .engine import Engine
 from .guidance import Guidance
@@ -37,10 +38,24 @@ def run_of(run: Run | None, options: dict[str, Any]) -> Run:
     return replace(run or Run(), **named)
 
 
-def guidance_of(guidance: Any) -> Guidance:
+def guidance_of(guidance: Any, model: Model, device: torch.device) -> Guidance:
+    """A :class:`Guidance` whose classifier is a function."""
     if isinstance(guidance, Guidance):
-        return guidance
+        return replace(guidance, classifier=_classifier_of(guidance.classifier, model, device))
     return Guidance(checked_float("guidance", guidance, "a finite number", math.isfinite))
+
+
+def _classifier_of(classifier: Any, model: Model, device: torch.device) -> Callable[..., Tensor] | None:
+    """ValueError for a :class:`NoisyClassifier` of other images or another noise than the model's."""
+    if isinstance(classifier, str | os.PathLike):
+        classifier = load_noisy_classifier(classifier, device)
+    if not isinstance(classifier, NoisyClassifier):
+        return classifier
+    for name in ("schedule", "shape", "classes"):
+        theirs, ours = getattr(classifier, name), getattr(model, name)
+        if ours is not None and theirs != ours:
+            raise ValueError(f"classifier: expected one with the model's {name}, {ours}, got {theirs}")
+    return classifier.network
 
 
 def check_guided(guidance: Guidance, labels: Tensor | None, model: Model, n: int) -> None:
@@ -69,7 +84,7 @@ def conditions_of(
     """By name: the condition of each sample, and what the call without it gets."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     if labels is not None:
-        null = torch.full_like(labels, -1)
+        null = torch.full_like(labels, -1) if model.null_class else labels
         if guidance.negative is not None:
             null = labels_of(guidance.negative, model)
             if null.ndim and len(null) != n:
@@ -78,7 +93,8 @@ def conditions_of(
         found["labels"] = labels, null
     for condition in model.conditions:
         given = condition.batch(options.pop(condition.name, None), n)
-        found[condition.name] = given, given if condition.null is None else condition.batch(None, n)
+        kept = condition.null is None or guidance.classifier is not None  # which is there for the labels alone
+        found[condition.name] = given, given if kept else condition.batch(None, n)
     return found
 
 

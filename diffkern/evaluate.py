@@ -4,12 +4,10 @@ The features are those of a small classifier of Fashion-MNIST, made here: Incept
 Distances are comparable among themselves, and with the distance of real test images, never with published FIDs.
 """
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,24 +16,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops, samplers
+from .arguments import check_guided, guidance_of
+from .classifier import CLASSIFIERS, NoisyClassifier
 from .data import Dataset, epoch_order, words
+from .guidance import Guidance
 from .images import from_pixels, to_uint8
 from .io.files import fill, floating, read, write
-from .model import Model, unwrapped
-from .networks import UNet
+from .model import Model
 from .networks.blueprint import Blueprint
 from .networks.defaults import float32_on
 from .progress import bar as progress_bar
 from .sampling import sample
 from .schedule import checked_float, checked_int
 
-CLASSIFIER = Path(__file__).parent / "classifiers" / "fashion-mnist.safetensors"
+CLASSIFIER = CLASSIFIERS / "fashion-mnist.safetensors"
 """The classifier that ships, so that distances measured anywhere are in the same feature space."""
 
 LARGEST_SIZE = 2**16  # channels or classes of a classifier's file: more are refused
 
 LOSS_STREAM = 5
-"""The Philox stream that draws t for :func:`eps_loss`."""
+"""The Philox stream of an image's noise seed, and of its t, in :func:`eps_loss` and :func:`noisy_accuracy`."""
 
 
 class Classifier(nn.Module):
@@ -142,6 +142,28 @@ def accuracy(net: Classifier, images: Tensor, labels: Tensor) -> float:
     return (_in_batches(net, images).argmax(1) == labels).double().mean().item()
 
 
+@torch.no_grad()
+def noisy_accuracy(
+    classifier: NoisyClassifier, data: Dataset, times: Sequence[int], *, n: int = 1000, seed: int = 0
+) -> list[float]:
+    """The share of the first ``n`` images that ``classifier`` gives their label, noised to each of ``times``.
+
+    The noise is a function of the seed, the image's number and the time step: the same for every classifier.
+    """
+    n, device = min(n, len(data)), next(classifier.network.parameters()).device
+    table = classifier.schedule.q_table(device)
+    seeds = _seeds(words(np.arange(n), 0, LOSS_STREAM, seed)).to(device)
+    shares = []
+    for time_step in times:
+        right = 0
+        for index in torch.arange(n, dtype=torch.int64, device="cpu").split(100):
+            t = torch.full(index.shape, time_step, dtype=torch.int64, device=device)
+            logits = classifier(ops.q_sample(data.x_0(index).to(device), t, seeds[index], table), t)
+            right += (logits.argmax(1).cpu() == data.labels[index]).sum().item()
+        shares.append(right / n)
+    return shares
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Between the Gaussians of two sets of features [K, D] and [L, D] (Dowson & Landau 1982; Heusel et al. 2017).
 
@@ -182,7 +204,7 @@ def eps_loss(
         low, high = bucket * T // buckets, (bucket + 1) * T // buckets
         w = words(np.arange(n), bucket, LOSS_STREAM, seed)
         t = torch.from_numpy((low + (w[:, 2] * np.uint64(high - low) >> np.uint64(32))).astype(np.int64))
-        seeds = torch.from_numpy((w[:, 0] | w[:, 1] << np.uint64(32)).view(np.int64))
+        seeds = _seeds(w)
         total = 0.0
         for index in torch.arange(n, dtype=torch.int64, device="cpu").split(batch_size):
             x_0, labels = data.x_0(index).to(device), data.labels[index].to(device) if known else None
@@ -191,6 +213,11 @@ def eps_loss(
             total += ops.noise_loss(out.contiguous(), seeds_i, t_i).double().sum().item()
         losses.append(total / n)
     return losses
+
+
+def _seeds(w: np.ndarray) -> Tensor:
+    """The first two of each sample's Philox words: [N] int64."""
+    return torch.from_numpy((w[:, 0] | w[:, 1] << np.uint64(32)).view(np.int64))
 
 
 @dataclass(frozen=True)
@@ -217,7 +244,7 @@ def evaluate(
     *,
     n: int = 10_000,
     runs: Sequence[tuple[str, int]] = RUNS,
-    guidance: float = 1.0,
+    guidance: float | Guidance = 1.0,
     batch_size: int = 100,
     dtype: torch.dtype | None = None,
     progress: bool = True,
@@ -240,7 +267,7 @@ def check(
     *,
     n: int,
     runs: Sequence[tuple[str, int]],
-    guidance: float = 1.0,
+    guidance: float | Guidance = 1.0,
 ) -> None:
     """Check the arguments of :func:`evaluate` before a network runs; ``net`` is None where it is yet to be trained.
 
@@ -256,17 +283,11 @@ def check(
     expected = f"2..{len(test)} (the floor takes as many test images)"
     if not 2 <= checked_int("n", n, expected) <= len(test):
         raise ValueError(f"n: expected {expected}, got {n}")
-    if checked_float("guidance", guidance, "a finite number", math.isfinite) != 1 and not _guided(model):
-        raise ValueError(f"guidance: expected 1 with a model that lacks classes or a null class, got {guidance}")
+    check_guided(guidance_of(guidance, model, model.device), labels_in_turn(model, n), model, n)
     for sampler, steps in runs:
         if sampler not in samplers.SAMPLERS:
             raise ValueError(f"runs: expected a sampler among {', '.join(samplers.SAMPLERS)}, got {sampler!r}")
         samplers.SAMPLERS[sampler].trace(model.schedule.grid(steps), model.prediction)
-
-
-def _guided(model: Model) -> bool:
-    network = unwrapped(model.network)
-    return model.classes is not None and (not isinstance(network, UNet) or network.config["null_class"])
 
 
 def _rows(

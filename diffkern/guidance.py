@@ -1,6 +1,7 @@
 """Guidance: which outputs a network call makes, and the columns by which the kernel combines them."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from .ops.row import LONG_COLUMNS
 from .program import Program, Row
+from .schedule import checked_float, checked_int
 
 W, P_G, K_G, K_O, K_U = (LONG_COLUMNS.index(name) for name in ("w", "p_g", "k_g", "k_o", "k_u"))
+CONVERGED = 1e-12  # of a squared norm in float32, relative to the first: what is below is rounding
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,13 @@ class Guidance:
     negative     labels in place of the null class
     plus_plus    CFG++ (Chung et al. 2024): step by the unconditional noise; w in [0, 1]
     network      a worse network in place of the null class (autoguidance, Karras et al. 2024)
-    classifier   (x_t, t, labels) -> logits [N, K] or log p(y | x_t) [N]
+    classifier   (x_t, t, labels) -> logits [N, K] or log p(y | x_t) [N], or the name or file of a
+                 :class:`diffkern.classifier.NoisyClassifier`. The network gets the null class where it has one: the
+                 labels are the classifier's matter
     form         of a classifier's or measurement's gradient g: "score", x0_hat + w sigma^2 / alpha g, with any sampler;
                  or "mean", mean + w var g, with samplers that draw noise (Dhariwal & Nichol 2021, algorithm 1)
-    measurement  x0_hat -> log p(y | x0_hat) [N]: its gradient goes through the network (Chung et al. 2023)
+    measurement  x0_hat -> log p(y | x0_hat) [N]: its gradient goes through the network (DPS, Chung et al. 2023); or a
+                 :class:`PiGDM`
     """
 
     weight: float | Sequence[float] | Tensor = 1.0
@@ -39,9 +45,9 @@ class Guidance:
     negative: Any = None
     plus_plus: bool = False
     network: Callable[..., Tensor] | None = None
-    classifier: Callable[..., Tensor] | None = None
+    classifier: Callable[..., Tensor] | str | os.PathLike | None = None
     form: str = "score"
-    measurement: Callable[[Tensor], Tensor] | None = None
+    measurement: "Callable[[Tensor], Tensor] | PiGDM | None" = None
 
     def __post_init__(self) -> None:
         weights = torch.as_tensor(self.weight, dtype=torch.float64, device="cpu")
@@ -58,6 +64,10 @@ class Guidance:
             raise ValueError("guidance: expected one of negative, network, classifier and measurement, got several")
         if self.by_gradient and (self.rescale or self.plus_plus):
             raise ValueError("guidance: expected no rescale and no plus_plus with a classifier or a measurement")
+
+    def log_p(self, x0_hat: Tensor, rho: Tensor) -> Tensor:
+        """Of the measurement: [N], of x0_hat [N, ...] at rho = sigma / alpha, []."""
+        return self.measurement(x0_hat, rho) if isinstance(self.measurement, PiGDM) else self.measurement(x0_hat)
 
     @property
     def by_gradient(self) -> bool:
@@ -77,6 +87,8 @@ class Guidance:
 
     def outputs(self, row: Row) -> tuple[bool, bool]:
         """(whether the call makes the output with its condition, and the one to compare it with)."""
+        if self.classifier is not None:
+            return False, True
         if self.by_gradient or not self.at(row) or (self.one_weight and self.weight == 1 and not self.plus_plus):
             return True, False
         if self.one_weight and self.weight == 0 and not self.plus_plus and self.network is None:
@@ -116,3 +128,95 @@ class Guidance:
             ends = row.reached is not None and row.reached.sigma == 0
             if row.point is not None and not ends and (row.k_u == 0 or row.k_0 == 0):
                 raise ValueError("plus_plus: expected a sampler that adds eps to x0_hat in each step, as 'ddim'")
+
+
+@dataclass(frozen=True, eq=False)
+class PiGDM:
+    """A linear measurement y = H x_0 + noise, for ``Guidance(measurement=...)`` (Song et al. 2023, section 3).
+
+    x_0 given x_t is taken to be N(x0_hat, r^2), where r^2 = s^2 sigma^2 / (s^2 alpha^2 + sigma^2), s = ``data_std``.
+    So p(y | x_t) is N(y; H x0_hat, r^2 H H^T + noise_std^2), and its gradient, by the network, is exact for data that
+    are N(m, s^2). Without noise it is H^+ (y - H x0_hat) / r^2 times the network's derivative.
+
+    forward     H: [N, ...] -> [N, ...], linear and differentiable, each sample for itself
+    y           [N or 1, ...], of a batch of N samples: 1 for one that all share; for a CUDA graph on its device
+    noise_std   of the noise of each element of y
+    data_std    of the data; 1 is the paper's
+    iterations  of conjugate gradients: one is exact where H H^T is a multiple of the identity (a mask, a mean of
+                pixels); at most as many as y has elements
+
+    Raises TypeError or ValueError.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    y: Tensor
+    noise_std: float = 0.0
+    data_std: float = 1.0
+    iterations: int = 10
+
+    def __post_init__(self) -> None:
+        if not callable(self.forward):
+            raise TypeError(f"forward: expected a callable, got {type(self.forward).__name__}")
+        if not isinstance(self.y, Tensor) or not self.y.is_floating_point():
+            got = self.y.dtype if isinstance(self.y, Tensor) else type(self.y).__name__
+            raise TypeError(f"y: expected a floating-point tensor, got {got}")
+        checked_float("noise_std", self.noise_std, "a number >= 0", lambda value: value >= 0)
+        checked_float("data_std", self.data_std, "a number > 0", lambda value: value > 0)
+        if checked_int("iterations", self.iterations, "an int >= 1") < 1:
+            raise ValueError(f"iterations: expected an int >= 1, got {self.iterations}")
+
+    def __call__(self, x0_hat: Tensor, rho: Tensor) -> Tensor:
+        """What has the gradient of ln p(y | x_t): [N], of x0_hat [N, ...] at rho = sigma / alpha, []."""
+        with torch.enable_grad():
+            x = x0_hat.detach().requires_grad_()
+            seen = self.forward(x)
+        y = self.y.to(seen)
+        if y.ndim != seen.ndim or y.shape[1:] != seen.shape[1:] or len(y) not in (1, len(seen)):
+            raise ValueError(f"y: expected the shape that forward gives, {tuple(seen.shape)}, got {tuple(y.shape)}")
+
+        def transposed(v: Tensor) -> Tensor:
+            return torch.autograd.grad(seen, x, v, retain_graph=True)[0]
+
+        # H^T (r^2 H H^T + noise_std^2)^-1 b = u / r^2 where (H^T H + damping) u = H^T b, which has a solution even if
+        # no image has that y.
+        variance = 1 / (1 / self.data_std**2 + 1 / rho.square())
+        with torch.no_grad():
+            u = _least_squares(self.forward, transposed, y - seen, self.noise_std**2 / variance, self.iterations)
+        return _dot(u / variance, x0_hat)
+
+
+def _least_squares(
+    matrix: Callable[[Tensor], Tensor],
+    transposed: Callable[[Tensor], Tensor],
+    b: Tensor,
+    damping: Tensor,
+    iterations: int,
+) -> Tensor:
+    """The u of least |matrix u - b|^2 + damping |u|^2 for each sample, by conjugate gradients (CGLS, Bjorck 1996,
+    section 7.4). The host looks at no value, as a CUDA graph needs it."""
+    residual, direction = b, transposed(b)
+    u, size = torch.zeros_like(direction), _dot(direction, direction)
+    least = CONVERGED * size
+    for _ in range(iterations):
+        moved = matrix(direction)
+        step = _ratio(size, _dot(moved, moved) + damping * _dot(direction, direction))
+        u, residual = u + _each(step, u) * direction, residual - _each(step, b) * moved
+        slope = transposed(residual) - damping * u
+        before, size = size, _dot(slope, slope)
+        size = torch.where(size > least, size, 0)
+        direction = slope + _each(_ratio(size, before), u) * direction
+    return u
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0, of a sample that is done."""
+    return torch.where(b > 0, a / b, 0)
+
+
+def _each(factors: Tensor, x: Tensor) -> Tensor:
+    """A factor [N] for each sample, to multiply x [N, ...] by."""
+    return factors.reshape(-1, *[1] * (x.ndim - 1))

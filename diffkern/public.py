@@ -16,7 +16,7 @@ except (AttributeError, ImportError, RuntimeError) as error:  # absent, or older
 
 from .constraints import From, Inpaint, Quantile
 from .engine import optimize
-from .guidance import Guidance
+from .guidance import Guidance, PiGDM
 from .likelihood import Nll, nll
 from .model import Model, load, save
 from .process import EDM, VE, VP, RectifiedFlow, SubVP
@@ -32,6 +32,7 @@ __all__ = [
     "Inpaint",
     "Model",
     "Nll",
+    "PiGDM",
     "Quantile",
     "RectifiedFlow",
     "Run",

@@ -116,7 +116,7 @@ def sample(
     run = run_of(run, options)
     model, network, device, dtype = resolve(model, run, options)
     process, x_T = model.schedule, options.pop("x_T", None)
-    guidance = guidance_of(guidance)
+    guidance = guidance_of(guidance, model, device)
     if noise not in ("step", "path"):
         raise ValueError(f"noise: expected 'step' or 'path', got {noise!r}")
     for name, value, kind in (("start", start, From), ("constraint", constraint, Inpaint)):

@@ -19,7 +19,7 @@ from PIL import Image
 from tiny import one_thread  # noqa: F401
 
 import diffkern
-from diffkern import training
+from diffkern import cli, training
 from diffkern.cli import evaluate as evaluate_command
 from diffkern.cli import main
 from diffkern.cli import plot as plot_command
@@ -495,6 +495,29 @@ def test_the_bound_over_t_is_the_mean_of_each_part_of_the_steps():
     assert evaluate_command._over_t(terms, 3) == [(1.5, 6.0), (3.5, 1.5), (5.5, 0.25)]
 
 
+def test_classifier_trains_one_where_there_is_none_and_it_guides(folder, capsys):
+    tiny.write_fashion_mnist(folder / "idx")
+    model = tiny.model(classes=10)
+    model.shape, model.classes = (1, 32, 32), tuple(map(str, range(10)))  # those of IDX files
+    save(model, "clothes.safetensors")
+    command = ["classifier", "--classifier", "c.safetensors", "--data", "idx", "--model", "clothes.safetensors", *QUIET]
+    assert main([*command, "--examples", "6", "--batch-size", "3", "--n", "8"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("Accuracy on 8 test images at the time step t\n\n| t | 0 | 2 | 4 |")
+    assert re.search(r"\n\| accuracy( \| [\d.]+%){11} \|\n$", first)
+    assert main([*command, "--n", "8"]) == 0 and capsys.readouterr().out == first
+    guided = ["--guide", "c.safetensors", "--guidance", "3", *QUIET]
+    options = ["--model", "clothes.safetensors", "--n", "2", "--steps", "1"]
+    assert main(["sample", *options, *guided, "--npz", "guided.npz"]) == 0
+    settings = read_settings("samples.png")
+    assert (settings["guide"], settings["guidance"]) == ("c.safetensors", 3)
+    assert main(["sample", *options, "--guidance", "0", "--npz", "free.npz", *QUIET]) == 0
+    assert not np.array_equal(np.load("guided.npz")["images"], np.load("free.npz")["images"])
+    evaluated = ["evaluate", "--model", "clothes.safetensors", "--data", "idx", "--n", "4", "--steps", "ddim:1"]
+    assert main([*evaluated, "--loss-n", "2", *guided]) == 0
+    assert "| ddim | 1 | 4 |" in capsys.readouterr().out
+
+
 def test_doctor_gives_its_own_status(monkeypatch):
     import diffkern.doctor
 
@@ -521,7 +544,7 @@ def test_the_command_alone_shows_its_help_with_examples(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert alone == capsys.readouterr().out and "\nexamples:\n  diffkern sample --steps 20 " in alone
-    for name in ("sample", "interpolate", "inpaint", "train", "export", "evaluate", "doctor"):
+    for name in cli.COMMANDS:
         assert f"    {name}" in alone
 
 

@@ -295,10 +295,10 @@ BAD = {
     ),
     "channels": (lambda f: evaluation(net=Classifier(channels=3)), r"train: expected .* \(3, 32, 32\), got \(1, 32,"),
     "n": (lambda f: evaluation(n=5), r"n: expected 2..4 \(the floor takes as many test images\), got 5"),
-    "no classes": (lambda f: evaluation(guidance=2), "guidance: expected 1 with a model that lacks classes .*, got 2"),
+    "no classes": (lambda f: evaluation(guidance=2), "guidance: expected 1 without labels, got 2"),
     "no null class": (
         lambda f: evaluation(guidance=2, model=without_null_class()),
-        "guidance: expected 1 with a model that lacks .* a null class, got 2",
+        "guidance: expected 1 with a network without a null class, got 2",
     ),
     "steps": (lambda f: evaluation(runs=[("ddim", 2), ("ddpm", 21)]), "steps: expected 1 to 20, .* got 21"),
     "sampler": (lambda f: evaluation(runs=[("plms", 2)]), "runs: expected a sampler among .*ddpm, .*, got 'plms'"),

@@ -277,7 +277,7 @@ def test_the_package_has_its_public_names_and_no_others():
         *("noise", "q_sample", "reverse_step", "noise_loss", "diffusion_loss", "group_norm_silu", "attention"),
         *("Schedule", "VP", "SubVP", "VE", "EDM", "RectifiedFlow"),
         *("UNet", "Model", "load", "save", "optimize", "torch_ops"),
-        *("sample", "encode", "interpolate", "Run", "Guidance", "From", "Inpaint", "Quantile", "nll", "Nll"),
+        *("sample", "encode", "interpolate", "Run", "Guidance", "PiGDM", "From", "Inpaint", "Quantile", "nll", "Nll"),
     }
     assert set(diffkern.__all__) == names | {"__version__"}
     modules = {module.name for module in pkgutil.iter_modules(diffkern.__path__)} | {"metadata"}

@@ -9,7 +9,22 @@ from gaussian import GRIDS, MOMENTS, network_output
 from test_program import case_name, heads
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffkern import EDM, VE, VP, From, Guidance, Inpaint, Quantile, RectifiedFlow, Run, Schedule, SubVP, ops, sample
+from diffkern import (
+    EDM,
+    VE,
+    VP,
+    From,
+    Guidance,
+    Inpaint,
+    PiGDM,
+    Quantile,
+    RectifiedFlow,
+    Run,
+    Schedule,
+    SubVP,
+    ops,
+    sample,
+)
 from diffkern.codec import Codec
 from diffkern.conditions import Condition
 from diffkern.constraints import limit_of
@@ -303,6 +318,74 @@ def test_a_measurement_s_gradient_goes_through_the_network():
     assert all(seen) and (held - 0.8).abs().mean() < (free - 0.8).abs().mean()
 
 
+def seen_by_rows(x):
+    """Five mixtures of a sample's 18 elements, which no two have in common with equal weight."""
+    rows = torch.randn(5, 18, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
+    return x.flatten(1) @ rows.T
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "forward", [seen_by_rows, lambda x: x[:, :, 1:], lambda x: x.mean(3)], ids=["rows", "part", "means"]
+)
+def test_pigdm_draws_from_the_posterior_of_gaussian_data(forward, noise_std):
+    """For N(m, s^2) the guided prediction is E[x_0 | x_t, y], at every step of a run; each has a y."""
+    m, s = 0.2, 0.5
+    y = forward(ops.noise(torch.arange(3), SHAPE, step=7, stream=9))
+    matrix = forward(torch.eye(18, dtype=torch.float64).reshape(18, *SHAPE)).flatten(1).T
+    told = y.flatten(1).double() - matrix.sum(1) * m
+
+    def prior(x, t, labels):
+        p = LINEAR.point(int(t[0]))
+        return m + s**2 * p.alpha / (s**2 * p.alpha**2 + p.sigma**2) * (x - p.alpha * m)
+
+    def posterior(x, t, labels):
+        p = LINEAR.point(int(t[0]))
+        variance = 1 / (1 / s**2 + (p.alpha / p.sigma) ** 2)
+        covariance = variance * matrix @ matrix.T + noise_std**2 * torch.eye(len(matrix), dtype=torch.float64)
+        x0_hat = prior(x, t, labels).flatten(1).double() - m
+        gain = variance * matrix.T @ torch.linalg.inv(covariance)
+        return (m + x0_hat + (told - x0_hat @ matrix.T) @ gain.T).reshape(x.shape).float()
+
+    options = dict(prediction="x0", sampler="ddim", clip=False)
+    guidance = Guidance(1.0, measurement=PiGDM(forward, y, noise_std, data_std=s))
+    guided, exact = draw(prior, guidance=guidance, **options), draw(posterior, **options)
+    assert torch.allclose(guided, exact, atol=1e-4)
+    assert (draw(prior, **options) - exact).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(forward=3), TypeError, "forward: expected a callable, got int"),
+        (dict(y=[0.0]), TypeError, "y: expected a floating-point tensor, got list"),
+        (dict(y=torch.zeros(1, 2)), ValueError, r"y: expected the shape that forward gives, \(3, 2, 3\), got \(1, 2\)"),
+        (dict(y=torch.zeros(2, 2, 3)), ValueError, r"y: expected the shape .*, \(3, 2, 3\), got \(2, 2, 3\)"),
+        (dict(noise_std=-1.0), ValueError, "noise_std: expected a number >= 0, got -1"),
+        (dict(data_std=0), ValueError, "data_std: expected a number > 0, got 0"),
+        (dict(iterations=0), ValueError, "iterations: expected an int >= 1, got 0"),
+    ],
+)
+def test_pigdm_says_what_it_expected(changes, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        measurement = PiGDM(**dict(forward=lambda x: x.mean(3), y=torch.zeros(1, 2, 3)) | changes)
+        draw(guidance=Guidance(1.0, measurement=measurement), sampler="ddim")
+
+
+def test_pigdm_serves_a_sample_whatever_the_others_measure():
+    """Conjugate gradients stop for each sample by itself: one without a residual is left as it is."""
+    y = ops.noise(torch.arange(3), SHAPE, step=7, stream=9)
+    x0_hat, rho = torch.cat((y[:1], 0 * y[1:])), torch.tensor(0.7)
+    for part in (slice(0, 1), slice(1, 3)):
+        alone = PiGDM(seen_by_rows, seen_by_rows(y[part]))
+        x = x0_hat[part].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(alone(x, rho).sum(), x)
+        whole = x0_hat.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(PiGDM(seen_by_rows, seen_by_rows(y))(whole, rho).sum(), whole)
+        assert torch.allclose(gradient, expected[part], rtol=1e-5, atol=1e-6)
+    assert not expected[0].any() and expected[1:].abs().amax((1, 2, 3)).min() > 0.1
+
+
 class _Indexing(TorchDispatchMode):
     """Notes the operators that take indices from a list or another tensor."""
 
@@ -329,12 +412,13 @@ def classified(x, t, labels):
     [
         (Guidance(1e-3, measurement=measured), None),
         (Guidance([1e-3, 2e-3, 3e-3], measurement=measured), None),
+        (Guidance(0.3, measurement=PiGDM(lambda x: x.mean(3), torch.ones(1, 2, 3), noise_std=0.2)), None),
         (Guidance(2.0, rescale=0.7), Quantile(0.9)),
         (Guidance([1.0, 2.0, 3.0]), Quantile(0.9)),
         (Guidance([0.1, 0.2, 0.3], classifier=classified, form="mean"), Quantile(0.9)),
         (Guidance(0.6, plus_plus=True), None),
     ],
-    ids=["measurement", "measurements", "rescale", "weights", "classifier", "cfg++"],
+    ids=["measurement", "measurements", "pigdm", "rescale", "weights", "classifier", "cfg++"],
 )
 def test_a_row_stands_for_all_of_its_kind_whatever_guides(guidance, quantile):
     """A CUDA graph of the first row is replayed for the others: nothing may come from that row but its kind."""
@@ -512,6 +596,15 @@ def test_a_path_gives_similar_images_for_any_number_of_steps():
 
     assert correlation(draw(noise="path", steps=20, **options)) >= 0.93
     assert correlation(draw(noise="step", steps=20, **options)) < 0.5
+
+
+@pytest.mark.slow
+def test_a_path_gives_the_shipped_model_s_image_of_that_seed():
+    """Of 100 seeds the same one's is the nearest image. 250 steps, not all, are the long run: minutes on one thread."""
+    options = dict(sampler="ddpm", batch_size=25, progress=False)
+    short, long = (sample("fashion-mnist", 100, steps=steps, noise="path", **options) for steps in (20, 250))
+    nearest = torch.cdist(short.flatten(1), long.flatten(1)).argmin(1)
+    assert (nearest == torch.arange(100)).sum() >= 95
 
 
 @pytest.mark.parametrize("name", ["heun", "rk4", "dpmpp_2s", "pc"])

@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "Train a model, or resume the run in --out.",
     "export": "Write a checkpoint's averaged weights as a model file to ship.",
     "evaluate": "Frechet distances and held-out loss of a model of Fashion-MNIST.",
+    "classifier": "Accuracy of a classifier of noisy images, by noise level; trains one where there is none.",
     "doctor": "What is this installation, and does it work?",
 }
 

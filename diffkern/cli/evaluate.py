@@ -15,12 +15,13 @@ from ..model import Model, load
 from ..progress import tell
 from ..samplers import SAMPLERS
 from ..schedule import Schedule
-from .options import DTYPES, add_long_options, add_model, count
+from .options import DTYPES, add_guidance, add_long_options, add_model, count, guidance
 from .outputs import check_file
 from .plot import Curves, check_plot, draw
 
 EXAMPLES = """\
   diffkern evaluate --model run --steps ddim:50 dpmpp_2m:20
+  diffkern evaluate --model run --guide fashion-mnist-noisy --guidance 4 --n 1000
   diffkern evaluate --model run --curves --calls 5 10 20 50 --n 1000 --plot curves.png
   diffkern evaluate --model run --nll 1000 --plot bound.png"""
 
@@ -39,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SAMPLER:STEPS",
         help="(default: ddpm:1000 ddim:50 ddim:20 ddim:10)",
     )
-    parser.add_argument(
-        "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance (default: 1)"
-    )
+    add_guidance(parser)
     parser.add_argument("--loss-n", type=count, default=1000, help="test images for the held-out loss (default: 1000)")
     parser.add_argument(
         "--nll",
@@ -94,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         check_file("classifier", arguments.classifier)
     train, test = (fashion_mnist(arguments.data, split=split) for split in ("train", "test"))
-    options = dict(n=arguments.n, runs=runs, guidance=arguments.guidance)
+    options = dict(n=arguments.n, runs=runs, guidance=guidance(arguments))
     evaluate.check(model, train, test, net, **options)
     tell(f"training {train.summary}")
     tell(f"test {test.summary}")
@@ -160,7 +159,7 @@ def _curves(
     accuracy: float,
 ) -> int:
     n, calls = min(arguments.n, 8), arguments.calls
-    options = dict(guidance=arguments.guidance, dtype=_dtype(arguments), progress=arguments.progress)
+    options = dict(guidance=guidance(arguments), dtype=_dtype(arguments), progress=arguments.progress)
     rms = evaluate.distances_to_limit(model, runs, n=n, batch_size=n, **options)
     limit = f"Distance of {n} images to the ODE's limit, rms of a pixel unclipped; none where a sampler draws noise"
     found = {limit: _by_sampler(arguments, rms)}

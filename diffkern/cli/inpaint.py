@@ -12,6 +12,7 @@ from ..samplers import SAMPLERS
 from ..sampling import sample
 from .options import (
     add_grid,
+    add_guidance,
     add_long_options,
     add_model,
     add_network,
@@ -19,6 +20,7 @@ from .options import (
     count,
     dtype_of,
     fresh_seeds,
+    guidance,
     labels_of,
     seed_ranges,
 )
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_seeds(parser, N)
     parser.add_argument("--labels", "--label", nargs="+", metavar="LABEL", help="of the images (default: none)")
-    parser.add_argument("--guidance", type=float, default=1.0, metavar="W", help="classifier-free (default: 1)")
+    add_guidance(parser)
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="(default: ddpm)")
     parser.add_argument("--steps", type=count, default=100, help="(default: 100)")
     parser.add_argument(
@@ -69,13 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
         labels=labels,
         sampler=arguments.sampler,
         steps=arguments.steps,
-        guidance=arguments.guidance,
+        guidance=guidance(arguments),
         constraint=Inpaint(image[None], mask[None], arguments.resample),
         batch_size=arguments.batch_size,
         dtype=dtype_of(arguments.dtype),
         progress=arguments.progress,
     )
-    names = ("model", "image", "mask", "box", "labels", "guidance", "sampler", "steps", "resample")
+    names = ("model", "image", "mask", "box", "labels", "guidance", "guide", "sampler", "steps", "resample")
     settings = {name: getattr(arguments, name) for name in names} | {"seeds": seeds.tolist()}
     shown = torch.cat(((image * (1 - mask))[None], x.cpu()))  # first what was given, its hole in grey
     columns = arguments.columns or len(shown)

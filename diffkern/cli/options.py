@@ -46,6 +46,26 @@ def add_long_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="neither a progress bar nor lines")
 
 
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    """Add the options of :func:`guidance`."""
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance (default: 1)"
+    )
+    parser.add_argument(
+        "--guide",
+        metavar="CLASSIFIER",
+        help="a shipped classifier of noisy images, or a file: its gradient guides, at the scale --guidance",
+    )
+
+
+def guidance(arguments: argparse.Namespace) -> Any:
+    """What the options ask for, as ``diffkern.sample`` takes it."""
+    from ..guidance import Guidance  # which needs torch
+
+    weight, guide = arguments.guidance, arguments.guide
+    return weight if guide is None else Guidance(weight, classifier=guide)
+
+
 def count(text: str) -> int:
     value = int(text)
     if value < 1:

@@ -18,6 +18,7 @@ from ..sampling import Step, sample
 from ..schedule import SPACINGS
 from .options import (
     add_grid,
+    add_guidance,
     add_long_options,
     add_model,
     add_network,
@@ -25,6 +26,7 @@ from .options import (
     count,
     dtype_of,
     fresh_seeds,
+    guidance,
     labels_of,
     seed_ranges,
 )
@@ -35,6 +37,7 @@ GIF_FRAMES = 50
 EXAMPLES = """\
   diffkern sample --steps 20
   diffkern sample --n 40 --steps 50 --seeds random
+  diffkern sample --labels Sneaker --guide fashion-mnist-noisy --guidance 4 --steps 50
   diffkern sample --model run --labels cat --guidance 2 --seeds 100:116 --out cats.png"""
 
 
@@ -45,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels", "--label", nargs="+", metavar="LABEL", help="classes by name or number, none for the null class"
     )
-    parser.add_argument(
-        "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance (default: 1)"
-    )
+    add_guidance(parser)
     parser.add_argument("--steps", type=count, help="(default: all for ddpm, 50 for ddim, 20 for most others)")
     parser.add_argument("--sampler", choices=SAMPLERS, help="(default: ddpm for all steps, unipc for fewer)")
     parser.add_argument("--spacing", choices=SPACINGS, help="of the steps (default: the model's, else trailing)")
@@ -113,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=dtype_of(arguments.dtype),
         progress=arguments.progress,
         callback=film and film.record,
-        **settings,
+        **settings | {"guidance": guidance(arguments)},
     )
     settings = {
         "model": str(arguments.model),
@@ -121,6 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         "labels": labels,
         "classes": model.classes,
         **settings,
+        **({} if arguments.guide is None else {"guide": arguments.guide}),
         **({"clip": {"quantile": clip.q}} if isinstance(settings["clip"], Quantile) else {}),
         "dtype": arguments.dtype,
         "device": str(model.device),

@@ -67,7 +67,7 @@ def check_model(description: Mapping[str, Any], tensors: int) -> None:
     if math.prod(shape) > MOST_VALUES:
         raise ValueError(f"shape: expected at most {MOST_VALUES} values an image, got {_shown(shape)}")
     _check_network(description["network"], tensors)
-    _check_schedule(description["schedule"])
+    check_schedule(description["schedule"])
 
 
 def _check_network(network: Any, tensors: int) -> None:
@@ -94,7 +94,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_INT
 
 
-def _check_schedule(config: Any) -> None:
+def check_schedule(config: Any) -> None:
+    """Check that ``config`` is a schedule's that :meth:`Schedule.from_config` can take."""
     for _ in range(DEEPEST):
         kind = config.get("kind") if isinstance(config, dict) else None
         if not isinstance(kind, str) or kind not in _KINDS:

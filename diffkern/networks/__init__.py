@@ -13,12 +13,14 @@ from .blocks import (
     timestep_embedding,
 )
 from .diffusers import from_diffusers
+from .half_unet import HalfUNet
 from .unet import UNet
 
 __all__ = [
     "AttentionBlock",
     "Conv3x3",
     "Downsample",
+    "HalfUNet",
     "Level",
     "MidBlock",
     "ResBlock",

@@ -57,6 +57,8 @@ class Loop:
         self.c_noise = c_noise.to(device, torch.int64 if whole else torch.float32)
         c_in = [1.0 if p is None else program.grid.process.c_in(p) for p in points]
         self.c_in = None if set(c_in) == {1.0} else torch.tensor(c_in, dtype=torch.float32, device=device)
+        rho = [0.0 if p is None else p.rho for p in points]
+        self.rho = torch.tensor(rho, dtype=torch.float32, device=device)
         self.learned = program.learned_variance
         self.outputs = shape[1] * (2 if self.learned else 1)  # the channels of the network's that the kernel reads
         self.channels = covariance.channels(shape[1:]) if program.correlated else self.outputs
@@ -174,10 +176,11 @@ class Loop:
             else:
                 out = self._predict(self.network, x, t, self.given)
                 values = self.table.index_select(0, self.row)[0]
-                log_p = self.guidance.measurement(values[P_X] * x + values[P_O] * out[:, : x.shape[1]])
+                x0_hat = values[P_X] * x + values[P_O] * out[:, : x.shape[1]]
+                log_p = self.guidance.log_p(x0_hat, self.rho.index_select(0, self.row)[0])
             (gradient,) = torch.autograd.grad(log_p.sum(), x)
         if out is None:
-            out = self._predict(self.network, self.x, t, self.given)
+            out = self._predict(self.network, self.x, t, self.null)
         return out.detach(), None, gradient.float()
 
     def _rows(

@@ -1,0 +1,124 @@
+"""A classifier of noisy images: the way down of a U-Net, and attention that pools it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..schedule import checked_int
+from .blocks import (
+    AttentionBlock,
+    Conv3x3,
+    Downsample,
+    Level,
+    MidBlock,
+    ResBlock,
+    TimestepEmbedding,
+    group_norm_silu,
+    timestep_embedding,
+)
+
+LARGEST = 2**16  # channels or classes
+MOST = 32  # levels, or blocks a level
+
+
+class HalfUNet(nn.Module):
+    """Classifies x_t at the time step t (Dhariwal & Nichol 2021, section 4.3). For the options see ``UNet``.
+
+    ``config`` holds the options, fit for JSON. Raises TypeError or ValueError for those of which none can be made.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        channels: int = 32,
+        channel_mult: Sequence[int] = (1, 2, 2),
+        blocks: int = 1,
+        attention_levels: Sequence[int] = (2,),
+        groups: int = 8,
+    ):
+        super().__init__()
+        self.config = {
+            name: _checked(name, value, *limits)
+            for name, value, limits in (
+                ("in_channels", in_channels, (1, LARGEST)),
+                ("num_classes", num_classes, (1, LARGEST)),
+                ("channels", channels, (2, LARGEST)),
+                ("channel_mult", channel_mult, (1, LARGEST)),
+                ("blocks", blocks, (1, MOST)),
+                ("attention_levels", attention_levels, (0, MOST)),
+                ("groups", groups, (1, LARGEST)),
+            )
+        }
+        widths = [channels * m for m in channel_mult]
+        if channels % 2 or any(width % groups for width in (channels, *widths)):
+            raise ValueError(f"channels: expected an even number and widths divisible by {groups} groups, got {widths}")
+        emb_dim, c = 4 * channels, channels
+
+        def resblock(c_in: int, c_out: int) -> ResBlock:
+            return ResBlock(c_in, c_out, emb_dim, groups=groups, eps=1e-5, dropout=0.0, scale_shift=False)
+
+        def attention(c: int) -> AttentionBlock:
+            return AttentionBlock(c, head_dim=None, groups=groups, eps=1e-5)
+
+        self.conv_in = Conv3x3(in_channels, channels, 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels, emb_dim)
+        self.down_blocks = nn.ModuleList()
+        for level, width in enumerate(widths):
+            resnets = [resblock(c_in, width) for c_in in [c] + [width] * (blocks - 1)]
+            attentions = [attention(width) for _ in resnets if level in attention_levels]
+            down = ("downsamplers", Downsample(width, 1)) if level < len(widths) - 1 else None
+            self.down_blocks.append(Level(resnets, attentions, down))
+            c = width
+        self.mid_block = MidBlock([resblock(c, c), resblock(c, c)], attention(c))
+        self.norm_out = nn.GroupNorm(groups, c, 1e-5)
+        self.pool = AttentionPool(c, num_classes)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return logits [N, num_classes] of x_t [N, C, H, W] at t [N], as guidance calls it; labels count for nothing.
+
+        H and W are divisible by 2 for each level but the last. ValueError for another shape.
+        """
+        channels, factor = self.config["in_channels"], 2 ** (len(self.config["channel_mult"]) - 1)
+        if x_t.ndim != 4 or x_t.shape[1] != channels or x_t.shape[2] % factor or x_t.shape[3] % factor:
+            raise ValueError(
+                f"x_t: expected [N, {channels}, H, W] with H and W divisible by {factor}, got {tuple(x_t.shape)}"
+            )
+        emb = self.time_embedding(timestep_embedding(t, self.config["channels"]).to(x_t.dtype))
+        x = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))
+        for level in self.down_blocks:
+            for block in [block for stage in level.stages() for block in stage] + level.resampling():
+                x = block(x, emb)
+        for block in self.mid_block.stages():
+            x = block(x, emb)
+        return self.pool(group_norm_silu(self.norm_out, x))
+
+
+class AttentionPool(nn.Module):
+    """[N, C, H, W] -> [N, out_features]: the pixels' mean attends to all pixels (Radford et al. 2021, section 2.4)."""
+
+    def __init__(self, channels: int, out_features: int):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.Linear(channels, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)  # [N, H W, C]
+        q = self.to_q(tokens.mean(1, keepdim=True))
+        pooled = ops.attention(q[:, None], self.to_k(tokens)[:, None], self.to_v(tokens)[:, None])  # one head
+        return self.to_out(pooled[:, 0, 0])
+
+
+def _checked(name: str, value: int | Sequence[int], low: int, high: int) -> int | list[int]:
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    expected = f"{'ints' if several else 'an int'} in {low}..{high}"
+    if several != (name in ("channel_mult", "attention_levels")) or (several and len(value) > MOST):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    numbers = [checked_int(name, number, expected) for number in (value if several else [value])]
+    if not all(low <= number <= high for number in numbers) or (name == "channel_mult" and not numbers):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return numbers if several else numbers[0]
