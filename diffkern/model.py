@@ -26,7 +26,7 @@ from .networks.blueprint import Blueprint
 from .prediction import PREDICTIONS
 from .process import Process
 from .samplers import VARIANCES
-from .schedule import SPACINGS, Schedule
+from .schedule import SPACINGS, from_config
 
 MODELS = Path(__file__).parent / "models"
 """Where the shipped models are, each with its card."""
@@ -171,8 +171,6 @@ class Model:
     def description(self) -> dict[str, Any]:
         """All but the weights, as JSON holds it."""
         network = unwrapped(self.network)
-        if not isinstance(self.schedule, Schedule):
-            raise TypeError(f"schedule: expected a Schedule to describe, got {type(self.schedule).__name__}")
         if not isinstance(network, UNet):
             raise TypeError(f"network: expected a diffkern.unet.UNet to describe, got {type(network).__name__}")
         for name in ("conditions", "codec"):
@@ -306,7 +304,7 @@ def _planned(description: dict[str, Any], tensors: int, path: str | os.PathLike)
         clip = description.get("clip")
         return Model(
             network=network,
-            schedule=Schedule.from_config(description["schedule"]),
+            schedule=from_config(description["schedule"]),
             prediction=description["prediction"],
             shape=description["shape"],
             classes=description["classes"],

@@ -50,7 +50,7 @@ def test_the_simple_loss_of_a_prediction_is_the_error_of_its_target(prediction):
     run = trainer(prediction=prediction, label_dropout=0.0)
     x_0, labels, draws = run.batch()
     eps = ops.noise(draws.seeds, x_0.shape[1:], step=draws.t, stream=2)
-    alpha, sigma = (column.view(-1, 1, 1, 1) for column in run.table[draws.t].unbind(1))
+    alpha, sigma = (column.view(-1, 1, 1, 1) for column in run.noising.q_table[draws.t].unbind(1))
     target = dict(x0=x_0, v=alpha * eps - sigma * x_0, score=-eps / sigma, flow=eps - x_0)[prediction]
     with torch.no_grad():
         error = (run.network(alpha * x_0 + sigma * eps, draws.t, labels) - target).square().mean()
@@ -130,7 +130,7 @@ def test_the_bounds_weight_has_the_variance_that_the_model_samples_with(variance
     s = run.model.schedule
     var = s.betas if variance == "fixed_large" else s.posterior_variance
     expected = s.betas**2 / (2 * var * s.alphas * s.one_minus_alpha_bar)
-    weight = run.losses[:, LOSS_COLUMNS.index("weight")].double()
+    weight = run.noising.table[:, LOSS_COLUMNS.index("weight")].double()
     torch.testing.assert_close(weight[1:], expected[1:], rtol=2e-6, atol=0)
 
 
@@ -138,7 +138,9 @@ def test_the_bounds_weight_has_the_variance_that_the_model_samples_with(variance
 def test_a_learned_variance_is_trained_between_the_two_fixed_ones(variance):
     data, config = tiny.dataset(), tiny.config(objective="hybrid", network={**tiny.NETWORK, "learned_variance": True})
     run = Trainer(replace(new_model(data, config), variance=variance), data, config)
-    low, high = (run.losses[:, LOSS_COLUMNS.index(name)].double().exp() for name in ("log_var_min", "log_var_max"))
+    low, high = (
+        run.noising.table[:, LOSS_COLUMNS.index(name)].double().exp() for name in ("log_var_min", "log_var_max")
+    )
     s = run.model.schedule
     torch.testing.assert_close(low[1:], s.posterior_variance[1:], rtol=2e-6, atol=0)
     torch.testing.assert_close(high, s.betas, rtol=2e-6, atol=0)
@@ -654,8 +656,11 @@ BAD_CONFIGS = [
     (dict(ema=1.0), ValueError, r"ema: expected a number in \[0, 1\), got 1.0"),
     (dict(label_dropout=1.1), ValueError, "label_dropout: expected a probability, got 1.1"),
     (dict(seed=2**64), ValueError, r"seed: expected an int in \[-2\^63, 2\^64\), got 18446744073709551616"),
-    (dict(prediction="edm"), ValueError, "prediction: expected one of eps, x0, v, score, flow, got 'edm'"),
+    (dict(prediction="mu"), ValueError, "prediction: expected one of eps, x0, v, score, flow, edm, got 'mu'"),
     (dict(objective="mse"), ValueError, "objective: expected one of simple, min_snr, .*, got 'mse'"),
+    (dict(times="cosine"), ValueError, "times: expected one of uniform, logit_normal, log_normal, got 'cosine'"),
+    (dict(times="uniform", times_std=1.0), ValueError, "times_std: expected None without times of a normal, got 1.0"),
+    (dict(times="log_normal", times_std=0.0), ValueError, "times_std: expected a number > 0, got 0.0"),
     (dict(flip=1), TypeError, "flip: expected True or False, got 1"),
     (dict(bf16="yes"), TypeError, "bf16: expected True or False, got 'yes'"),
     (dict(network=[]), TypeError, "network: expected a dict, got list"),
@@ -670,13 +675,19 @@ def test_a_bad_config_says_what_was_expected(changes, error, message):
 
 
 def with_prediction_v():
-    data, config = tiny.dataset(), tiny.config()
+    data, config = tiny.dataset(), tiny.config(prediction="eps")
     model = new_model(data, config)
     model.prediction = "v"
     return Trainer(model, data, config)
 
 
 BAD_RUNS = {
+    "bound": (
+        lambda: trainer(schedule={"kind": "ve"}, objective="vlb", network={**tiny.NETWORK, "learned_variance": True}),
+        "previous: expected the .* that each step reaches, for the bound, got None",
+    ),
+    "process": (lambda: trainer(schedule={"kind": "edm", "t_max": -1}), "t_max: expected a number > 0, got -1"),
+    "times": (lambda: trainer(objective="edm"), r"times: expected t in \[0, 1\], got LogNormal"),
     "prediction": (with_prediction_v, "prediction: expected 'eps', which is trained, got 'v'"),
     "variance": (
         lambda: trainer(network={**tiny.NETWORK, "learned_variance": True}),

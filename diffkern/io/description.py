@@ -13,7 +13,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from ..networks import UNet
-from ..schedule import _KINDS
+from ..schedule import KINDS
 
 FORMAT = 1
 
@@ -97,9 +97,9 @@ def _is_number(value: Any) -> bool:
 def _check_schedule(config: Any) -> None:
     for _ in range(DEEPEST):
         kind = config.get("kind") if isinstance(config, dict) else None
-        if not isinstance(kind, str) or kind not in _KINDS:
-            raise ValueError(f"schedule: expected a kind among {sorted(_KINDS)}, got {_shown(config)}")
-        _check_known("schedule", config, {"kind", *inspect.signature(_KINDS[kind]).parameters})
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise ValueError(f"schedule: expected a kind among {sorted(KINDS)}, got {_shown(config)}")
+        _check_known("schedule", config, {"kind", *inspect.signature(KINDS[kind]).parameters})
         T = config.get("T")
         if isinstance(T, int) and T > MOST_STEPS:
             raise ValueError(f"T: expected at most {MOST_STEPS}, got {T}")

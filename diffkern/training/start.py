@@ -9,13 +9,14 @@ from ..io.files import restore
 from ..model import Model, unwrapped
 from ..networks import UNet
 from ..networks.defaults import float32_on
-from ..schedule import Schedule
+from ..schedule import from_config
 from .config import Config
 
 
 def new_model(dataset: Dataset, config: Config, name: str = "model", *, init: Model | None = None) -> Model:
     """The model that ``config`` asks for, with the data's shape and classes, to be trained.
 
+    It predicts what ``config`` says, else what ``init`` does, else what its process is usually trained on.
     Its weights are random, or those of ``init``, a model to fine-tune. A class has the embedding of the class of its
     name in ``init``, the null class that of the null class; where no name is the same and there are as many classes,
     each has that of its label. ``groups`` is the largest divisor of 32 that divides ``channels``, unless it is given.
@@ -28,7 +29,9 @@ def new_model(dataset: Dataset, config: Config, name: str = "model", *, init: Mo
     with torch.random.fork_rng(devices=[]), float32_on("cpu"):
         torch.manual_seed(config.seed)
         network = UNet(**{**options, **config.network})
-    model = Model(network, Schedule.from_config(config.schedule), config.prediction, dataset.shape, classes, name=name)
+    process = from_config(config.schedule)
+    prediction = config.prediction or (process.prediction if init is None else init.prediction)
+    model = Model(network, process, prediction, dataset.shape, classes, name=name)
     if init is not None:
         _copy_weights(model, init)
     return model

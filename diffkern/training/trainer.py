@@ -28,8 +28,12 @@ from . import runs
 from .checkpoint import read_checkpoint
 from .config import Config, plain
 from .draws import Draws, draw
+from .noising import Noising
 from .objectives import OBJECTIVES
 from .runs import Log, Unlogged
+
+FIXED = ("schedule", "prediction", "objective", "times", "times_mean", "times_std", "seed")
+"""The settings that a run keeps from its first step to its last."""
 
 
 class Diverged(RuntimeError):
@@ -63,7 +67,8 @@ class Trainer:
         if dataset.classes != model.classes:
             raise ValueError(f"data: expected the classes {model.classes}, got {dataset.classes}")
         _check_size(dataset.shape, len(options["channel_mult"]))
-        self.objective = OBJECTIVES[config.objective](prediction=config.prediction)
+        config = _settled(config, model)
+        self.objective = config.made_objective()
         if options["learned_variance"] != (self.objective.vlb != 0):
             whose = "a learned variance" if options["learned_variance"] else "a fixed variance"
             with_bound = [name for name, make in OBJECTIVES.items() if (make().vlb != 0) == options["learned_variance"]]
@@ -88,10 +93,8 @@ class Trainer:
         self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         self.model = replace(model, network=copy.deepcopy(self.network).eval().requires_grad_(False))
         self.predict = parallel.averaging(self.network)
-        self.table = model.schedule.q_table(self.model.device)
-        as_printed = (config.prediction, config.objective) == ("eps", "simple")  # Algorithm 1, by ops.noise_loss
         variance = "learned" if model.learned_variance else model.default_variance
-        self.losses = None if as_printed else self.objective.table(model.schedule, self.model.device, variance=variance)
+        self.noising = Noising(self.objective, model.schedule, variance, self.model.device)
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -113,14 +116,14 @@ class Trainer:
         """Continue the run of a checkpoint. ``changes`` are fields of its :class:`Config` that shall differ.
 
         Weights, moments, average, counters and data order continue to the bit, on the same kind of machine. Warns of
-        other images than the run has seen. Raises ValueError for a change of the network, the schedule, the prediction,
-        the objective or the seed, and for fewer ``steps`` than have been taken.
+        other images than the run has seen. Raises ValueError for a change of the network, the process, the objective
+        or the seed, and for fewer ``steps`` than have been taken.
         """
         description, tensors, config = read_checkpoint(path)
         state = description["training"]
         model = build(description, tensors, path, prefix="network.", device=checked_device(device))
-        whole = {"network": model.network.config, "schedule": config.schedule, "seed": config.seed}
-        whole |= {"prediction": config.prediction, "objective": config.objective}
+        config = _settled(config, model)
+        whole = {name: getattr(config, name) for name in FIXED} | {"network": model.network.config}
         for name in changes.keys() & whole.keys():
             wanted, stored = changes[name], whole[name]
             if isinstance(wanted, dict) and isinstance(stored, dict):  # it says as much as it wants to
@@ -193,8 +196,8 @@ class Trainer:
         """This process's share of the next step: x_0 [N, C, H, W] in [-1, 1], labels [N] (-1 where dropped), draws."""
         share = self.config.batch_size // parallel.world()
         examples = self.examples + share * parallel.rank() + np.arange(share)
-        T = self.model.schedule.T
-        draws = draw(examples, self.config.seed, T, self.config.label_dropout, self.objective.t)
+        clock = self.noising.terms or self.model.schedule
+        draws = draw(examples, self.config.seed, clock, self.config.label_dropout, self.objective.t)
         index = self.index(examples)
         x_0 = self.dataset.x_0(index)
         if self.config.flip:
@@ -203,19 +206,16 @@ class Trainer:
         return x_0, labels, draws
 
     def loss(self) -> Tensor:
-        """The mean of the objective: by default || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps,
-        t) ||^2 an element."""
+        """The mean of the objective: on a schedule by default || eps - eps_theta(sqrt(alpha_bar) x_0 +
+        sqrt(1 - alpha_bar) eps, t) ||^2 an element."""
         device = self.model.device
         x_0, labels, draws = self.batch()
-        x_0, seeds, t = x_0.to(device), draws.seeds.to(device), draws.t.to(device)
+        x_0, seeds, at = x_0.to(device), draws.seeds.to(device), self.noising.at(draws.t)
         labels = None if labels is None else labels.to(device)
-        x_t = ops.q_sample(x_0, t, seeds, self.table)
+        x_t = ops.q_sample(x_0, at.step, seeds, at.q_table, address=at.address)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16):
-            out = self.predict(x_t, t, labels)
-        if self.losses is None:
-            return ops.noise_loss(out, seeds, t).mean()  # the same eps, drawn again rather than stored
-        options = dict(terms=self.model.schedule.T, learned_variance=self.model.learned_variance)
-        return self.objective.loss(out.float(), x_0, seeds, t, self.losses, **options).mean()
+            out = self.predict(x_t, at.t, labels)
+        return self.noising.loss(out, x_0, seeds, at, learned_variance=self.model.learned_variance).mean()
 
     def step(self) -> float:
         """One step of Algorithm 1; returns its loss. Raises :class:`Diverged`, and then has changed nothing."""
@@ -245,7 +245,7 @@ class Trainer:
         """A ``PIL.Image`` of n samples of the averaged model, the same seeds and labels each time."""
         classes = self.model.classes
         labels = None if classes is None else torch.arange(n, dtype=torch.int64, device="cpu") % len(classes)
-        steps = min(steps, self.model.schedule.T)
+        steps = min(steps, self.noising.terms or steps)
         x = sample(self.model, n, labels=labels, sampler="ddim", steps=steps, progress=False)
         names = None if classes is None else images.captions(classes, labels.tolist())
         return images.grid(x, names, columns=10)
@@ -287,6 +287,16 @@ class Trainer:
             if writes and saved != self.steps:
                 self.save(out / CHECKPOINT)
         return signal.Signals(heard) if self.steps < config.steps else None
+
+
+def _settled(config: Config, model: Model) -> Config:
+    """``config`` with the model's process, and its prediction and objective where it names none."""
+    return replace(
+        config,
+        schedule=model.schedule.config(),
+        prediction=config.prediction or model.prediction,
+        objective=config.objective or model.schedule.objective,
+    )
 
 
 def _as_json(value: Any) -> Any:
