@@ -3,7 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -52,6 +52,11 @@ def world() -> int:
 def averaging(network: nn.Module) -> nn.Module:
     """The network, its gradients averaged over the processes while they are computed."""
     return nn.parallel.DistributedDataParallel(network) if world() > 1 else network
+
+
+def apart(network: nn.Module) -> AbstractContextManager[Any]:
+    """Within, what :func:`averaging` gave leaves gradients as they are: more are to be added to them."""
+    return network.no_sync() if isinstance(network, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
 def mean(value: Tensor) -> Tensor:

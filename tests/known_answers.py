@@ -238,7 +238,7 @@ def draws() -> dict[str, str]:
 
 def hashes_of_batch(trainer: Trainer) -> dict[str, str]:
     """Hash each part of the trainer's next batch."""
-    x_0, labels, drawn = trainer.batch()
+    x_0, labels, drawn, _ = trainer.batch()
     parts = dict(
         index=trainer.index(trainer.examples + np.arange(len(x_0))),
         x_0=x_0,

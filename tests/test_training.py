@@ -48,7 +48,7 @@ def assert_equal(a: Trainer, b: Trainer) -> None:
 @pytest.mark.parametrize("prediction", ["x0", "v", "score", "flow"])
 def test_the_simple_loss_of_a_prediction_is_the_error_of_its_target(prediction):
     run = trainer(prediction=prediction, label_dropout=0.0)
-    x_0, labels, draws = run.batch()
+    x_0, labels, draws, _ = run.batch()
     eps = ops.noise(draws.seeds, x_0.shape[1:], step=draws.t, stream=2)
     alpha, sigma = (column.view(-1, 1, 1, 1) for column in run.noising.q_table[draws.t].unbind(1))
     target = dict(x0=x_0, v=alpha * eps - sigma * x_0, score=-eps / sigma, flow=eps - x_0)[prediction]
@@ -158,7 +158,7 @@ def test_every_epoch_sees_every_image_once_whatever_the_batch():
 
 def test_a_batch_holds_the_images_labels_and_nulls_that_were_drawn():
     run = trainer(label_dropout=0.5, batch_size=64)
-    x_0, labels, draws = run.batch()
+    x_0, labels, draws, _ = run.batch()
     index = run.index(np.arange(64))
     assert torch.equal(x_0, run.dataset.x_0(index))
     assert torch.equal(labels, torch.where(draws.null, -1, run.dataset.labels[index]))
@@ -175,7 +175,7 @@ def test_flip_mirrors_about_half_of_the_images():
 
 def test_the_loss_is_algorithm_1_written_out():
     run = trainer()
-    x_0, labels, draws = run.batch()
+    x_0, labels, draws, _ = run.batch()
     eps = ops.noise(draws.seeds, x_0.shape[1:], step=draws.t, stream=2).double()
     ab = run.model.schedule.alpha_bar[draws.t][:, None, None, None]
     x_t = ab.sqrt() * x_0 + (1 - ab).sqrt() * eps
@@ -381,13 +381,6 @@ def test_a_network_that_is_frozen_throughout_is_trained(tmp_path):
     assert_equal(*runs_of_both)
 
 
-def test_a_network_that_no_checkpoint_could_describe_is_refused():
-    model = new_model(tiny.dataset(), tiny.config())
-    model.network = torch.nn.Identity()
-    with pytest.raises(TypeError, match="^network: expected a diffkern.unet.UNet, .*, got Identity$"):
-        Trainer(model, tiny.dataset(), tiny.config())
-
-
 def test_fine_tuning_begins_with_the_weights_of_its_model_whatever_the_classes():
     init = tiny.model(classes=3)
     same, other, none = (new_model(tiny.dataset(classes=n), tiny.config(), init=init) for n in (3, 2, None))
@@ -424,7 +417,7 @@ def test_an_optimized_model_is_fine_tuned_as_the_one_within_and_not_trained():
     optimized = diffkern.optimize(tiny.model())
     model = new_model(tiny.dataset(), tiny.config(), init=optimized)
     assert torch.equal(model.network.conv_out.weight, tiny.model().network.conv_out.weight)
-    with pytest.raises(TypeError, match="^network: expected a diffkern.unet.UNet, .*, got Engine$"):
+    with pytest.raises(TypeError, match="^network: expected a torch.nn.Module that can be trained, got Engine$"):
         Trainer(optimized, tiny.dataset(), tiny.config())
 
 
@@ -462,11 +455,13 @@ def test_a_model_without_its_training_is_no_checkpoint(tmp_path):
 def test_a_run_writes_checkpoint_log_and_samples_and_continues(tmp_path):
     run = trainer(log_every=2, checkpoint_every=4, sample_every=6)
     assert run.run(tmp_path, progress=False) is None
-    assert sorted(os.listdir(tmp_path)) == [".lock", CHECKPOINT, "log.csv", "samples-0000006.png"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", CHECKPOINT, "log.csv", "loss.png", "samples-0000006.png"]
     with Image.open(tmp_path / "samples-0000006.png") as image:
         assert image.size == (10 * 68 + 4, 4 * 82 + 4)
     header, *lines = (tmp_path / "log.csv").read_text().splitlines()
-    assert header == "step,loss,lr,images_per_second" and [int(line.split(",")[0]) for line in lines] == [2, 4, 6]
+    assert header == "step,loss,lr,images_per_second,validation_loss" and [
+        int(line.split(",")[0]) for line in lines
+    ] == [2, 4, 6]
 
     again = Trainer.resume(tmp_path / CHECKPOINT, run.dataset, steps=8)
     assert again.steps == 6
@@ -488,7 +483,7 @@ def test_the_log_holds_the_mean_loss_and_forgets_what_the_checkpoint_does_not_kn
     losses = take(trainer(), 4)
     (tmp_path / "log.csv").write_text("step,loss,lr,images_per_second\n2,1,1,1\n4,1,1,1\n6,1,1,1\n")
     training.Log(tmp_path / "log.csv", 4)
-    assert (tmp_path / "log.csv").read_text().splitlines()[1:] == ["2,1,1,1", "4,1,1,1"]
+    assert (tmp_path / "log.csv").read_text().splitlines()[1:] == ["2,1,1,1,", "4,1,1,1,"]
     trainer(steps=4, log_every=2).run(tmp_path, progress=False)
     lines = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
     means = [np.mean(losses[:2]), np.mean(losses[2:])]
@@ -586,10 +581,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     run = trainer(checkpoint_every=2, steps=100)
     loss = run.loss
 
-    def diverging_loss():
+    def diverging_loss(part):
         if run.steps < 3:
-            return loss()
-        return loss() * math.nan if where == "loss" else Explode.apply(loss())
+            return loss(part)
+        return loss(part) * math.nan if where == "loss" else Explode.apply(loss(part))
 
     run.loss = diverging_loss
     with pytest.raises(Diverged, match="loss: expected a finite value, got .* at step 3"):

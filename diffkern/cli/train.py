@@ -24,7 +24,7 @@ EXAMPLES = """\
   diffkern train --data photos --size 64 --out run --network '{"channels": 64}'
   diffkern train --data photos --out run --steps 200000     # resume it, and go on for longer
   diffkern train --data digits --out run --init fashion-mnist --lr 1e-4
-  diffkern train --data photos --out run --process edm --prediction v
+  diffkern train --data photos --validation more --out run --process edm --prediction v
   torchrun --nproc-per-node 8 -m diffkern train --device cuda --data photos --out run"""
 PROCESSES = [
     kind
@@ -42,7 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fashion-mnist, a folder of IDX files, or a folder of images: a class is a sub-folder, "
         "transparent pixels become white, 16 bits of grey are scaled to 8, hidden files are left out",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="checkpoint.safetensors, log.csv and samples-*.png")
+    parser.add_argument(
+        "--validation",
+        metavar="DATA",
+        help="held-out images, as --data; of fashion-mnist and IDX files the test images",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="checkpoint.safetensors, log.csv, loss.png, samples-*.png"
+    )
     parser.add_argument("--preset", choices=training.PRESETS, help="a recipe; what follows changes it")
     parser.add_argument(
         "--init", metavar="MODEL", help="begin with the weights and the network of this model: fine-tune it"
@@ -107,15 +114,16 @@ def _train_on(device: str | None, arguments: argparse.Namespace, held: contextli
         config = training.Config(**options)
         shape = begun["shape"] if begun else init.shape if init else None
         dataset = _dataset(arguments, checkpoint if begun else None, shape, config)
+        validation = None if arguments.validation is None else _held_out(arguments, dataset)
     parallel.check_same("data", f"{len(dataset)} images {dataset.fingerprint}")
     parallel.check_same("out", f"a checkpoint of step {begun['training']['steps']}" if begun else "no checkpoint")
     if begun:
-        trainer = training.Trainer.resume(checkpoint, dataset, device=device, **options)
+        trainer = training.Trainer.resume(checkpoint, dataset, device=device, validation=validation, **options)
         if first:
             tell(f"resuming {checkpoint} at step {trainer.steps}{_changes(begun, trainer.config, arguments.init)}")
     else:
         model = training.new_model(dataset, config, name=arguments.preset or out.resolve().name, init=init)
-        trainer = training.Trainer(model, dataset, config, device=device)
+        trainer = training.Trainer(model, dataset, config, device=device, validation=validation)
     with parallel.together():
         if first and not lock:
             out.mkdir(parents=True, exist_ok=True)
@@ -124,6 +132,8 @@ def _train_on(device: str | None, arguments: argparse.Namespace, held: contextli
                 raise RuntimeError(f"out: expected a new folder, got {str(out)!r}, where a run has begun: resume that")
     if first:
         tell(trainer.dataset.summary)
+        if validation:
+            tell(f"validation {validation.summary}")
     stopped = trainer.run(out, progress=arguments.progress, lock=False)
     if stopped is None:
         if first:
@@ -186,6 +196,13 @@ def _dataset(
     if arguments.size is not None and dataset.shape[1:] != (size, size):
         raise ValueError(f"size: expected that of the images, {dataset.shape[1]} x {dataset.shape[2]}, got {size}")
     return dataset
+
+
+def _held_out(arguments: argparse.Namespace, dataset: Dataset) -> Dataset:
+    """The images of --validation, of the size of ``dataset``'s."""
+    channels, _, size = dataset.shape
+    progress = arguments.progress and parallel.rank() == 0
+    return load_dataset(arguments.validation, split="test", size=size, channels=channels, progress=progress)
 
 
 def _changes(begun: dict[str, Any], config: training.Config, init: str | None) -> str:

@@ -43,6 +43,7 @@ class Config:
 
     steps: int = option(100_000, "optimizer steps in all")
     batch_size: int = option(64, "images a step, of all processes together")
+    accumulate: int = option(1, "parts in which a step takes its images, one after the other: less memory")
     lr: float = option(2e-4, "learning rate of AdamW")
     lr_schedule: str = option("constant", "after the warm-up", choices=LR_SCHEDULES)
     warmup: int = option(500, "steps over which the learning rate rises from 0")
@@ -62,13 +63,16 @@ class Config:
     bf16: bool = option(False, "autocast to bfloat16")
     seed: int = option(0, "of all that is drawn")
     checkpoint_every: int = option(1000, "steps between checkpoints")
+    keep_every: int = option(0, "steps between checkpoints that stay, checkpoint-0005000.safetensors (0: none)")
+    validate_every: int = option(1000, "steps between measurements of the loss on held-out data")
     sample_every: int = option(5000, "steps between sample grids (0: none)")
     log_every: int = option(100, "steps between the lines of log.csv")
     network: dict = option({}, "arguments of diffkern.unet.UNet")
     schedule: dict = option(Schedule.linear(1000).config(), "config() of a diffkern.Schedule or another process")
 
     def __post_init__(self):
-        for name, low in dict(steps=1, batch_size=1, checkpoint_every=1, log_every=1, warmup=0, sample_every=0).items():
+        positive = ("steps", "batch_size", "accumulate", "checkpoint_every", "validate_every", "log_every")
+        for name, low in (dict.fromkeys(positive, 1) | dict(warmup=0, keep_every=0, sample_every=0)).items():
             number = checked_int(name, getattr(self, name), f"an int >= {low}")
             if number < low:
                 raise ValueError(f"{name}: expected an int >= {low}, got {number}")
