@@ -113,8 +113,8 @@ class Dataset:
         """The images of ``index`` as the network sees them: [N, C, H, W] float32 in [-1, 1]."""
         return from_pixels(self.images[index])
 
-    def batch(self, index: Tensor) -> "Batch":
-        """The examples of ``index``."""
+    def batch(self, index: Tensor, seeds: Tensor | None = None) -> "Batch":
+        """The examples of ``index``; nothing is drawn."""
         return Batch(self.x_0(index), None if self.labels is None else self.labels[index], {})
 
 
@@ -133,8 +133,8 @@ class Items:
 
     An item is x, or (x, label), or a dict of "x", perhaps "label", and conditions by their names. x is a tensor or an
     array of any shape: uint8 is taken as pixels 0..255, which become [-1, 1], floats as they are. ``classes`` are names
-    for the labels 0..K-1. What an item draws from torch's generator, as augmentation does, is the same in a run that
-    is resumed.
+    for the labels 0..K-1. What an item draws from torch's generator, as augmentation does, is a function of the seed of
+    its example: the same in any batch, and in a run that is resumed.
     """
 
     items: Any
@@ -154,8 +154,7 @@ class Items:
     @cached_property
     def first(self) -> Batch:
         """The first example."""
-        with torch.random.fork_rng(devices=[]):
-            return self.batch(torch.zeros(1, dtype=torch.int64, device="cpu"))
+        return self.batch(torch.zeros(1, dtype=torch.int64, device="cpu"))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -170,9 +169,15 @@ class Items:
         """Name the labels so, where they have no names."""
         return self if self.classes is not None else replace(self, classes=classes and tuple(classes))
 
-    def batch(self, index: Tensor) -> Batch:
-        """The examples of ``index``. Raises TypeError or ValueError for an item of another kind."""
-        found = [_parts(self.items[i]) for i in index.tolist()]
+    def batch(self, index: Tensor, seeds: Tensor | None = None) -> Batch:
+        """The examples of ``index`` [N]; each draws from torch's CPU generator as if that had its own of ``seeds`` [N]
+        (None: 0), and leaves it as it was. Raises TypeError or ValueError for an item of another kind."""
+        seeds = torch.zeros_like(index) if seeds is None else seeds
+        found = []
+        with torch.random.fork_rng(devices=[]):
+            for i, seed in zip(index.tolist(), seeds.tolist(), strict=True):
+                torch.default_generator.manual_seed(seed)
+                found.append(_parts(self.items[i]))
         columns = {name: [_tensor(name, item[name]) for item in found if name in item] for name in found[0]}
         for name, column in columns.items():
             shapes = sorted({tuple(value.shape) for value in column})

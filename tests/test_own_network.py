@@ -18,7 +18,7 @@ from diffkern.data import Dataset, Items
 from diffkern.io.files import read
 from diffkern.model import Model
 from diffkern.process import EDM, RectifiedFlow
-from diffkern.training import CHECKPOINT, Config, Trainer
+from diffkern.training import CHECKPOINT, Config, Trainer, new_model
 
 
 class Small(nn.Module):
@@ -201,6 +201,21 @@ def test_what_an_item_draws_is_drawn_again_by_a_run_that_resumes(tmp_path):
     first.save(tmp_path / CHECKPOINT)
     torch.manual_seed(5)
     assert take(Trainer.resume(tmp_path / CHECKPOINT, noisy(), into=third), 1) == losses[2:]
+    parts = Trainer(model(), noisy(), Config(**CONFIG | dict(accumulate=2)))
+    again = Trainer(model(), noisy(), Config(**CONFIG))
+    assert torch.equal(torch.cat([parts.batch(part)[0] for part in (0, 1)]), again.batch()[0])  # whatever the batch
+
+
+def test_latents_of_four_channels_train_a_unet_and_are_drawn_unclipped(tmp_path):
+    latents = 3 * torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = {key: value for key, value in tiny.NETWORK.items() if key != "in_channels"}
+    config = tiny.config(network=network, schedule={"kind": "flow"}, sample_every=1)
+    run = Trainer(replace(new_model(latents, config), clip=False), latents, config)
+    run.run(tmp_path, progress=False)
+    assert not list(tmp_path.glob("samples*"))  # there is no picture of four channels
+    drawn = load(tmp_path)
+    assert drawn.shape == (4, 8, 8) and drawn.clip is False
+    assert sample(drawn, 4, steps=2, progress=False).abs().max() > 1
 
 
 def test_conditions_reach_the_network_and_are_dropped_with_the_labels(tmp_path):

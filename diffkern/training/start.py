@@ -1,10 +1,11 @@
 """The model that a run begins with: of random weights, or of those of a model to fine-tune."""
 
 import math
+from typing import Any
 
 import torch
 
-from ..data import Dataset
+from ..data import as_dataset
 from ..io.files import restore
 from ..model import Model, unwrapped
 from ..networks import UNet
@@ -13,15 +14,17 @@ from ..schedule import from_config
 from .config import Config
 
 
-def new_model(dataset: Dataset, config: Config, name: str = "model", *, init: Model | None = None) -> Model:
+def new_model(dataset: Any, config: Config, name: str = "model", *, init: Model | None = None) -> Model:
     """The model that ``config`` asks for, with the data's shape and classes, to be trained.
 
-    It predicts what ``config`` says, else what ``init`` does, else what its process is usually trained on.
+    The data are a :class:`diffkern.data.Dataset`, or any map-style dataset. The model predicts what ``config`` says, else
+    what ``init`` does, else what its process is usually trained on.
     Its weights are random, or those of ``init``, a model to fine-tune. A class has the embedding of the class of its
     name in ``init``, the null class that of the null class; where no name is the same and there are as many classes,
     each has that of its label. ``groups`` is the largest divisor of 32 that divides ``channels``, unless it is given.
     Raises TypeError or ValueError for options of which no network can be made, or a network that ``init`` does not fit.
     """
+    dataset = as_dataset(dataset)
     classes, channels = dataset.classes, config.network.get("channels")
     options = {"in_channels": dataset.shape[0], "num_classes": classes and len(classes)}
     if isinstance(channels, int) and channels > 0:

@@ -218,7 +218,7 @@ class Trainer:
     ) -> tuple[Tensor, Tensor | None, Draws, dict[str, Tensor]]:
         clock = self.noising.terms or self.model.schedule
         draws = draw(examples, self.config.seed, clock, label_dropout, self.objective.t)
-        batch = data.batch(index)
+        batch = data.batch(index, draws.seeds)
         x_0, labels = batch.x_0, batch.labels
         if flip:
             x_0 = torch.where(draws.flip.view(-1, *[1] * (x_0.ndim - 1)), x_0.flip(-1), x_0)
@@ -290,10 +290,9 @@ class Trainer:
         if self.validation is None:
             raise ValueError("validation: expected held-out data, got None")
         total, n = 0.0, len(self.validation)
-        with _seeded(self.config.seed % 2**63, self.model.device):
-            for index in torch.arange(n, dtype=torch.int64, device="cpu").split(self.config.batch_size):
-                drawn = self._drawn(self.validation, index, HELD_OUT + index.numpy(), 0.0, False)
-                total += self._losses(self.model.network, *drawn).double().sum().item()
+        for index in torch.arange(n, dtype=torch.int64, device="cpu").split(self.config.batch_size):
+            drawn = self._drawn(self.validation, index, HELD_OUT + index.numpy(), 0.0, False)
+            total += self._losses(self.model.network, *drawn).double().sum().item()
         return total / n
 
     def grid(self, n: int = 40, steps: int = 50):
@@ -435,15 +434,11 @@ def _fitting(name: str, data: Dataset | Items, model: Model) -> Dataset | Items:
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """What torch draws on ``device`` and on the CPU is drawn from ``seed``; its generators are left as they were."""
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index])
-    states = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(seed)
+    """What torch draws on ``device`` is drawn from ``seed``; its generator is left as it was."""
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
     try:
         yield
     finally:
-        for generator, before in zip(generators, states, strict=True):
-            generator.set_state(before)
+        generator.set_state(state)
