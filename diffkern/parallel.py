@@ -67,6 +67,15 @@ def mean(value: Tensor) -> Tensor:
     return value
 
 
+def joined_rows(value: Tensor) -> Tensor:
+    """The rows of all processes by rank, the same in each; all have as many."""
+    if world() == 1:
+        return value
+    values = [torch.empty_like(value) for _ in range(world())]
+    dist.all_gather(values, value)
+    return torch.cat(values)
+
+
 def largest(value: int, device: torch.device) -> int:
     """Of the processes' values, the same in each."""
     if world() == 1:

@@ -224,3 +224,45 @@ def test_a_run_resumes_to_the_bit_and_its_model_samples(tmp_path, kind):
     assert model.schedule == PROCESSES[kind] and model.prediction == whole.model.prediction
     images = [sample(m, 2, labels=0, steps=3, progress=False) for m in (model, whole.model)]
     assert torch.equal(*images) and images[0].isfinite().all() and images[0].std() > 0
+
+
+SHORT = Schedule.linear(3, 0.05, 0.5).config()
+
+
+def important(**changes) -> Trainer:
+    network = {**tiny.NETWORK, "channel_mult": [1], "attention_levels": [], "learned_variance": True}
+    options = dict(schedule=SHORT, times="importance", objective="vlb", network=network, batch_size=24)
+    data, config = tiny.dataset(), tiny.config(**options | changes)
+    return Trainer(new_model(data, config), data, config)
+
+
+def test_steps_are_drawn_by_importance_once_each_has_its_terms():
+    run = important()
+    assert (run.batch()[2].weights == 1).all()
+    take(run, 3)
+    assert (run.importance.counts >= 10).all() and run.importance.counts.sum() == 72
+    draws, p = run.batch()[2], run.importance.probabilities()
+    assert p.max() > 1.2 * p.min()
+    torch.testing.assert_close(draws.weights.double(), torch.from_numpy(1 / (3 * p[draws.t])), rtol=1e-6, atol=0)
+    losses = run._losses(run.network, *run.batch()).detach()
+    assert run.loss().item() == pytest.approx((losses * draws.weights).mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_run_by_importance_resumes_to_the_bit(tmp_path, parts):
+    whole, half = important(accumulate=parts), important(accumulate=parts)
+    losses = take(whole, 5)
+    take(half, 3)
+    half.save(tmp_path / CHECKPOINT)
+    again = Trainer.resume(tmp_path / CHECKPOINT, tiny.dataset())
+    assert take(again, 2) == losses[3:]
+    expected = whole.tensors()
+    assert "importance.history" in expected
+    for key, tensor in again.tensors().items():
+        assert torch.equal(tensor, expected[key]), key
+    assert load(tmp_path / CHECKPOINT).schedule.T == 3
+
+
+def test_importance_is_refused_without_time_steps():
+    with pytest.raises(ValueError, match="^times: expected uniform, .* without time steps, got 'importance'$"):
+        trainer("flow", times="importance")

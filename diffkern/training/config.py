@@ -15,6 +15,8 @@ from .times import TIMES
 LR_SCHEDULES = ("constant", "cosine")
 TRAINED = ("eps", "x0", "v", "score", "flow", "edm")
 """The predictions that a network can be trained on."""
+DRAWN = (*TIMES, "importance")
+"""The ways to draw t."""
 
 
 def option(default: Any, text: str, **kwargs) -> Any:
@@ -54,7 +56,7 @@ class Config:
     objective: str | None = option(
         None, "how its error counts at each level of noise", choices=OBJECTIVES, shown="the process's"
     )
-    times: str | None = option(None, "how t is drawn", choices=TIMES, shown="the objective's")
+    times: str | None = option(None, "how t is drawn", choices=DRAWN, shown="the objective's")
     times_mean: float | None = option(None, "of the normal behind logit_normal or log_normal", shown="0 or -1.2")
     times_std: float | None = option(None, "its standard deviation", shown="1 or 1.2")
     ema: float = option(0.999, "decay of the weights' average; min(ema, (1 + step) / (10 + step)) early on")
@@ -98,7 +100,11 @@ class Config:
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"lr_schedule: expected one of {LR_SCHEDULES}, got {self.lr_schedule!r}")
-        for name, known in (("prediction", TRAINED), ("objective", tuple(OBJECTIVES)), ("times", tuple(TIMES))):
+        for name, known in (
+            ("prediction", TRAINED),
+            ("objective", tuple(OBJECTIVES)),
+            ("times", (*TIMES, "importance")),
+        ):
             if getattr(self, name) not in (None, *known):
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name, expected, holds in (
@@ -120,7 +126,7 @@ class Config:
     def made_objective(self) -> Objective:
         """The objective that these settings name; ``prediction`` and ``objective`` must be there."""
         objective = OBJECTIVES[self.objective](prediction=self.prediction)
-        if self.times is None:
+        if self.times in (None, "importance"):
             return objective
         given = {"mean": self.times_mean, "std": self.times_std}
         times = TIMES[self.times](**{name: value for name, value in given.items() if value is not None})

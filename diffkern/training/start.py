@@ -17,8 +17,8 @@ from .config import Config
 def new_model(dataset: Any, config: Config, name: str = "model", *, init: Model | None = None) -> Model:
     """The model that ``config`` asks for, with the data's shape and classes, to be trained.
 
-    The data are a :class:`diffkern.data.Dataset`, or any map-style dataset. The model predicts what ``config`` says, else
-    what ``init`` does, else what its process is usually trained on.
+    The data are a :class:`diffkern.data.Dataset`, or any map-style dataset. The model predicts what ``config`` says,
+    else what ``init`` does, else what its process is usually trained on.
     Its weights are random, or those of ``init``, a model to fine-tune. A class has the embedding of the class of its
     name in ``init``, the null class that of the null class; where no name is the same and there are as many classes,
     each has that of its label. ``groups`` is the largest divisor of 32 that divides ``channels``, unless it is given.

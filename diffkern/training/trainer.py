@@ -34,6 +34,7 @@ from .noising import Noising
 from .objectives import OBJECTIVES, Objective
 from .plot import loss_plot
 from .runs import Log, Unlogged
+from .times import TIMES, Importance
 
 FIXED = ("schedule", "prediction", "objective", "times", "times_mean", "times_std", "seed")
 """The settings that a run keeps from its first step to its last."""
@@ -103,6 +104,9 @@ class Trainer:
         self.predict = parallel.averaging(self.network)
         variance = "learned" if model.learned_variance else model.default_variance
         self.noising = Noising(self.objective, model.schedule, variance, self.model.device)
+        self.clock = self.noising.terms or model.schedule
+        self.importance = Importance(self.clock) if config.times == "importance" else None
+        self._terms: list[Tensor] = []  # [N, 2], t and loss of each example of the step
         self.optimizer = _optimizer(self.trained.values(), config)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64, device="cpu"))
         written = _as_json(self.description())  # what could not be read again is refused before a step is taken
@@ -169,11 +173,13 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a step changes, but for the counters: the live tensors, by their names in a checkpoint."""
+        importance = {} if self.importance is None else self.importance.tensors()
         return {
             **{f"network.{name}": tensor for name, tensor in state(self.network).items()},
             **{f"ema.{name}": tensor for name, tensor in state(self.model.network).items()},
             **{f"exp_avg.{name}": self.optimizer.state[p]["exp_avg"] for name, p in self.trained.items()},
             **{f"exp_avg_sq.{name}": self.optimizer.state[p]["exp_avg_sq"] for name, p in self.trained.items()},
+            **{f"importance.{name}": tensor for name, tensor in importance.items()},
         }
 
     def description(self) -> dict[str, Any]:
@@ -211,13 +217,14 @@ class Trainer:
         parts = self.config.accumulate
         share = self.config.batch_size // (parallel.world() * parts)
         examples = self.examples + share * (parts * parallel.rank() + part) + np.arange(share)
-        return self._drawn(self.dataset, self.index(examples), examples, self.config.label_dropout, self.config.flip)
+        times = self.importance or self.objective.t
+        draws = draw(examples, self.config.seed, self.clock, self.config.label_dropout, times)
+        return self._drawn(self.dataset, self.index(examples), draws, self.config.flip)
 
     def _drawn(
-        self, data: Dataset | Items, index: Tensor, examples: np.ndarray, label_dropout: float, flip: bool
+        self, data: Dataset | Items, index: Tensor, draws: Draws, flip: bool = False
     ) -> tuple[Tensor, Tensor | None, Draws, dict[str, Tensor]]:
-        clock = self.noising.terms or self.model.schedule
-        draws = draw(examples, self.config.seed, clock, label_dropout, self.objective.t)
+        """What :meth:`batch` gives, of items ``index`` of any data."""
         batch = data.batch(index, draws.seeds)
         x_0, labels = batch.x_0, batch.labels
         if flip:
@@ -239,7 +246,12 @@ class Trainer:
     def loss(self, part: int = 0) -> Tensor:
         """The mean of the objective: on a schedule by default || eps - eps_theta(sqrt(alpha_bar) x_0 +
         sqrt(1 - alpha_bar) eps, t) ||^2 an element."""
-        return self._losses(self.predict, *self.batch(part)).mean()
+        batch = self.batch(part)
+        losses, draws = self._losses(self.predict, *batch), batch[2]
+        if draws.weights is None:
+            return losses.mean()
+        self._terms.append(torch.stack((draws.t.to(losses), losses.detach()), 1))
+        return (losses * draws.weights.to(losses)).mean()
 
     def _losses(
         self, network: Any, x_0: Tensor, labels: Tensor | None, draws: Draws, conditions: dict[str, Tensor]
@@ -258,6 +270,7 @@ class Trainer:
         """One step of Algorithm 1; returns its loss. Raises :class:`Diverged`, and then has changed nothing."""
         self.optimizer.zero_grad()
         losses, parts = [], self.config.accumulate
+        self._terms.clear()
         with _seeded((self.config.seed + self.steps + (parallel.rank() << 40)) % 2**63, self.model.device):
             for part in range(parts):
                 with parallel.apart(self.predict) if part < parts - 1 else contextlib.nullcontext():
@@ -282,6 +295,9 @@ class Trainer:
             )  # ema <- decay ema + (1 - decay) theta
             for mine, theirs in zip(self.model.network.buffers(), self.network.buffers(), strict=True):
                 mine.copy_(theirs)  # such as the statistics of BatchNorm, which are averages themselves
+        if self.importance is not None:
+            t, terms = parallel.joined_rows(torch.cat(self._terms)).cpu().unbind(1)
+            self.importance.update(t.long(), terms)
         return loss.item()
 
     @torch.no_grad()
@@ -291,8 +307,9 @@ class Trainer:
             raise ValueError("validation: expected held-out data, got None")
         total, n = 0.0, len(self.validation)
         for index in torch.arange(n, dtype=torch.int64, device="cpu").split(self.config.batch_size):
-            drawn = self._drawn(self.validation, index, HELD_OUT + index.numpy(), 0.0, False)
-            total += self._losses(self.model.network, *drawn).double().sum().item()
+            draws = draw(HELD_OUT + index.numpy(), self.config.seed, self.clock, 0.0, self.objective.t)
+            losses = self._losses(self.model.network, *self._drawn(self.validation, index, draws))
+            total += losses.double().sum().item()
         return total / n
 
     def grid(self, n: int = 40, steps: int = 50):
@@ -383,6 +400,8 @@ def _as_json(value: Any) -> Any:
 
 def _check(model: Model, config: Config, objective: Objective) -> None:
     """Raise ValueError for settings that the model cannot be trained by."""
+    if config.times == "importance" and not model.schedule.discrete:
+        raise ValueError(f"times: expected {', '.join(TIMES)} or None without time steps, got 'importance'")
     if model.learned_variance != (objective.vlb != 0):
         whose = "a learned variance" if model.learned_variance else "a fixed variance"
         with_bound = [name for name, make in OBJECTIVES.items() if (make().vlb != 0) == model.learned_variance]
