@@ -206,6 +206,19 @@ def test_what_an_item_draws_is_drawn_again_by_a_run_that_resumes(tmp_path):
     assert torch.equal(torch.cat([parts.batch(part)[0] for part in (0, 1)]), again.batch()[0])  # whatever the batch
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_processes_that_read_ahead_change_no_bit(tmp_path, accumulate):
+    def noisy(x, i):
+        return {"x": x + 0.1 * torch.randn(3), "label": i % 3}
+
+    config = Config(**CONFIG | dict(steps=3, accumulate=accumulate))
+    runs = [Trainer(model(0.5), Points(noisy), replace(config, workers=workers)) for workers in (0, 2)]
+    assert torch.equal(runs[1].batch()[0], runs[1].batch()[0])  # the same again starts anew
+    for run, folder in zip(runs, "ab", strict=True):
+        assert run.run(tmp_path / folder, progress=False) is None
+    assert_equal(runs[1].tensors(), runs[0].tensors())
+
+
 def test_latents_of_four_channels_train_a_unet_and_are_drawn_unclipped(tmp_path):
     latents = 3 * torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     network = {key: value for key, value in tiny.NETWORK.items() if key != "in_channels"}

@@ -46,6 +46,7 @@ class Config:
     steps: int = option(100_000, "optimizer steps in all")
     batch_size: int = option(64, "images a step, of all processes together")
     accumulate: int = option(1, "parts in which a step takes its images, one after the other: less memory")
+    workers: int = option(0, "processes that read a dataset's items ahead; images of a folder are in memory")
     lr: float = option(2e-4, "learning rate of AdamW")
     lr_schedule: str = option("constant", "after the warm-up", choices=LR_SCHEDULES)
     warmup: int = option(500, "steps over which the learning rate rises from 0")
@@ -74,7 +75,7 @@ class Config:
 
     def __post_init__(self):
         positive = ("steps", "batch_size", "accumulate", "checkpoint_every", "validate_every", "log_every")
-        for name, low in (dict.fromkeys(positive, 1) | dict(warmup=0, keep_every=0, sample_every=0)).items():
+        for name, low in (dict.fromkeys(positive, 1) | dict(workers=0, warmup=0, keep_every=0, sample_every=0)).items():
             number = checked_int(name, getattr(self, name), f"an int >= {low}")
             if number < low:
                 raise ValueError(f"{name}: expected an int >= {low}, got {number}")

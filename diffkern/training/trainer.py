@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import images, ops, parallel
-from ..data import Dataset, Items, as_dataset, epoch_order
+from ..data import Batch, Dataset, Items, as_dataset, epoch_order
 from ..engine import Engine
 from ..io.description import check_model, checked_state
 from ..io.files import CHECKPOINT, restore, state, write
@@ -33,12 +33,12 @@ from .draws import Draws, draw
 from .noising import Noising
 from .objectives import OBJECTIVES, Objective
 from .plot import loss_plot
+from .reading import Place, Reader
 from .runs import Log, Unlogged
 from .times import TIMES, Importance
 
 FIXED = ("schedule", "prediction", "objective", "times", "times_mean", "times_std", "seed")
 """The settings that a run keeps from its first step to its last."""
-
 
 HELD_OUT = 2**62
 """The examples from here on, which no run trains on, are those of the held-out data."""
@@ -108,6 +108,8 @@ class Trainer:
         self.importance = Importance(self.clock) if config.times == "importance" else None
         self._terms: list[Tensor] = []  # [N, 2], t and loss of each example of the step
         self.optimizer = _optimizer(self.trained.values(), config)
+        ahead = config.workers and isinstance(self.dataset, Items)
+        self.reader = Reader(self.dataset, config.workers, self._asked, self._after) if ahead else None
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64, device="cpu"))
         written = _as_json(self.description())  # what could not be read again is refused before a step is taken
         check_model(written, len(self.tensors()))
@@ -214,19 +216,37 @@ class Trainer:
     def batch(self, part: int = 0) -> tuple[Tensor, Tensor | None, Draws, dict[str, Tensor]]:
         """A part of this process's share of the next step: x_0 [N, ...], labels [N] (-1 where dropped), draws, and the
         conditions of the model by name, [N, ...] (null where labels are dropped)."""
+        place = self.examples, part
+        draws = self._draws_at(place)
+        if self.reader is not None:
+            return self._drawn(self.reader.read(place), draws, self.config.flip)
+        return self._drawn(self.dataset.batch(*self._asked(place)), draws, self.config.flip)
+
+    def _examples(self, place: Place) -> np.ndarray:
+        """The numbers of the examples of a part of this process's share of a step."""
+        before, part = place
         parts = self.config.accumulate
         share = self.config.batch_size // (parallel.world() * parts)
-        examples = self.examples + share * (parts * parallel.rank() + part) + np.arange(share)
+        return before + share * (parts * parallel.rank() + part) + np.arange(share)
+
+    def _draws_at(self, place: Place) -> Draws:
         times = self.importance or self.objective.t
-        draws = draw(examples, self.config.seed, self.clock, self.config.label_dropout, times)
-        return self._drawn(self.dataset, self.index(examples), draws, self.config.flip)
+        return draw(self._examples(place), self.config.seed, self.clock, self.config.label_dropout, times)
+
+    def _asked(self, place: Place) -> tuple[Tensor, Tensor]:
+        """The index and the seeds of the items at a place."""
+        return self.index(self._examples(place)), self._draws_at(place).seeds
+
+    def _after(self, place: Place) -> Place:
+        before, part = place
+        last = part == self.config.accumulate - 1
+        return (before + self.config.batch_size, 0) if last else (before, part + 1)
 
     def _drawn(
-        self, data: Dataset | Items, index: Tensor, draws: Draws, flip: bool = False
+        self, batch: Batch, draws: Draws, flip: bool = False
     ) -> tuple[Tensor, Tensor | None, Draws, dict[str, Tensor]]:
-        """What :meth:`batch` gives, of items ``index`` of any data."""
-        batch = data.batch(index, draws.seeds)
-        x_0, labels = batch.x_0, batch.labels
+        """What :meth:`batch` gives, of any batch of items."""
+        x_0, labels, n = batch.x_0, batch.labels, len(batch.x_0)
         if flip:
             x_0 = torch.where(draws.flip.view(-1, *[1] * (x_0.ndim - 1)), x_0.flip(-1), x_0)
         if self.model.codec is not None:
@@ -237,10 +257,10 @@ class Trainer:
         labels = None if labels is None else labels.masked_fill(draws.null, -1)
         conditions = {}
         for condition in self.model.conditions:
-            value = conditions[condition.name] = condition.batch(batch.conditions.get(condition.name), len(index))
+            value = conditions[condition.name] = condition.batch(batch.conditions.get(condition.name), n)
             if condition.null is not None:
                 null = draws.null.view(-1, *[1] * (value.ndim - 1))
-                conditions[condition.name] = torch.where(null, condition.batch(None, len(index)), value)
+                conditions[condition.name] = torch.where(null, condition.batch(None, n), value)
         return x_0, labels, draws, conditions
 
     def loss(self, part: int = 0) -> Tensor:
@@ -308,7 +328,7 @@ class Trainer:
         total, n = 0.0, len(self.validation)
         for index in torch.arange(n, dtype=torch.int64, device="cpu").split(self.config.batch_size):
             draws = draw(HELD_OUT + index.numpy(), self.config.seed, self.clock, 0.0, self.objective.t)
-            losses = self._losses(self.model.network, *self._drawn(self.validation, index, draws))
+            losses = self._losses(self.model.network, *self._drawn(self.validation.batch(index, draws.seeds), draws))
             total += losses.double().sum().item()
         return total / n
 
@@ -321,7 +341,7 @@ class Trainer:
         names = None if classes is None else images.captions(classes, labels.tolist())
         return images.grid(x, names, columns=10)
 
-    def _draws(self) -> bool:
+    def _has_grids(self) -> bool:
         """Whether there are sample grids: of images, by a network that needs no condition."""
         image = self.model.codec is not None or (len(self.model.shape) == 3 and self.model.shape[0] in (1, 3))
         free = all(condition.null is not None for condition in self.model.conditions)
@@ -359,6 +379,8 @@ class Trainer:
             total, done = (steps * config.batch_size for steps in (config.steps, self.steps))
             bar = stack.enter_context(progress_bar(total, "training", "img", progress and writes, initial=done))
             received = stack.enter_context(runs.signals())
+            if self.reader is not None:
+                stack.callback(self.reader.close)
             while self.steps < config.steps and heard not in runs.STOPPING:
                 lr = config.learning_rate(self.steps)
                 loss = self.step()
@@ -377,7 +399,7 @@ class Trainer:
                 if self.steps % config.checkpoint_every == 0 or heard == runs.SAVING:
                     self._write(out, log)
                     saved = self.steps
-                if self._draws() and self.steps % config.sample_every == 0:
+                if self._has_grids() and self.steps % config.sample_every == 0:
                     images.save_png(self.grid(), out / f"samples-{self.steps:07d}.png", {"step": self.steps})
             if writes and saved != self.steps:
                 self._write(out, log)
