@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -111,6 +112,104 @@ class Dataset:
     def x_0(self, index: Tensor | slice) -> Tensor:
         """The images of ``index`` as the network sees them: [N, C, H, W] float32 in [-1, 1]."""
         return from_pixels(self.images[index])
+
+    def batch(self, index: Tensor, seeds: Tensor | None = None) -> "Batch":
+        """The examples of ``index``; nothing is drawn."""
+        return Batch(self.x_0(index), None if self.labels is None else self.labels[index], {})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N examples: x_0 [N, ...] float32, labels [N] int64 or None, and by name what else the network gets, [N, ...]."""
+
+    x_0: Tensor
+    labels: Tensor | None
+    conditions: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Items:
+    """Any map-style dataset, as ``torch.utils.data.Dataset`` is, in the way that training reads it.
+
+    An item is x, or (x, label), or a dict of "x", perhaps "label", and conditions by their names. x is a tensor or an
+    array of any shape: uint8 is taken as pixels 0..255, which become [-1, 1], floats as they are. ``classes`` are names
+    for the labels 0..K-1. What an item draws from torch's generator, as augmentation does, is a function of the seed of
+    its example: the same in any batch, and in a run that is resumed.
+    """
+
+    items: Any
+    classes: tuple[str, ...] | None = None
+    fingerprint: ClassVar[None] = None  # to read every item would take as long as an epoch
+
+    def __post_init__(self):
+        if not (hasattr(self.items, "__len__") and hasattr(self.items, "__getitem__")):
+            got = type(self.items).__name__
+            raise TypeError(f"data: expected a map-style dataset, with a length and items, got {got}")
+        if not len(self):
+            raise ValueError("data: expected at least one item, got none")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @cached_property
+    def first(self) -> Batch:
+        """The first example."""
+        return self.batch(torch.zeros(1, dtype=torch.int64, device="cpu"))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.first.x_0.shape[1:])
+
+    @property
+    def summary(self) -> str:
+        """Tell in one line what there is."""
+        return f"data: {len(self):,} {plural('item', len(self))} of {'x'.join(map(str, self.shape))}"
+
+    def in_order_of(self, classes: Sequence[str] | None) -> "Items":
+        """Name the labels so, where they have no names."""
+        return self if self.classes is not None else replace(self, classes=classes and tuple(classes))
+
+    def batch(self, index: Tensor, seeds: Tensor | None = None) -> Batch:
+        """The examples of ``index`` [N]; each draws from torch's CPU generator as if that had its own of ``seeds`` [N]
+        (None: 0), and leaves it as it was. Raises TypeError or ValueError for an item of another kind."""
+        seeds = torch.zeros_like(index) if seeds is None else seeds
+        found = []
+        with torch.random.fork_rng(devices=[]):
+            for i, seed in zip(index.tolist(), seeds.tolist(), strict=True):
+                torch.default_generator.manual_seed(seed)
+                found.append(_parts(self.items[i]))
+        columns = {name: [_tensor(name, item[name]) for item in found if name in item] for name in found[0]}
+        for name, column in columns.items():
+            shapes = sorted({tuple(value.shape) for value in column})
+            if len(shapes) > 1 or len(column) < len(found):
+                raise ValueError(f"{name}: expected the same shape in every item, got {shapes}")
+        stacked = {name: torch.stack(column) for name, column in columns.items()}
+        x, label = stacked.pop("x"), stacked.pop("label", None)
+        if x.dtype == torch.uint8:
+            x = from_pixels(x)
+        elif not x.is_floating_point():
+            raise TypeError(f"x: expected uint8 pixels or floats in an item, got {x.dtype}")
+        return Batch(x.float(), None if label is None else label.long(), stacked)
+
+
+def as_dataset(data: Any) -> "Dataset | Items":
+    """``data`` as training reads it. Raises TypeError for what has no length or no items."""
+    return data if isinstance(data, Dataset | Items) else Items(data)
+
+
+def _parts(item: Any) -> dict[str, Any]:
+    """An item's parts by name."""
+    if isinstance(item, tuple | list):
+        return dict(zip(("x", "label"), item, strict=False))
+    return item if isinstance(item, dict) else {"x": item}
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    try:
+        return value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
+    except TypeError:
+        got = type(value).__name__
+        raise TypeError(f"{name}: expected a tensor, an array or a number in an item, got {got}") from None
 
 
 def load_dataset(

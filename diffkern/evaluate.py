@@ -192,6 +192,8 @@ def eps_loss(
     """
     if model.prediction != "eps":
         raise ValueError(f"prediction: expected 'eps', got {model.prediction!r}")
+    if not model.schedule.discrete:
+        raise ValueError(f"schedule: expected one of time steps, got {model.schedule}")
     if data.shape != model.shape:
         raise ValueError(f"data: expected images of shape {model.shape}, got {data.shape}")
     T, n = model.schedule.T, min(n, len(data))

@@ -107,7 +107,7 @@ def grid(x: Tensor, labels: Sequence[str] | None = None, *, columns: int | None 
         canvas.paste(tile.resize((width * scale, height * scale), Image.Resampling.NEAREST), (left, top))
         if labels is not None:
             middle = (left + width * scale / 2, top + height * scale + TEXT / 2)
-            draw.text(middle, _fitted(labels[i], width * scale), 0, font=_font(), anchor="mm")
+            draw.text(middle, _fitted(labels[i], width * scale), 0, font=font(), anchor="mm")
     return canvas
 
 
@@ -121,9 +121,9 @@ def captions(classes: Sequence[str], labels: Sequence[int]) -> list[str]:
 def _fitted(label: str, width: int) -> str:
     """The label as one line that the font can draw, or as much of its beginning as fits."""
     line, whole = _line(label[:width]), len(label) <= width  # no character is less than a pixel wide
-    if whole and _font().getlength(line) <= width:
+    if whole and font().getlength(line) <= width:
         return line
-    fits = bisect.bisect_right(range(len(line)), width, key=lambda length: _font().getlength(line[:length] + "…"))
+    fits = bisect.bisect_right(range(len(line)), width, key=lambda length: font().getlength(line[:length] + "…"))
     return line[: max(fits - 1, 0)] + "…"
 
 
@@ -151,12 +151,13 @@ def _spelled(character: str) -> str | None:
 
 
 def _drawn(character: str) -> tuple[tuple[int, int], bytes]:
-    mask = _font().getmask(character)
+    mask = font().getmask(character)
     return mask.size, bytes(mask)
 
 
 @functools.cache
-def _font():
+def font():
+    """The font of labels: 11 pixels."""
     from PIL import ImageFont
 
     return ImageFont.load_default(11)

@@ -22,13 +22,13 @@ from .constraints import Quantile, limit_of
 from .engine import Engine
 from .io import pipelines
 from .io.description import FORMAT, check_model
-from .io.files import CHECKPOINT, compare, fill, read, write
+from .io.files import CHECKPOINT, compare, fill, read, restore, state, write
 from .networks import UNet
 from .networks.blueprint import Blueprint
 from .prediction import PREDICTIONS
 from .process import Process
 from .samplers import VARIANCES
-from .schedule import SPACINGS, Schedule
+from .schedule import SPACINGS, from_config
 
 MODELS = Path(__file__).parent / "models"
 """Where the shipped models are, each with its card."""
@@ -183,27 +183,27 @@ class Model:
         return known[text.lower()]
 
     def description(self) -> dict[str, Any]:
-        """All but the weights, as JSON holds it."""
+        """All but the weights, as JSON holds it. Under "own" are the names of what only its maker's code has: a network
+        that is no ``UNet``, conditions, a codec."""
         network = unwrapped(self.network)
-        if not isinstance(self.schedule, Schedule):
-            raise TypeError(f"schedule: expected a Schedule to describe, got {type(self.schedule).__name__}")
-        if not isinstance(network, UNet):
-            raise TypeError(f"network: expected a diffkern.unet.UNet to describe, got {type(network).__name__}")
-        for name in ("conditions", "codec"):
-            if getattr(self, name):
-                raise TypeError(f"{name}: expected none in a model to describe, got {getattr(self, name)!r}")
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network: expected a torch.nn.Module to describe, got {type(network).__name__}")
+        ours = isinstance(network, UNet)
+        own = {} if ours else {"network": type(network).__name__}
+        own |= {c.name: "Condition" for c in self.conditions} | ({"codec": "Codec"} if self.codec else {})
         clip = {"quantile": self.clip.q} if isinstance(self.clip, Quantile) else self.clip
         kept = dict(variance=self.variance, clip=clip, spacing=self.spacing)
         return {
             "format": FORMAT,
             "name": self.name,
-            "network": network.config,
+            "network": network.config if ours else {},
             "schedule": self.schedule.config(),
             "prediction": self.prediction,
             "shape": self.shape,
             "classes": self.classes,
             "prefix": "",
             **{name: value for name, value in kept.items() if value is not None},
+            **({"own": own} if own else {}),
         }
 
 
@@ -221,16 +221,19 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in MODELS.glob("*.safetensors"))
 
 
-def load(name: str | os.PathLike, device: torch.device | str | None = None) -> Model:
+def load(name: str | os.PathLike, device: torch.device | str | None = None, *, into: Model | None = None) -> Model:
     """Load a shipped model by its name, a file of :func:`save`, or the averaged model of a run's checkpoint or folder.
 
-    Weights are float32, whatever the file holds, and the network is in eval mode.
+    into  a ``Model`` as the one that was saved, whose network gets the weights, in place: needed where that is no
+          ``UNet``, and where there are conditions or a codec, because a file holds no code
+
+    Weights are float32, whatever the file holds, and the network is in eval mode; that of ``into`` keeps its dtypes.
     Raises FileNotFoundError for a name or path that is not there, ValueError for a file that is no model, and for a
     name that is both a shipped model and a path.
     """
     path, device = find(name), checked_device(device)
     description, tensors = read(path)
-    model = build(description, tensors, path, device=device)
+    model = build(description, tensors, path, device=device, into=into)
     model.network.eval().requires_grad_(False)
     return model
 
@@ -278,11 +281,13 @@ def save(model: Model, path: str | os.PathLike, *, dtype: torch.dtype = torch.fl
         raise TypeError(f"model: expected a Model, got {type(model).__name__}")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
-    weights = {key: tensor.to(dtype) for key, tensor in unwrapped(model.network).state_dict().items()}
     description = model.description()
-    planned = _planned(json.loads(json.dumps(description)), len(weights), "model")
-    whose = "a UNet of its config (merge or take off layers that were put around its own)"
-    compare(planned.network.state_dict(), weights, "model", whose)
+    weights = state(unwrapped(model.network))
+    weights = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
+    if "own" not in description:
+        planned = _planned(json.loads(json.dumps(description)), len(weights), "model")
+        whose = "a UNet of its config (merge or take off layers that were put around its own)"
+        compare(planned.network.state_dict(), weights, "model", whose)
     for key, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f"model: expected weights that are finite in {dtype}, got others in {key}")
@@ -296,16 +301,36 @@ def build(
     *,
     prefix: str | None = None,
     device: torch.device | str | None = None,
+    into: Model | None = None,
 ) -> Model:
     """The model that ``description`` describes, on ``device`` (None: the CPU), in training mode.
 
     Its weights are those of ``tensors`` whose names begin with ``prefix`` (None: the description's own). No memory is
-    taken before they fit. Raises ValueError that begins with ``path``, for whatever no diffkern has written.
+    taken before they fit. Or ``into`` gets them. Raises ValueError that begins with ``path``, for whatever no diffkern
+    has written, and for another model than ``into``.
     """
-    model = _planned(description, len(tensors), path)
+    planned = into is None
+    model = _planned(description, len(tensors), path) if planned else _checked(into, description, len(tensors), path)
     prefix = description.get("prefix", "") if prefix is None else prefix
-    fill(model.network, {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}, path, device)
+    weights = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
+    if planned:
+        fill(model.network, weights, path, device)
+    else:
+        restore(state(model.network.to(device or "cpu")), weights, path)
     return model
+
+
+def _checked(into: Model, description: dict[str, Any], tensors: int, path: str | os.PathLike) -> Model:
+    """``into``, without an engine around its network, if it is a model as ``description`` says."""
+    try:
+        check_model(description, tensors)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    mine = json.loads(json.dumps(into.description()))
+    for name in ("schedule", "prediction", "shape", "classes", "network", "own"):
+        if mine.get(name) != description.get(name):
+            raise ValueError(f"{path}: into: expected {name} {description.get(name)}, got {mine.get(name)}")
+    return dataclasses.replace(into, network=unwrapped(into.network), name=description["name"])
 
 
 def _planned(description: dict[str, Any], tensors: int, path: str | os.PathLike) -> Model:
@@ -315,12 +340,15 @@ def _planned(description: dict[str, Any], tensors: int, path: str | os.PathLike)
     """
     try:
         check_model(description, tensors)
+        if "own" in description:
+            listed = ", ".join(f"{name} ({kind})" for name, kind in description["own"].items())
+            raise ValueError(f"into: expected a Model that has what the file cannot hold, {listed}, got None")
         with Blueprint():
             network = UNet(**description["network"]).float()
         clip = description.get("clip")
         return Model(
             network=network,
-            schedule=Schedule.from_config(description["schedule"]),
+            schedule=from_config(description["schedule"]),
             prediction=description["prediction"],
             shape=description["shape"],
             classes=description["classes"],

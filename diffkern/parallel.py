@@ -3,7 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,12 +54,26 @@ def averaging(network: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(network) if world() > 1 else network
 
 
+def apart(network: nn.Module) -> AbstractContextManager[Any]:
+    """Within, what :func:`averaging` gave leaves gradients as they are: more are to be added to them."""
+    return network.no_sync() if isinstance(network, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
 def mean(value: Tensor) -> Tensor:
     """Over the processes, the same in each."""
     if world() > 1:
         dist.all_reduce(value)
         value /= world()
     return value
+
+
+def joined_rows(value: Tensor) -> Tensor:
+    """The rows of all processes by rank, the same in each; all have as many."""
+    if world() == 1:
+        return value
+    values = [torch.empty_like(value) for _ in range(world())]
+    dist.all_gather(values, value)
+    return torch.cat(values)
 
 
 def largest(value: int, device: torch.device) -> int:

@@ -7,9 +7,11 @@ quantities of a :class:`Point`, so that no sampler knows a process. All of this 
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -61,8 +63,11 @@ class Process:
 
     t_min: float = 0.0
     t_max: float = 1.0
+    sigma_data: float = 0.5  # the standard deviation of the data, by which "edm" scales the network's output
     discrete: ClassVar[bool] = False  # whether c_noise is a whole number, which the network gets as int64
     spacing: ClassVar[str] = "uniform"  # of a grid, unless another one is asked for
+    prediction: ClassVar[str] = "eps"  # of a network that is trained on it, unless another one is asked for
+    objective: ClassVar[str] = "simple"  # of its training, a name of diffkern.training.objectives.OBJECTIVES
 
     # --- what a process says ---
 
@@ -76,19 +81,30 @@ class Process:
         """What the network gets as its t."""
         return np.asarray(t)
 
-    def c_in(self, point: Point) -> float:
-        """The network gets c_in x_t."""
+    def c_in(self, point: Any) -> ArrayLike:
+        """The network gets c_in x_t. ``point`` has alpha and sigma, numbers or arrays."""
         return 1.0
 
     def head_constants(self, prediction: str, point: Point) -> dict[str, Any]:
         """The constants of :func:`diffkern.prediction.head` that this process has."""
         if prediction == "mu":
             raise ValueError("prediction: expected another one on a process without time steps, got 'mu'")
-        return {}
+        return {"sigma_data": self.sigma_data}
 
     def start_std(self, start: Point) -> float:
         """The standard deviation of x where a run starts: sigma, or 1 where the process preserves the variance."""
         return start.sigma
+
+    def config(self) -> dict[str, Any]:
+        """What :func:`diffkern.schedule.from_config` makes this very process from, fit for JSON.
+
+        Raises TypeError for a process that is none of :data:`PROCESSES`, nor a schedule.
+        """
+        for kind, maker in PROCESSES.items():
+            if type(self) is maker:
+                return {"kind": kind, **asdict(self)}
+        names = ", ".join(maker.__name__ for maker in PROCESSES.values())
+        raise TypeError(f"schedule: expected a Schedule or one of {names} to describe, got {type(self).__name__}")
 
     @property
     def prior_std(self) -> float:
@@ -115,15 +131,15 @@ class Process:
             low, high = (middle, high) if self.lam(middle) > lam else (low, middle)
         return low if abs(self.lam(low) - lam) < abs(self.lam(high) - lam) else high
 
-    def derivatives(self, t: float) -> tuple[float, float]:
+    def derivatives(self, t: ArrayLike) -> tuple[NDArray, NDArray]:
         """(dalpha/dt, dsigma/dt), by a complex step (Squire & Trapp 1998)."""
         step = 1e-30
-        return tuple(float(np.imag(f(t + 1j * step))) / step for f in (self.alpha, self.sigma))
+        return tuple(np.asarray(np.imag(f(t + 1j * step)) / step)[()] for f in (self.alpha, self.sigma))
 
-    def drift_and_diffusion(self, t: float) -> tuple[float, float]:
+    def drift_and_diffusion(self, t: ArrayLike) -> tuple[NDArray, NDArray]:
         """(f, g^2) of dx = f x dt + g dw: f = dln alpha/dt, g^2 = dsigma^2/dt - 2 f sigma^2 (Song et al. 2021b)."""
-        sigma, (d_alpha, d_sigma) = float(self.sigma(t)), self.derivatives(t)
-        f = d_alpha / float(self.alpha(t))
+        sigma, (d_alpha, d_sigma) = self.sigma(t), self.derivatives(t)
+        f = d_alpha / self.alpha(t)
         return f, 2 * sigma * (d_sigma - f * sigma)
 
     def removed(self, s: Point, t: Point) -> float:
@@ -270,6 +286,10 @@ class VP(Process):
     beta_min: float = 0.1
     beta_max: float = 20.0
     t_min: float = 1e-3
+    objective: ClassVar[str] = "dsm"
+
+    def __post_init__(self):
+        _check_fields(self, ("beta_min", "beta_max"), ("t_min", "t_max"))
 
     def log_alpha(self, t):
         return -0.25 * t * t * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
@@ -301,6 +321,10 @@ class VE(Process):
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
+    objective: ClassVar[str] = "dsm"
+
+    def __post_init__(self):
+        _check_fields(self, ("sigma_min", "sigma_max"))
 
     def alpha(self, t):
         return 1 + 0 * t
@@ -320,6 +344,11 @@ class EDM(Process):
     t_min: float = 0.002
     t_max: float = 80.0
     spacing: ClassVar[str] = "karras"
+    prediction: ClassVar[str] = "edm"
+    objective: ClassVar[str] = "edm"
+
+    def __post_init__(self):
+        _check_fields(self, ("t_min", "t_max"))
 
     def alpha(self, t):
         return 1 + 0 * t
@@ -334,10 +363,7 @@ class EDM(Process):
         return np.log(t) / 4
 
     def c_in(self, point):
-        return 1 / math.hypot(point.sigma, self.sigma_data)
-
-    def head_constants(self, prediction, point):
-        return {"sigma_data": self.sigma_data} if prediction == "edm" else {}
+        return 1 / np.hypot(point.sigma, self.sigma_data)
 
 
 @dataclass(frozen=True)
@@ -345,6 +371,11 @@ class RectifiedFlow(Process):
     """x_t = (1 - t) x_0 + t eps, a straight line (Lipman et al. 2023; Liu et al. 2023)."""
 
     c_noise_scale: float = 1.0  # 1000 where the network counts to 1000
+    prediction: ClassVar[str] = "flow"
+    objective: ClassVar[str] = "flow"
+
+    def __post_init__(self):
+        _check_fields(self)
 
     def alpha(self, t):
         return 1 - t
@@ -356,10 +387,57 @@ class RectifiedFlow(Process):
         return self.c_noise_scale * t
 
 
+PROCESSES: dict[str, Callable[..., Process]] = {
+    "vp": VP,
+    "sub_vp": SubVP,
+    "ve": VE,
+    "edm": EDM,
+    "flow": RectifiedFlow,
+}
+"""The processes above, by the name that a file and the command line have for them."""
+
+
+# --- checks ---
+
+
+def _check_fields(process: Any, *rising: tuple[str, str]) -> None:
+    """Make each field a float > 0; of each pair in ``rising`` the second is the larger. TypeError or ValueError."""
+    for field in fields(process):
+        value = checked_float(field.name, getattr(process, field.name), "a number > 0", lambda value: value > 0)
+        object.__setattr__(process, field.name, value)  # past ``frozen``
+    for low, high in rising:
+        if getattr(process, low) > getattr(process, high):
+            expected = f"at most {high}, {getattr(process, high)}"
+            raise ValueError(f"{low}: expected a number of {expected}, got {getattr(process, low)}")
+
+
+def checked_int(name: str, value: Any, expected: str) -> int:
+    """``value`` as an int, of whatever integer type but bool; TypeError otherwise."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
+
+
+def checked_float(name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> float:
+    """``value`` as a float, finite and such that ``holds(value)``; TypeError or ValueError otherwise.
+
+    A tensor or an array of no dimensions is a number too.
+    """
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    if not (math.isfinite(value) and holds(value)):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return float(value)
+
+
 def checked_count(name: str, value: Any) -> int:
     """``value`` as an int of at least 1. Raises TypeError or ValueError."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected an int >= 1, got {value!r}")
-    if value.__index__() < 1:
+    value = checked_int(name, value, "an int >= 1")
+    if value < 1:
         raise ValueError(f"{name}: expected an int >= 1, got {value}")
-    return value.__index__()
+    return value

@@ -6,18 +6,16 @@ hands them to a kernel. Arrays are 0-based: index t is the paper's step t + 1, a
 """
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .process import END, Grid, Point, Process
+from .process import END, PROCESSES, Grid, Point, Process, checked_float, checked_int
 from .process import SPACINGS as PROCESS_SPACINGS
 
 
@@ -171,7 +169,7 @@ class Schedule(Process):
 
     def head_constants(self, prediction, point):
         if prediction != "mu":
-            return {}
+            return super().head_constants(prediction, point)
         t = int(point.time)
         if t != point.time:
             raise ValueError(f"prediction: expected another one at the real time {point.time:.6g}, got 'mu'")
@@ -263,13 +261,7 @@ class Schedule(Process):
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> "Schedule":
         """The schedule that gave ``config``. Raises TypeError or ValueError where that is none."""
-        if not isinstance(config, Mapping):
-            raise TypeError(f"config: expected a dict, got {type(config).__name__}")
-        arguments = dict(config)
-        kind = arguments.pop("kind", None)
-        if kind not in _KINDS:
-            raise ValueError(f"config: expected a kind among {sorted(_KINDS)}, got {kind!r}")
-        return _KINDS[kind](**arguments)
+        return _made(config, _KINDS)
 
     def __len__(self) -> int:
         return self.T
@@ -302,6 +294,24 @@ _KINDS: dict[str, Callable[..., Schedule]] = {
     "custom": lambda betas: Schedule(betas),
     "respaced": lambda schedule, timesteps: Schedule.from_config(schedule).respace(timesteps),
 }
+
+KINDS: dict[str, Callable[..., Process]] = _KINDS | PROCESSES
+"""What makes a process of each kind from its ``config()``."""
+
+
+def from_config(config: Mapping[str, Any]) -> Process:
+    """The process that gave ``config``, a schedule or another. Raises TypeError or ValueError where that is none."""
+    return _made(config, KINDS)
+
+
+def _made(config: Any, kinds: Mapping[str, Callable[..., Any]]) -> Any:
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config: expected a dict, got {type(config).__name__}")
+    arguments = dict(config)
+    kind = arguments.pop("kind", None)
+    if kind not in kinds:
+        raise ValueError(f"config: expected a kind among {sorted(kinds)}, got {kind!r}")
+    return kinds[kind](**arguments)
 
 
 # --- spacings: N of the steps 0..T-1, strictly decreasing ---
@@ -354,35 +364,11 @@ def _checked(betas: Tensor) -> Tensor:
     return betas
 
 
-def checked_int(name: str, value: Any, expected: str) -> int:
-    """``value`` as an int, of whatever integer type but bool; TypeError otherwise."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
-
-
 def _length(T: Any) -> int:
     T = checked_int("T", T, "an int >= 1")
     if T < 1:
         raise ValueError(f"T: expected an int >= 1, got {T}")
     return T
-
-
-def checked_float(name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> float:
-    """``value`` as a float, finite and such that ``holds(value)``; TypeError or ValueError otherwise.
-
-    A tensor or an array of no dimensions is a number too.
-    """
-    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected {expected}, got {value!r}")
-    if not (math.isfinite(value) and holds(value)):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-    return float(value)
 
 
 def _ends(beta_start: Any, beta_end: Any) -> tuple[float, float]:

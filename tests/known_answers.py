@@ -238,7 +238,7 @@ def draws() -> dict[str, str]:
 
 def hashes_of_batch(trainer: Trainer) -> dict[str, str]:
     """Hash each part of the trainer's next batch."""
-    x_0, labels, drawn = trainer.batch()
+    x_0, labels, drawn, _ = trainer.batch()
     parts = dict(
         index=trainer.index(trainer.examples + np.arange(len(x_0))),
         x_0=x_0,
@@ -246,7 +246,7 @@ def hashes_of_batch(trainer: Trainer) -> dict[str, str]:
         seeds=drawn.seeds,
         t=drawn.t,
         eps=ops.noise(drawn.seeds, x_0.shape[1:], step=drawn.t, stream=2),
-        x_t=ops.q_sample(x_0, drawn.t, drawn.seeds, trainer.table),
+        x_t=ops.q_sample(x_0, drawn.t, drawn.seeds, trainer.noising.q_table),
     )
     return {name: digest(part) for name, part in parts.items()}
 

@@ -29,8 +29,9 @@ from diffkern.images import read_settings, to_uint8
 from diffkern.model import Model, load, read, save
 from diffkern.sampling import sample
 from diffkern.schedule import Schedule
-from diffkern.training import CHECKPOINT
+from diffkern.training import CHECKPOINT, objectives
 from diffkern.training.runs import locked
+from diffkern.training.times import LogitNormal
 from diffkern.unet import UNet
 
 
@@ -277,6 +278,34 @@ def test_train_tells_what_it_read_and_what_it_left_out(folder, pictures, capsys)
         "data: 6 images of 3x8x8, 2 classes (cats 3, dogs 3); "
         "left out: 2 files not images (.heic 1, .txt 1), 1 hidden folder\n"
     )
+
+
+def test_a_process_is_named_or_written_out(folder, pictures, begun):
+    command = ["train", "--data", pictures, "--size", "8", *SMALL, *QUIET]
+    written = '{"kind": "edm", "sigma_data": 0.25}'
+    for out, process, config in (
+        ("a", "edm", {"kind": "edm", "sigma_data": 0.5, "t_min": 0.002, "t_max": 80.0}),
+        ("b", written, {"kind": "edm", "sigma_data": 0.25, "t_min": 0.002, "t_max": 80.0}),
+    ):
+        assert main([*command, "--out", out, "--process", process]) == 0
+        assert begun[-1].config.schedule == config and begun[-1].config.prediction == "edm"
+        assert main([*command, "--out", out, "--process", process]) == 0  # what it is
+    assert main([*command, "--out", "c", "--process", "flow", "--times", "logit_normal", "--times-std", "2"]) == 0
+    assert begun[-1].objective == objectives.flow(LogitNormal(0.0, 2.0))
+    assert main(["sample", "--model", "a", "--n", "1", "--steps", "2", "--gif", "a.gif", *QUIET]) == 0
+
+
+def test_the_loss_of_held_out_images_is_measured(folder, pictures, capsys):
+    tiny.write_fashion_mnist(folder / "idx")
+    small = [*TRAIN, "--validate-every", "1", "--steps", "2"]
+    assert main(["train", "--data", pictures, "--validation", f"{pictures}/cats/..", "--out", "run", *small]) == 0
+    data = "data: 6 images of 3x8x8, 2 classes (cats 3, dogs 3)\n"
+    assert capsys.readouterr().err == f"{data}validation {data}"
+    header, line = (folder / "run" / "log.csv").read_text().splitlines()
+    assert header.endswith(",validation_loss") and float(line.split(",")[-1]) > 0
+    assert main(["train", "--data", pictures, "--validation", "idx", "--out", "run", *small]) == 2
+    message = r"validation: expected images of shape (3, 8, 8), got (1, 32, 32)"
+    assert message in capsys.readouterr().err
 
 
 def test_a_preset_is_the_recipe_and_options_change_it(folder, monkeypatch):
@@ -638,6 +667,12 @@ BAD_COMMANDS = {
     "ema": ([*FIT, "--ema", "1"], r"ema: expected a number in \[0, 1\), got 1.0"),
     "steps": ([*FIT, "--steps", "0"], "steps: expected an int >= 1, got 0"),
     "betas": ([*FIT, "--betas", "0.9"], "argument --betas: expected 2 arguments"),
+    "process": ([*FIT, "--process", "square"], "process: expected one of linear, .*, flow, or a JSON object, got 'squ"),
+    "process arguments": ([*FIT, "--process", '{"kind": "ve", "sigma": 1}'], "VE.* argument 'sigma'"),
+    "timesteps of edm": (
+        [*FIT, "--process", "edm", "--timesteps", "9"],
+        "timesteps: expected a schedule of betas that has a T, as linear, got one of kind 'edm'",
+    ),
     "lr schedule": ([*FIT, "--lr-schedule", "step"], "argument --lr-schedule: invalid choice: 'step'"),
     "network text": ([*FIT, "--network", "big"], r"network: expected a JSON object, got 'big' \(Expecting value"),
     "network list": ([*FIT, "--network", "[1]"], r"network: expected a JSON object, got '\[1\]'"),

@@ -354,10 +354,10 @@ BAD_CALLS = {
         ValueError,
         "model: expected weights that are finite in torch.float16, got others in conv_in.bias",
     ),
-    "save a linear layer": (
-        lambda tmp: save(Model(torch.nn.Linear(1, 1), tiny.SCHEDULE), tmp / "m"),
+    "save a function": (
+        lambda tmp: save(Model(lambda x, t, labels: x, tiny.SCHEDULE), tmp / "m"),
         TypeError,
-        "network: expected a diffkern.unet.UNet to describe, got Linear",
+        "network: expected a torch.nn.Module to describe, got function",
     ),
     "no module": (
         lambda tmp: Model(5, tiny.SCHEDULE),

@@ -46,10 +46,10 @@ def children(process: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_network_of_one_which_resumes_what_they_began(folder, pictures):
-    for out, runs in {"one": [("4", 1)], "both": [("2", 2), ("4", 1)]}.items():
-        for steps, processes in runs:
-            done = run(pictures, out, "--steps", steps, processes=processes)
+def test_two_processes_in_two_parts_train_the_network_of_one_which_resumes_what_they_began(folder, pictures):
+    for out, runs in {"one": [("4", 1, "1")], "both": [("2", 2, "2"), ("4", 1, "1")]}.items():
+        for steps, processes, parts in runs:
+            done = run(pictures, out, "--steps", steps, "--accumulate", parts, processes=processes)
             assert done.returncode == 0, done.stderr
     logs = [np.loadtxt(f"{out}/log.csv", delimiter=",", skiprows=1, usecols=(0, 1)) for out in ("one", "both")]
     assert logs[0][:, 0].tolist() == [2, 4]

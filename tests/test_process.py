@@ -1,13 +1,14 @@
 """Processes, their points and grids, held against the papers' formulas and against differences."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 
 from diffkern.process import EDM, END, VE, VP, Process, RectifiedFlow, SubVP
-from diffkern.schedule import Schedule
+from diffkern.schedule import Schedule, from_config
 
 PROCESSES = [VP(), SubVP(), VE(), EDM(), RectifiedFlow(), Schedule.linear(), Schedule.cosine(50)]
 CONTINUOUS = PROCESSES[:5]
@@ -145,3 +146,46 @@ def test_processes_refuse_what_does_not_fit(call, error, message):
 
 def test_the_end_has_no_noise():
     assert END.lam == math.inf and END.rho == 0
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=str)
+def test_a_process_comes_back_from_its_config(process):
+    again = from_config(json.loads(json.dumps(process.config())))
+    assert again == process and type(again) is type(process)
+
+
+def test_a_process_of_ones_own_has_no_config():
+    class Line(RectifiedFlow):
+        pass
+
+    with pytest.raises(TypeError, match="^schedule: expected a Schedule or one of VP, .* to describe, got Line$"):
+        Line().config()
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({"kind": "square"}, ValueError, "config: expected a kind among .*'edm', .*'linear'.*, got 'square'"),
+        ([], TypeError, "config: expected a dict, got list"),
+        ({"kind": "edm", "sigma_data": 0}, ValueError, "sigma_data: expected a number > 0, got 0"),
+        ({"kind": "vp", "beta_max": "20"}, TypeError, "beta_max: expected a number > 0, got '20'"),
+        (
+            {"kind": "ve", "sigma_min": 60},
+            ValueError,
+            "sigma_min: expected a number of at most sigma_max",
+        ),
+        ({"kind": "vp", "t_min": 2}, ValueError, "t_min: expected a number of at most t_max, 1.0, got 2"),
+        ({"kind": "edm", "t_min": 90}, ValueError, "t_min: expected a number of at most t_max, 80.0, got 90"),
+    ],
+)
+def test_what_is_no_process_is_refused(config, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        from_config(config)
+
+
+@pytest.mark.parametrize("process", PROCESSES[:5], ids=str)
+def test_derivatives_of_many_times_are_those_of_each(process):
+    t = np.linspace(0.1, 0.9, 5)
+    for f in (process.derivatives, process.drift_and_diffusion):
+        each = np.array([f(float(value)) for value in t]).T
+        np.testing.assert_allclose([np.broadcast_to(column, 5) for column in f(t)], each, rtol=1e-15)

@@ -7,7 +7,7 @@ import pytest
 
 from diffkern.training import runs
 
-HEADER = "step,loss,lr,images_per_second\n"
+HEADER = "step,loss,lr,images_per_second,validation_loss\n"
 
 # --- the folder ---
 
@@ -34,7 +34,7 @@ def test_what_can_not_become_a_folder_is_told_and_what_can_is_left_as_it_was(tmp
 
 # --- log.csv ---
 
-GOOD = "1,0.900000,1e-05,10.0\n2,0.800000,2e-05,10.0\n"
+GOOD = "1,0.900000,1e-05,10.0,\n2,0.800000,2e-05,10.0,0.850000\n"
 DAMAGED = {
     "an empty line": (GOOD + "\n", 1),
     "zeros": (GOOD + "\0\0\0", 1),
@@ -56,6 +56,17 @@ def test_damaged_lines_of_a_log_are_dropped_with_one_warning(tmp_path, text, dam
     log.add(0.7)
     log.write(3, 3e-5, 4)
     assert path.read_text().startswith(HEADER + GOOD + "3,0.700000,3e-05,")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_log_of_an_earlier_version_gets_the_column_of_held_out_data(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,loss,lr,images_per_second\n1,0.9,1e-05,10.0\n")
+    log = runs.Log(path, 9)
+    log.add(0.5)
+    log.write(2, 1e-5, 4, 0.75)
+    old, new = path.read_text().removeprefix(HEADER).splitlines()
+    assert old == "1,0.9,1e-05,10.0," and new.endswith(",0.750000")
 
 
 @pytest.mark.filterwarnings("error")

@@ -197,6 +197,8 @@ def _print_curves(title: str, curves: Curves, calls: Sequence[int], digits: int)
 
 def _likelihood(arguments: argparse.Namespace) -> int:
     model = load(arguments.model, arguments.device)
+    if not model.schedule.discrete:
+        raise ValueError(f"nll: expected a model of time steps, which has the bound, got one of {model.schedule}")
     sets = {
         name: fashion_mnist(arguments.data, split=split) for name, split in (("test", "test"), ("training", "train"))
     }

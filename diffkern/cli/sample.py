@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     ranges = seed_ranges(arguments.seeds, arguments.n, N)
     n = sum(max(0, seeds.stop - seeds.start) for seeds in ranges)
     columns = arguments.columns or (len(model.classes) if model.classes and not arguments.labels else None)
-    sampler = arguments.sampler or default_sampler(arguments.steps, model.schedule.T, arguments.eta)
+    sampler = arguments.sampler or default_sampler(arguments.steps, _length(model), arguments.eta)
     spacing = arguments.spacing or model.spacing or model.schedule.spacing
     clip = next(clip for clip in (arguments.clip, model.clip, True) if clip is not None)
     shown = _shown_steps(model, arguments.steps, spacing, sampler) if arguments.gif else range(0)
@@ -166,9 +166,16 @@ class Film:
 
 def _shown_steps(model: Model, steps: int | None, spacing: str, sampler: str) -> range:
     """Choose the steps that become frames, by index: every k-th, so that there are at most ``GIF_FRAMES``."""
-    T = model.schedule.T
-    steps = len(model.schedule.timesteps(steps or min(SAMPLERS[sampler].steps or T, T), spacing))
+    T = _length(model)
+    steps = steps or min(SAMPLERS[sampler].steps or T or 1000, T or 1000)
+    if T:
+        steps = len(model.schedule.timesteps(steps, spacing))
     return range(0, steps, -(-steps // GIF_FRAMES))
+
+
+def _length(model: Model) -> int | None:
+    """How many time steps its schedule has; None of another process."""
+    return model.schedule.T if model.schedule.discrete else None
 
 
 def _options(tokens: list[str]) -> dict[str, Any]:

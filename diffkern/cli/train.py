@@ -16,7 +16,7 @@ from .. import parallel, training
 from ..data import Dataset, load_dataset
 from ..model import Model, load
 from ..progress import tell
-from ..schedule import _KINDS, Schedule
+from ..schedule import KINDS, from_config
 from ..training.runs import check_folder, ignore_signals, locked
 from .options import add_long_options, count
 
@@ -24,8 +24,14 @@ EXAMPLES = """\
   diffkern train --data photos --size 64 --out run --network '{"channels": 64}'
   diffkern train --data photos --out run --steps 200000     # resume it, and go on for longer
   diffkern train --data digits --out run --init fashion-mnist --lr 1e-4
+  diffkern train --data photos --validation more --out run --process edm --prediction v
   torchrun --nproc-per-node 8 -m diffkern train --device cuda --data photos --out run"""
-SCHEDULES = [kind for kind, maker in _KINDS.items() if "T" in inspect.signature(maker).parameters]
+PROCESSES = [
+    kind
+    for kind, make in KINDS.items()
+    if not any(p.default is p.empty for p in inspect.signature(make).parameters.values())
+]
+"""The kinds of process that can be named alone."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fashion-mnist, a folder of IDX files, or a folder of images: a class is a sub-folder, "
         "transparent pixels become white, 16 bits of grey are scaled to 8, hidden files are left out",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="checkpoint.safetensors, log.csv and samples-*.png")
+    parser.add_argument(
+        "--validation",
+        metavar="DATA",
+        help="held-out images, as --data; of fashion-mnist and IDX files the test images",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="checkpoint.safetensors, log.csv, loss.png, samples-*.png"
+    )
     parser.add_argument("--preset", choices=training.PRESETS, help="a recipe; what follows changes it")
     parser.add_argument(
         "--init", metavar="MODEL", help="begin with the weights and the network of this model: fine-tune it"
@@ -45,15 +58,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", type=count, help="of an image folder's images, in pixels (default: that of --init, or 32)"
     )
     parser.add_argument("--network", metavar="JSON", help='arguments of the U-Net, as {"channels": 64}')
-    parser.add_argument("--schedule", choices=SCHEDULES, help="(default: linear)")
-    parser.add_argument("--timesteps", type=count, metavar="T", help="steps of the schedule (default: 1000)")
+    parser.add_argument(
+        "--process",
+        "--schedule",
+        metavar="KIND",
+        help=f"{', '.join(PROCESSES)}; or with its arguments, as "
+        '{"kind": "edm", "sigma_data": 0.25} (default: linear)',
+    )
+    parser.add_argument("--timesteps", type=count, metavar="T", help="steps of a schedule of betas (default: 1000)")
     for f in training.config_fields():
         _add_config_option(parser, f)
 
 
 def _add_config_option(parser: argparse.ArgumentParser, f: dataclasses.Field) -> None:
     """--batch-size from ``batch_size``, and so on; absent from the namespace unless given."""
-    name, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {_shown(f.default)})"
+    shown = f.metadata.get("shown", _shown(f.default))
+    name, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {shown})"
     kwargs: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if f.type is bool:
         parser.add_argument(name, action=argparse.BooleanOptionalAction, **kwargs)
@@ -62,8 +82,9 @@ def _add_config_option(parser: argparse.ArgumentParser, f: dataclasses.Field) ->
         parser.add_argument(name, type=item, nargs=1 + len(rest), metavar="X", **kwargs)
     else:
         choices = f.metadata.get("choices")
-        metavar = None if choices else f.type.__name__.upper()
-        parser.add_argument(name, type=f.type, choices=choices, metavar=metavar, **kwargs)
+        kind = f.type if isinstance(f.type, type) else typing.get_args(f.type)[0]  # of str | None: None is not given
+        metavar = None if choices else kind.__name__.upper()
+        parser.add_argument(name, type=kind, choices=choices, metavar=metavar, **kwargs)
 
 
 def _shown(value: Any) -> str:
@@ -93,15 +114,16 @@ def _train_on(device: str | None, arguments: argparse.Namespace, held: contextli
         config = training.Config(**options)
         shape = begun["shape"] if begun else init.shape if init else None
         dataset = _dataset(arguments, checkpoint if begun else None, shape, config)
+        validation = None if arguments.validation is None else _held_out(arguments, dataset)
     parallel.check_same("data", f"{len(dataset)} images {dataset.fingerprint}")
     parallel.check_same("out", f"a checkpoint of step {begun['training']['steps']}" if begun else "no checkpoint")
     if begun:
-        trainer = training.Trainer.resume(checkpoint, dataset, device=device, **options)
+        trainer = training.Trainer.resume(checkpoint, dataset, device=device, validation=validation, **options)
         if first:
             tell(f"resuming {checkpoint} at step {trainer.steps}{_changes(begun, trainer.config, arguments.init)}")
     else:
         model = training.new_model(dataset, config, name=arguments.preset or out.resolve().name, init=init)
-        trainer = training.Trainer(model, dataset, config, device=device)
+        trainer = training.Trainer(model, dataset, config, device=device, validation=validation)
     with parallel.together():
         if first and not lock:
             out.mkdir(parents=True, exist_ok=True)
@@ -110,6 +132,8 @@ def _train_on(device: str | None, arguments: argparse.Namespace, held: contextli
                 raise RuntimeError(f"out: expected a new folder, got {str(out)!r}, where a run has begun: resume that")
     if first:
         tell(trainer.dataset.summary)
+        if validation:
+            tell(f"validation {validation.summary}")
     stopped = trainer.run(out, progress=arguments.progress, lock=False)
     if stopped is None:
         if first:
@@ -133,20 +157,30 @@ def _options(arguments: argparse.Namespace, begun: dict[str, Any] | None, init: 
     given = {f.name: getattr(arguments, f.name) for f in training.config_fields() if hasattr(arguments, f.name)}
     if arguments.network is not None:
         given["network"] = options.get("network", {}) | _json_object("network", arguments.network)
-    if arguments.schedule is not None or arguments.timesteps is not None:
+    if arguments.process is not None or arguments.timesteps is not None:
         base = begun["training"]["config"] if begun and "schedule" not in options else options
-        given["schedule"] = _schedule(arguments, base.get("schedule", training.Config().schedule))
+        given["schedule"] = _process(arguments, base.get("schedule", training.Config().schedule))
     return options | given
 
 
-def _schedule(arguments: argparse.Namespace, base: dict[str, Any]) -> dict[str, Any]:
-    """--schedule with --timesteps; either of them alone changes that much of ``base``."""
-    T = arguments.timesteps or Schedule.from_config(base).T
-    if arguments.schedule is not None:
-        return getattr(Schedule, arguments.schedule)(T).config()
-    if "T" not in base:
-        raise ValueError(f"timesteps: expected --schedule with it, for one of kind {base['kind']!r}")
-    return Schedule.from_config({**base, "T": T}).config()
+def _process(arguments: argparse.Namespace, base: dict[str, Any]) -> dict[str, Any]:
+    """--process with --timesteps; the latter alone changes that much of ``base``."""
+    name = arguments.process
+    if name is None:
+        config = base
+    elif name.startswith("{"):
+        config = _json_object("process", name)
+    elif name in PROCESSES:
+        config = {"kind": name}
+    else:
+        raise ValueError(f"process: expected one of {', '.join(PROCESSES)}, or a JSON object, got {name!r}")
+    process = from_config(config)
+    if arguments.timesteps is None:
+        return process.config()
+    if "T" not in process.config():
+        kind = process.config()["kind"]
+        raise ValueError(f"timesteps: expected a schedule of betas that has a T, as linear, got one of kind {kind!r}")
+    return from_config({**config, "T": arguments.timesteps}).config()
 
 
 def _dataset(
@@ -162,6 +196,13 @@ def _dataset(
     if arguments.size is not None and dataset.shape[1:] != (size, size):
         raise ValueError(f"size: expected that of the images, {dataset.shape[1]} x {dataset.shape[2]}, got {size}")
     return dataset
+
+
+def _held_out(arguments: argparse.Namespace, dataset: Dataset) -> Dataset:
+    """The images of --validation, of the size of ``dataset``'s."""
+    channels, _, size = dataset.shape
+    progress = arguments.progress and parallel.rank() == 0
+    return load_dataset(arguments.validation, split="test", size=size, channels=channels, progress=progress)
 
 
 def _changes(begun: dict[str, Any], config: training.Config, init: str | None) -> str:

@@ -13,7 +13,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from ..networks import UNet
-from ..schedule import _KINDS
+from ..schedule import KINDS
 
 FORMAT = 1
 
@@ -22,6 +22,8 @@ LARGEST_COUNT = 2**62  # of steps and examples: their sums stay within int64
 MOST_LEVELS = 32  # each halves the image
 MOST_STEPS = 2**20  # T of a schedule: a table of 8 MiB
 MOST_VALUES = 2**28  # C * H * W of an image: 1 GiB
+MOST_SIZES = 8  # of the shape that a network of one's own has
+MOST_OWN = 64  # conditions and the like
 DEEPEST = 8  # schedules respaced from respaced ones
 
 REQUIRED = ("name", "network", "schedule", "prediction", "shape", "classes")
@@ -30,6 +32,7 @@ KNOWN = {
     "format",
     *REQUIRED,
     *KEPT,
+    "own",
     "prefix",
     "training",
     "learned_variance",
@@ -61,12 +64,17 @@ def check_model(description: Mapping[str, Any], tensors: int) -> None:
     classes, shape = description["classes"], description["shape"]
     if classes is not None and not isinstance(classes, list):
         raise TypeError(f"classes: expected a list of names or null, got {_shown(classes)}")
-    sizes = shape if isinstance(shape, list) and len(shape) == 3 else [None]
+    own = description.get("own", {})
+    if not (isinstance(own, dict) and all(isinstance(kind, str) for kind in own.values())) or len(own) > MOST_OWN:
+        raise TypeError(f"own: expected an object of names, got {_shown(own)}")
+    few = range(1, MOST_SIZES + 1) if "network" in own else (3,)
+    sizes = shape if isinstance(shape, list) and len(shape) in few else [None]
     if not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError(f"shape: expected three positive sizes (C, H, W), got {_shown(shape)}")
     if math.prod(shape) > MOST_VALUES:
         raise ValueError(f"shape: expected at most {MOST_VALUES} values an image, got {_shown(shape)}")
-    _check_network(description["network"], tensors)
+    if "network" not in own:
+        _check_network(description["network"], tensors)
     check_schedule(description["schedule"])
 
 
@@ -98,9 +106,9 @@ def check_schedule(config: Any) -> None:
     """Check that ``config`` is a schedule's that :meth:`Schedule.from_config` can take."""
     for _ in range(DEEPEST):
         kind = config.get("kind") if isinstance(config, dict) else None
-        if not isinstance(kind, str) or kind not in _KINDS:
-            raise ValueError(f"schedule: expected a kind among {sorted(_KINDS)}, got {_shown(config)}")
-        _check_known("schedule", config, {"kind", *inspect.signature(_KINDS[kind]).parameters})
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise ValueError(f"schedule: expected a kind among {sorted(KINDS)}, got {_shown(config)}")
+        _check_known("schedule", config, {"kind", *inspect.signature(KINDS[kind]).parameters})
         T = config.get("T")
         if isinstance(T, int) and T > MOST_STEPS:
             raise ValueError(f"T: expected at most {MOST_STEPS}, got {T}")

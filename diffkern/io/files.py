@@ -98,6 +98,15 @@ def compare(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], source: F
             raise ValueError(f"{source}: {key}: expected a type like {tensor.dtype}, got {got[key].dtype}")
 
 
+def state(network: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of a network, by name; one that has several names by its first."""
+    named: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            named.setdefault(id(tensor), (name, tensor))
+    return {name: tensor.detach() for name, tensor in named.values()}
+
+
 def restore(live: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: FilePath) -> None:
     """Copy ``stored`` into ``live``, which keeps its dtypes, devices and memory formats; the keys must be the same."""
     compare(live, stored, path, "its network")

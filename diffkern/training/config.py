@@ -2,18 +2,21 @@
 
 import copy
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..schedule import Schedule, checked_float, checked_int
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, Objective
+from .times import TIMES
 
 LR_SCHEDULES = ("constant", "cosine")
-TRAINED = ("eps", "x0", "v", "score", "flow")
-"""The predictions that a schedule's network can be trained on."""
+TRAINED = ("eps", "x0", "v", "score", "flow", "edm")
+"""The predictions that a network can be trained on."""
+DRAWN = (*TIMES, "importance")
+"""The ways to draw t."""
 
 
 def option(default: Any, text: str, **kwargs) -> Any:
@@ -34,34 +37,45 @@ def plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """A training run but for its data. ``network`` and ``schedule`` hold a UNet's and a Schedule's arguments.
+    """A training run but for its data. ``network`` holds a UNet's arguments, ``schedule`` a process's ``config()``.
 
+    ``prediction`` and ``objective`` are those of the process unless they are given: eps and simple of a schedule.
     Numbers of numpy and torch become Python's. Raises TypeError or ValueError for values with which no run can be made.
     """
 
     steps: int = option(100_000, "optimizer steps in all")
     batch_size: int = option(64, "images a step, of all processes together")
+    accumulate: int = option(1, "parts in which a step takes its images, one after the other: less memory")
+    workers: int = option(0, "processes that read a dataset's items ahead; images of a folder are in memory")
     lr: float = option(2e-4, "learning rate of AdamW")
     lr_schedule: str = option("constant", "after the warm-up", choices=LR_SCHEDULES)
     warmup: int = option(500, "steps over which the learning rate rises from 0")
     betas: tuple[float, float] = option((0.9, 0.99), "of AdamW")
     weight_decay: float = option(0.0, "of AdamW")
     grad_clip: float = option(1.0, "largest norm of the gradient (0: no limit)")
-    prediction: str = option("eps", "what the network learns to predict", choices=TRAINED)
-    objective: str = option("simple", "how its error counts at each level of noise", choices=OBJECTIVES)
+    prediction: str | None = option(None, "what the network learns to predict", choices=TRAINED, shown="the process's")
+    objective: str | None = option(
+        None, "how its error counts at each level of noise", choices=OBJECTIVES, shown="the process's"
+    )
+    times: str | None = option(None, "how t is drawn", choices=DRAWN, shown="the objective's")
+    times_mean: float | None = option(None, "of the normal behind logit_normal or log_normal", shown="0 or -1.2")
+    times_std: float | None = option(None, "its standard deviation", shown="1 or 1.2")
     ema: float = option(0.999, "decay of the weights' average; min(ema, (1 + step) / (10 + step)) early on")
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for classifier-free guidance")
     flip: bool = option(False, "mirror half of the images")
     bf16: bool = option(False, "autocast to bfloat16")
     seed: int = option(0, "of all that is drawn")
     checkpoint_every: int = option(1000, "steps between checkpoints")
+    keep_every: int = option(0, "steps between checkpoints that stay, checkpoint-0005000.safetensors (0: none)")
+    validate_every: int = option(1000, "steps between measurements of the loss on held-out data")
     sample_every: int = option(5000, "steps between sample grids (0: none)")
     log_every: int = option(100, "steps between the lines of log.csv")
     network: dict = option({}, "arguments of diffkern.unet.UNet")
-    schedule: dict = option(Schedule.linear(1000).config(), "a diffkern.Schedule's config()")
+    schedule: dict = option(Schedule.linear(1000).config(), "config() of a diffkern.Schedule or another process")
 
     def __post_init__(self):
-        for name, low in dict(steps=1, batch_size=1, checkpoint_every=1, log_every=1, warmup=0, sample_every=0).items():
+        positive = ("steps", "batch_size", "accumulate", "checkpoint_every", "validate_every", "log_every")
+        for name, low in (dict.fromkeys(positive, 1) | dict(workers=0, warmup=0, keep_every=0, sample_every=0)).items():
             number = checked_int(name, getattr(self, name), f"an int >= {low}")
             if number < low:
                 raise ValueError(f"{name}: expected an int >= {low}, got {number}")
@@ -87,9 +101,21 @@ class Config:
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"lr_schedule: expected one of {LR_SCHEDULES}, got {self.lr_schedule!r}")
-        for name, known in (("prediction", TRAINED), ("objective", tuple(OBJECTIVES))):
-            if getattr(self, name) not in known:
+        for name, known in (
+            ("prediction", TRAINED),
+            ("objective", tuple(OBJECTIVES)),
+            ("times", (*TIMES, "importance")),
+        ):
+            if getattr(self, name) not in (None, *known):
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name, expected, holds in (
+            ("times_mean", "a number", lambda value: True),
+            ("times_std", "a number > 0", lambda value: value > 0),
+        ):
+            if getattr(self, name) is not None:
+                if self.times not in ("logit_normal", "log_normal"):
+                    raise ValueError(f"{name}: expected None without times of a normal, got {getattr(self, name)!r}")
+                self._set(name, checked_float(name, getattr(self, name), expected, holds))
         for name in ("network", "schedule"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name}: expected a dict, got {type(getattr(self, name)).__name__}")
@@ -97,6 +123,15 @@ class Config:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # past ``frozen``
+
+    def made_objective(self) -> Objective:
+        """The objective that these settings name; ``prediction`` and ``objective`` must be there."""
+        objective = OBJECTIVES[self.objective](prediction=self.prediction)
+        if self.times in (None, "importance"):
+            return objective
+        given = {"mean": self.times_mean, "std": self.times_std}
+        times = TIMES[self.times](**{name: value for name, value in given.items() if value is not None})
+        return replace(objective, t=times)
 
     def learning_rate(self, step: int) -> float:
         """Of the 0-based ``step``: linear warm-up, then constant or half a cosine down to 0 at ``steps``."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..data import EXAMPLE_STREAM, words
-from .times import Times, Uniform, steps
+from ..process import Process
+from .times import Importance, Times, Uniform, at, steps
 
 UNIFORM = Uniform()
 
@@ -17,20 +18,30 @@ class Draws:
     """What chance decides for N examples, each a function of its number and the run's seed."""
 
     seeds: Tensor  # [N] int64: of the forward noise (stream 2)
-    t: Tensor  # [N] int64, in 0..T-1
+    t: Tensor  # [N]: int64, in 0..T-1, of a schedule; float64 of another process
     null: Tensor  # [N] bool: the label is dropped
     flip: Tensor  # [N] bool: the image may be mirrored
+    weights: Tensor | None = None  # [N] float32, of the losses: where t is drawn by importance
 
 
-def draw(examples: np.ndarray, seed: int, T: int, label_dropout: float, times: Times = UNIFORM) -> Draws:
+def draw(examples: np.ndarray, seed: int, T: int | Process, label_dropout: float, times: Times = UNIFORM) -> Draws:
     """For each example number k: Philox words of (k, stream 3) are seed (two of them), t, and label dropout.
 
+    T      how many time steps a schedule has, or a process of real times
     times  how t is drawn from its word
     """
     w = words(examples, 0, EXAMPLE_STREAM, seed)
+    weights = None
+    if isinstance(times, Importance):
+        t, weights = times(w[:, 2])
+    elif isinstance(T, Process):
+        t = torch.from_numpy(at(times, w[:, 2], T))
+    else:
+        t = steps(times, w[:, 2], T)
     return Draws(
         seeds=torch.from_numpy((w[:, 0] | w[:, 1] << np.uint64(32)).view(np.int64)),
-        t=steps(times, w[:, 2], T),
+        t=t,
         null=torch.from_numpy(w[:, 3] * 2.0**-32 < label_dropout),
         flip=torch.from_numpy(words(examples, 1, EXAMPLE_STREAM, seed)[:, 0] >> np.uint64(31) == 1),
+        weights=weights,
     )

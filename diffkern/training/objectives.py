@@ -7,13 +7,13 @@ An objective fills the rows of :func:`diffkern.ops.diffusion_loss`::
     x_t = ops.q_sample(x_0, t, seeds, schedule.q_table())
     loss = objective.loss(network(x_t, t), x_0, seeds, t, table).mean()
 
-In continuous time a batch has a table of its own, ``objective.rows(levels(alpha, sigma))`` with a row for each example,
-``step=torch.arange(N)`` and ``address=0``. A loop of one's own draws t by ``objective.t``, and says how many terms a
-bound has: ``objective.loss(..., table, terms=schedule.T)``.
+In continuous time a batch has a table of its own, ``objective.rows(levels_at(process, t))`` with a row for each
+example, ``step=torch.arange(N)`` and ``address=0``. A loop of one's own draws t by ``objective.t``, and says how many
+terms a bound has: ``objective.loss(..., table, terms=schedule.T)``. :mod:`diffkern.training.noising` does all of this.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import ops
 from ..prediction import head, target
+from ..process import Process
 from ..samplers import SPREAD, UNBOUNDED, VARIANCES
 from ..schedule import Schedule, checked_int
 from .times import LogNormal, Times, Uniform
@@ -42,6 +43,8 @@ class Levels:
     log_var_min  ln of the variance of p(x_prev | x_t): between this one
     log_var_max  and this one if it is learned, else this one
     first        of the step that ends at the image, a value of :data:`FIRST`; else 0
+    g2           g^2 of the process's SDE (Song et al. 2021b); None at time steps
+    sigma_data   the standard deviation of the data
     """
 
     alpha: NDArray
@@ -52,6 +55,8 @@ class Levels:
     log_var_min: NDArray
     log_var_max: NDArray
     first: NDArray
+    g2: NDArray | None = None
+    sigma_data: float = 0.5
 
     @property
     def snr(self) -> NDArray:
@@ -119,6 +124,13 @@ def levels_of(schedule: Schedule, **options: Any) -> Levels:
     return levels(alpha, sigma, tuple(previous), **options)
 
 
+def levels_at(process: Process, t: ArrayLike) -> Levels:
+    """Make the levels of a process at real times t [rows]; no step leaves them."""
+    t = np.asarray(t, float)
+    _, g2 = process.drift_and_diffusion(t)
+    return replace(levels(process.alpha(t), process.sigma(t)), g2=g2, sigma_data=process.sigma_data)
+
+
 # --- weights -----------------------------------------------------------------------------------------------------
 
 Weight = Callable[[Levels], NDArray]
@@ -148,12 +160,20 @@ class P2:
 
 @dataclass(frozen=True)
 class EDMWeight:
-    """1 / c_out^2 (Karras et al. 2022, table 1): 1 of F."""
+    """1 / c_out^2 (Karras et al. 2022, table 1): 1 of F. sigma_data is that of the process, unless it is given."""
 
-    sigma_data: float = 0.5
+    sigma_data: float | None = None
 
     def __call__(self, at: Levels) -> NDArray:
-        return 1 / self.sigma_data**2 + at.snr
+        return 1 / (self.sigma_data or at.sigma_data) ** 2 + at.snr
+
+
+@dataclass(frozen=True)
+class DSM:
+    """SNR: sigma^2 of the score, lambda(t) of denoising score matching (Song et al. 2021b, eq. 7); 1 of eps."""
+
+    def __call__(self, at: Levels) -> NDArray:
+        return at.snr
 
 
 @dataclass(frozen=True)
@@ -166,13 +186,16 @@ class Flow:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """c1^2 / (2 var), the bound's own, in nats: beta^2 / (2 var alpha (1 - ab)) of eps (Ho et al. 2020, eq. 12).
+    """The bound's own, in nats: c1^2 / (2 var) at time steps, beta^2 / (2 var alpha (1 - ab)) of eps (Ho et al. 2020,
+    eq. 12); at real times its limit, g^2 / 2 of the score (Song et al. 2021c, theorem 1).
 
     var is the variance of p that the levels were made with, the large one if it is learned. Raises ValueError for
-    levels without steps.
+    levels of neither.
     """
 
     def __call__(self, at: Levels) -> NDArray:
+        if at.g2 is not None:
+            return at.g2 * at.snr / (2 * at.sigma**2)
         at.check_steps("the weight of the bound")
         return at.c1**2 / (2 * np.exp(at.log_var_max))
 
@@ -189,7 +212,7 @@ class Objective:
     t           how t is drawn: of a schedule's time steps by :func:`diffkern.training.times.steps`
     vlb         what the bound counts, T times the mean of its terms in bits a dimension
     stop_mean   the bound trains the variance alone
-    constants   of the prediction: ``sigma_data`` of "edm"
+    constants   of the prediction: ``sigma_data`` of "edm", where it is not that of the process
     """
 
     prediction: str = "eps"
@@ -206,7 +229,7 @@ class Objective:
         """
         if self.vlb != 0:
             at.check_steps("the bound")
-        constants = dict(self.constants)
+        constants = {"sigma_data": at.sigma_data, **self.constants}
         if self.prediction == "mu":
             constants["posterior"] = at.c1, at.c2
         y_x, y_e = target(self.prediction, at.alpha, at.sigma, **constants)
@@ -279,22 +302,28 @@ def vlb(prediction: str = "eps") -> Objective:
     return Objective(prediction, 0.0, vlb=1.0, stop_mean=False)
 
 
-def edm(sigma_data: float = 0.5) -> Objective:
+def edm(sigma_data: float | None = None, prediction: str = "edm") -> Objective:
     """The error of F, with sigma log-normal (Karras et al. 2022, table 1)."""
-    return Objective("edm", t=LogNormal(), constants={"sigma_data": sigma_data})
+    constants = {} if sigma_data is None else {"sigma_data": sigma_data}
+    return Objective(prediction, EDMWeight(sigma_data), LogNormal(), constants=constants)
 
 
-def flow(times: Times | None = None) -> Objective:
+def flow(times: Times | None = None, prediction: str = "flow") -> Objective:
     """The error of the velocity (Lipman et al. 2023); ``LogitNormal()`` times are those of Esser et al. 2024."""
-    return Objective("flow", t=times or Uniform())
+    return Objective(prediction, Flow(), times or Uniform())
+
+
+def dsm(prediction: str = "score") -> Objective:
+    """The error of the score, weighted by sigma^2 (Song et al. 2021b, eq. 7)."""
+    return Objective(prediction, DSM())
 
 
 def likelihood(prediction: str = "eps") -> Objective:
-    """The error of x_0 as the bound weighs it (Ho et al. 2020, eq. 12)."""
+    """The error of x_0 as the bound weighs it (Ho et al. 2020, eq. 12; Song et al. 2021c at real times)."""
     return Objective(prediction, Likelihood())
 
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    f.__name__: f for f in (simple, min_snr, p2, likelihood, hybrid, vlb)
+    f.__name__: f for f in (simple, min_snr, p2, edm, flow, dsm, likelihood, hybrid, vlb)
 }
-"""The objectives of a schedule's training, by name: each takes ``prediction``."""
+"""The objectives of training, by name: each takes ``prediction``. "hybrid" and "vlb" need a schedule's time steps."""

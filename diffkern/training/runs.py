@@ -76,19 +76,21 @@ class Unlogged:
 
 
 class Log:
-    """log.csv: the mean loss since the line before, which a checkpoint may have begun.
+    """log.csv: the mean loss since the line before, which a checkpoint may have begun, and the loss on held-out data.
 
     Lines later than the checkpoint that is resumed are dropped. Damaged ones are dropped with a warning.
     """
 
-    HEADER = "step,loss,lr,images_per_second"
+    HEADER = "step,loss,lr,images_per_second,validation_loss"
+    OLD_HEADER = "step,loss,lr,images_per_second"  # of earlier versions
 
     def __init__(self, path: Path, steps: int, unlogged: Unlogged | None = None):
         self.path, self.unlogged = path, Unlogged() if unlogged is None else unlogged
         self.count, self.since = 0, time.monotonic()
         text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
         *lines, cut = text.replace("\r\n", "\n").split("\n")  # what follows the last line break was cut off
-        lines = lines[1:] if lines[:1] == [self.HEADER] else lines
+        lines = lines[1:] if lines[:1] in ([self.HEADER], [self.OLD_HEADER]) else lines
+        lines = [f"{line}," if line.count(",") == self.OLD_HEADER.count(",") else line for line in lines]
         steps_of_lines = [_step_of(line) for line in lines]
         damaged = steps_of_lines.count(None) + (cut != "")
         if damaged:
@@ -102,22 +104,29 @@ class Log:
         self.unlogged.add(loss)
         self.count += 1
 
-    def write(self, step: int, lr: float, batch_size: int) -> float:
+    def write(self, step: int, lr: float, batch_size: int, validation_loss: float | None = None) -> float:
         """Append the line of ``step``; returns its mean loss. The rate counts this process's steps alone."""
         now = time.monotonic()
         mean, rate = self.unlogged.total / self.unlogged.count, self.count * batch_size / (now - self.since)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{step},{mean:.6f},{lr:.6g},{rate:.1f}\n")
+            held_out = "" if validation_loss is None else f"{validation_loss:.6f}"
+            file.write(f"{step},{mean:.6f},{lr:.6g},{rate:.1f},{held_out}\n")
         self.unlogged.total, self.unlogged.count = 0.0, 0
         self.count, self.since = 0, now
         return mean
+
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """(step, loss) of each line, of training and of held-out data."""
+        lines = [line.split(",") for line in self.path.read_text(encoding="utf-8").splitlines()[1:]]
+        columns = {"training": 1, "validation": 4}
+        return {name: [(int(line[0]), float(line[i])) for line in lines if line[i]] for name, i in columns.items()}
 
 
 def _step_of(line: str) -> int | None:
     """The step that a line of the log is about, None if it is not such a line."""
     try:
-        step, *numbers = line.split(",")
-        _, _, _ = map(float, numbers)
+        step, *numbers, held_out = line.split(",")
+        _, _, _, _ = map(float, (*numbers, held_out or 0))
         return int(step)
     except ValueError:
         return None

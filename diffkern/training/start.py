@@ -1,26 +1,30 @@
 """The model that a run begins with: of random weights, or of those of a model to fine-tune."""
 
 import math
+from typing import Any
 
 import torch
 
-from ..data import Dataset
+from ..data import as_dataset
 from ..io.files import restore
 from ..model import Model, unwrapped
 from ..networks import UNet
 from ..networks.defaults import float32_on
-from ..schedule import Schedule
+from ..schedule import from_config
 from .config import Config
 
 
-def new_model(dataset: Dataset, config: Config, name: str = "model", *, init: Model | None = None) -> Model:
+def new_model(dataset: Any, config: Config, name: str = "model", *, init: Model | None = None) -> Model:
     """The model that ``config`` asks for, with the data's shape and classes, to be trained.
 
+    The data are a :class:`diffkern.data.Dataset`, or any map-style dataset. The model predicts what ``config`` says,
+    else what ``init`` does, else what its process is usually trained on.
     Its weights are random, or those of ``init``, a model to fine-tune. A class has the embedding of the class of its
     name in ``init``, the null class that of the null class; where no name is the same and there are as many classes,
     each has that of its label. ``groups`` is the largest divisor of 32 that divides ``channels``, unless it is given.
     Raises TypeError or ValueError for options of which no network can be made, or a network that ``init`` does not fit.
     """
+    dataset = as_dataset(dataset)
     classes, channels = dataset.classes, config.network.get("channels")
     options = {"in_channels": dataset.shape[0], "num_classes": classes and len(classes)}
     if isinstance(channels, int) and channels > 0:
@@ -28,7 +32,9 @@ def new_model(dataset: Dataset, config: Config, name: str = "model", *, init: Mo
     with torch.random.fork_rng(devices=[]), float32_on("cpu"):
         torch.manual_seed(config.seed)
         network = UNet(**{**options, **config.network})
-    model = Model(network, Schedule.from_config(config.schedule), config.prediction, dataset.shape, classes, name=name)
+    process = from_config(config.schedule)
+    prediction = config.prediction or (process.prediction if init is None else init.prediction)
+    model = Model(network, process, prediction, dataset.shape, classes, name=name)
     if init is not None:
         _copy_weights(model, init)
     return model

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..process import Process
 from ..schedule import checked_float, checked_int
 
 
@@ -21,7 +22,7 @@ def _normals(words: NDArray) -> NDArray:
 
 @dataclass(frozen=True)
 class Uniform:
-    """t uniform on [low, high]; of T steps each with the same probability."""
+    """t uniform on [low, high]; of T steps each with the same probability. 0 is t_min of a process, 1 its t_max."""
 
     low: float = 0.0
     high: float = 1.0
@@ -32,7 +33,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """ln(t / (1 - t)) ~ N(mean, std^2): t in (0, 1) (Esser et al. 2024, eq. 19)."""
+    """ln(t / (1 - t)) ~ N(mean, std^2): t in (0, 1), from t_min to t_max (Esser et al. 2024, eq. 19)."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -43,7 +44,7 @@ class LogitNormal:
 
 @dataclass(frozen=True)
 class LogNormal:
-    """ln(sigma) ~ N(mean, std^2), where t is sigma itself (Karras et al. 2022, table 1)."""
+    """ln(sigma / alpha) ~ N(mean, std^2): sigma of EDM, where it is t itself (Karras et al. 2022, table 1)."""
 
     mean: float = -1.2
     std: float = 1.2
@@ -53,6 +54,17 @@ class LogNormal:
 
 
 Times = Uniform | LogitNormal | LogNormal
+
+TIMES: dict[str, type[Times]] = {"uniform": Uniform, "logit_normal": LogitNormal, "log_normal": LogNormal}
+"""How t is drawn, by name."""
+
+
+def at(times: Times, words: NDArray, process: Process) -> NDArray:
+    """Real times of a process, float64 [N]."""
+    drawn = times(words)
+    if isinstance(times, LogNormal):
+        return np.array([process.time(-lam) for lam in np.log(drawn).tolist()])
+    return process.t_min + (process.t_max - process.t_min) * drawn
 
 
 def steps(times: Times, words: NDArray, T: int) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,32 @@ import torch
 from torch import Tensor, nn
 
 from .. import images, ops, parallel
-from ..data import Dataset, epoch_order
+from ..data import Batch, Dataset, Items, as_dataset, epoch_order
+from ..engine import Engine
 from ..io.description import check_model, checked_state
-from ..io.files import CHECKPOINT, restore, write
+from ..io.files import CHECKPOINT, restore, state, write
 from ..model import Model, build, checked_device
 from ..networks import UNet
 from ..progress import bar as progress_bar
+from ..runtime.loop import checked_output
 from ..samplers import LEARNED
 from ..sampling import sample
 from . import runs
 from .checkpoint import read_checkpoint
 from .config import Config, plain
 from .draws import Draws, draw
-from .objectives import OBJECTIVES
+from .noising import Noising
+from .objectives import OBJECTIVES, Objective
+from .plot import loss_plot
+from .reading import Place, Reader
 from .runs import Log, Unlogged
+from .times import TIMES, Importance
+
+FIXED = ("schedule", "prediction", "objective", "times", "times_mean", "times_std", "seed")
+"""The settings that a run keeps from its first step to its last."""
+
+HELD_OUT = 2**62
+"""The examples from here on, which no run trains on, are those of the held-out data."""
 
 
 class Diverged(RuntimeError):
@@ -48,61 +60,58 @@ class Trainer:
     ``model`` holds the averaged network, and is what to sample from. ``steps`` optimizer steps have been taken and
     ``examples`` images seen; ``step()`` takes the next one.
 
+    model       its network is any ``nn.Module``, called as ``network(x_t, t, labels, **conditions)``; its process,
+                prediction and conditions are those of the run
+    dataset     a :class:`diffkern.data.Dataset`, or any map-style dataset, as :class:`diffkern.data.Items` reads it
+    validation  held-out data of the same kind, or None
+
     The network that is given is trained in place: it is moved to ``device``, put into training mode, and its parameters
     change. Those that are frozen (``requires_grad`` is False) stay so, unless all are, as ``load`` leaves them: then
-    all are trained. Raises TypeError or ValueError for a model, data and config that do not fit each other.
+    all are trained. Modules in eval mode stay so too, unless all are.
+    Raises TypeError or ValueError for a model, data and config that do not fit each other.
     """
 
-    def __init__(self, model: Model, dataset: Dataset, config: Config, *, device: torch.device | str | None = None):
-        if not isinstance(model.network, UNet):
+    def __init__(
+        self,
+        model: Model,
+        dataset: Any,
+        config: Config,
+        *,
+        device: torch.device | str | None = None,
+        validation: Any = None,
+    ):
+        if not isinstance(model.network, nn.Module) or isinstance(model.network, Engine):
             name = type(model.network).__name__
-            raise TypeError(f"network: expected a diffkern.unet.UNet, whose options a checkpoint holds, got {name}")
-        options = model.network.config
-        if dataset.shape != model.shape:
-            raise ValueError(f"data: expected images of shape {model.shape}, got {dataset.shape}")
-        dataset = dataset.in_order_of(model.classes)
-        if dataset.classes != model.classes:
-            raise ValueError(f"data: expected the classes {model.classes}, got {dataset.classes}")
-        _check_size(dataset.shape, len(options["channel_mult"]))
-        self.objective = OBJECTIVES[config.objective](prediction=config.prediction)
-        if options["learned_variance"] != (self.objective.vlb != 0):
-            whose = "a learned variance" if options["learned_variance"] else "a fixed variance"
-            with_bound = [name for name, make in OBJECTIVES.items() if (make().vlb != 0) == options["learned_variance"]]
-            expected = f"one of {', '.join(with_bound)} with a network of {whose}"
-            raise ValueError(f"objective: expected {expected}, got {config.objective!r}")
-        if model.prediction != config.prediction:
-            raise ValueError(f"prediction: expected {config.prediction!r}, which is trained, got {model.prediction!r}")
-        if config.label_dropout and options["num_classes"] is not None and not options["null_class"]:
-            raise ValueError(
-                f"label_dropout: expected 0 for a network without a null class, got {config.label_dropout}"
-            )
-        if config.batch_size % parallel.world():
-            raise ValueError(
-                f"batch_size: expected a multiple of the {parallel.world()} processes, got {config.batch_size}"
-            )
-        self.dataset, self.config, self.steps, self.examples = dataset, config, 0, 0
-        self.data = {"images": len(dataset), "fingerprint": dataset.fingerprint}
+            raise TypeError(f"network: expected a torch.nn.Module that can be trained, got {name}")
+        config = _settled(config, model)
+        self.dataset = _fitting("data", as_dataset(dataset), model)
+        self.validation = None if validation is None else _fitting("validation", as_dataset(validation), model)
+        self.objective = config.made_objective()
+        _check(model, config, self.objective)
+        self.config, self.steps, self.examples = config, 0, 0
+        self.data = {"images": len(self.dataset), "fingerprint": self.dataset.fingerprint}
         self.unlogged = Unlogged()
-        self.network: nn.Module = model.network.to(checked_device(device)).train()
+        self.network: nn.Module = model.network.to(checked_device(device))
+        if not any(module.training for module in self.network.modules()):
+            self.network.train()
         if not any(parameter.requires_grad for parameter in self.network.parameters()):
             self.network.requires_grad_(True)
         self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise ValueError("network: expected one with parameters, got none")
         self.model = replace(model, network=copy.deepcopy(self.network).eval().requires_grad_(False))
+        average = dict(self.model.network.named_parameters())
+        self.average = [average[name] for name in self.trained]
         self.predict = parallel.averaging(self.network)
-        self.table = model.schedule.q_table(self.model.device)
-        as_printed = (config.prediction, config.objective) == ("eps", "simple")  # Algorithm 1, by ops.noise_loss
         learns = model.learned_variance and model.variance not in LEARNED
         variance = "learned" if learns else model.default_variance
-        self.losses = None if as_printed else self.objective.table(model.schedule, self.model.device, variance=variance)
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True
-        )
-        for parameter in self.trained.values():  # the state exists from the start: restoring is copying
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self.noising = Noising(self.objective, model.schedule, variance, self.model.device)
+        self.clock = self.noising.terms or model.schedule
+        self.importance = Importance(self.clock) if config.times == "importance" else None
+        self._terms: list[Tensor] = []  # [N, 2], t and loss of each example of the step
+        self.optimizer = _optimizer(self.trained.values(), config)
+        ahead = config.workers and isinstance(self.dataset, Items)
+        self.reader = Reader(self.dataset, config.workers, self._asked, self._after) if ahead else None
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64, device="cpu"))
         written = _as_json(self.description())  # what could not be read again is refused before a step is taken
         check_model(written, len(self.tensors()))
@@ -110,19 +119,30 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, path: str | os.PathLike, dataset: Dataset, *, device: torch.device | str | None = None, **changes
+        cls,
+        path: str | os.PathLike,
+        dataset: Any,
+        *,
+        device: torch.device | str | None = None,
+        validation: Any = None,
+        into: Model | None = None,
+        **changes,
     ) -> "Trainer":
         """Continue the run of a checkpoint. ``changes`` are fields of its :class:`Config` that shall differ.
 
+        into  a ``Model`` as the one that the run began with, whose network is trained on: needed where that is no
+              ``UNet``, and where there are conditions or a codec
+
         Weights, moments, average, counters and data order continue to the bit, on the same kind of machine. Warns of
-        other images than the run has seen. Raises ValueError for a change of the network, the schedule, the prediction,
-        the objective or the seed, and for fewer ``steps`` than have been taken.
+        other images than the run has seen. Raises ValueError for a change of the network, the process, the objective
+        or the seed, and for fewer ``steps`` than have been taken.
         """
         description, tensors, config = read_checkpoint(path)
-        state = description["training"]
-        model = build(description, tensors, path, prefix="network.", device=checked_device(device))
-        whole = {"network": model.network.config, "schedule": config.schedule, "seed": config.seed}
-        whole |= {"prediction": config.prediction, "objective": config.objective}
+        training = description["training"]
+        model = build(description, tensors, path, prefix="network.", device=checked_device(device), into=into)
+        config = _settled(config, model)
+        whole = {name: getattr(config, name) for name in FIXED}
+        whole["network"] = model.network.config if isinstance(model.network, UNet) else config.network
         for name in changes.keys() & whole.keys():
             wanted, stored = changes[name], whole[name]
             if isinstance(wanted, dict) and isinstance(stored, dict):  # it says as much as it wants to
@@ -130,15 +150,17 @@ class Trainer:
             if _as_json(wanted) != _as_json(stored):
                 raise ValueError(f"{name}: expected that of {path}, {stored}, got {wanted}")
         config = replace(config, **{**changes, "network": config.network, "schedule": config.schedule})
-        if "steps" in changes and config.steps < state["steps"]:
-            raise ValueError(f"steps: expected at least the {state['steps']} that {path} has taken, got {config.steps}")
+        if "steps" in changes and config.steps < training["steps"]:
+            raise ValueError(
+                f"steps: expected at least the {training['steps']} that {path} has taken, got {config.steps}"
+            )
         for name, parameter in model.network.named_parameters():
-            parameter.requires_grad_(name not in (state.get("frozen") or ()))
-        self = cls(model, dataset, config, device=device)
-        self._compare_data(state.get("data"), path)
+            parameter.requires_grad_(name not in (training.get("frozen") or ()))
+        self = cls(model, dataset, config, device=device, validation=validation)
+        self._compare_data(training.get("data"), path)
         restore(self.tensors(), tensors, path)
-        self.steps, self.examples = state["steps"], state["examples"]
-        self.unlogged = Unlogged(**(state.get("log") or {}))
+        self.steps, self.examples = training["steps"], training["examples"]
+        self.unlogged = Unlogged(**(training.get("log") or {}))
         for moments in self.optimizer.state.values():
             moments["step"].fill_(self.steps)
         return self
@@ -155,11 +177,13 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a step changes, but for the counters: the live tensors, by their names in a checkpoint."""
+        importance = {} if self.importance is None else self.importance.tensors()
         return {
-            **{f"network.{name}": tensor for name, tensor in self.network.state_dict().items()},
-            **{f"ema.{name}": tensor for name, tensor in self.model.network.state_dict().items()},
+            **{f"network.{name}": tensor for name, tensor in state(self.network).items()},
+            **{f"ema.{name}": tensor for name, tensor in state(self.model.network).items()},
             **{f"exp_avg.{name}": self.optimizer.state[p]["exp_avg"] for name, p in self.trained.items()},
             **{f"exp_avg_sq.{name}": self.optimizer.state[p]["exp_avg_sq"] for name, p in self.trained.items()},
+            **{f"importance.{name}": tensor for name, tensor in importance.items()},
         }
 
     def description(self) -> dict[str, Any]:
@@ -191,41 +215,92 @@ class Trainer:
             index[here] = self._order[1][torch.from_numpy(places)[here]]
         return index
 
-    def batch(self) -> tuple[Tensor, Tensor | None, Draws]:
-        """This process's share of the next step: x_0 [N, C, H, W] in [-1, 1], labels [N] (-1 where dropped), draws."""
-        share = self.config.batch_size // parallel.world()
-        examples = self.examples + share * parallel.rank() + np.arange(share)
-        T = self.model.schedule.T
-        draws = draw(examples, self.config.seed, T, self.config.label_dropout, self.objective.t)
-        index = self.index(examples)
-        x_0 = self.dataset.x_0(index)
-        if self.config.flip:
-            x_0 = torch.where(draws.flip[:, None, None, None], x_0.flip(-1), x_0)
-        labels = None if self.dataset.labels is None else self.dataset.labels[index].masked_fill(draws.null, -1)
-        return x_0, labels, draws
+    def batch(self, part: int = 0) -> tuple[Tensor, Tensor | None, Draws, dict[str, Tensor]]:
+        """A part of this process's share of the next step: x_0 [N, ...], labels [N] (-1 where dropped), draws, and the
+        conditions of the model by name, [N, ...] (null where labels are dropped)."""
+        place = self.examples, part
+        draws = self._draws_at(place)
+        if self.reader is not None:
+            return self._drawn(self.reader.read(place), draws, self.config.flip)
+        return self._drawn(self.dataset.batch(*self._asked(place)), draws, self.config.flip)
 
-    def loss(self) -> Tensor:
-        """The mean of the objective: by default || eps - eps_theta(sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps,
-        t) ||^2 an element."""
-        device = self.model.device
-        x_0, labels, draws = self.batch()
-        x_0, seeds, t = x_0.to(device), draws.seeds.to(device), draws.t.to(device)
+    def _examples(self, place: Place) -> np.ndarray:
+        """The numbers of the examples of a part of this process's share of a step."""
+        before, part = place
+        parts = self.config.accumulate
+        share = self.config.batch_size // (parallel.world() * parts)
+        return before + share * (parts * parallel.rank() + part) + np.arange(share)
+
+    def _draws_at(self, place: Place) -> Draws:
+        times = self.importance or self.objective.t
+        return draw(self._examples(place), self.config.seed, self.clock, self.config.label_dropout, times)
+
+    def _asked(self, place: Place) -> tuple[Tensor, Tensor]:
+        """The index and the seeds of the items at a place."""
+        return self.index(self._examples(place)), self._draws_at(place).seeds
+
+    def _after(self, place: Place) -> Place:
+        before, part = place
+        last = part == self.config.accumulate - 1
+        return (before + self.config.batch_size, 0) if last else (before, part + 1)
+
+    def _drawn(
+        self, batch: Batch, draws: Draws, flip: bool = False
+    ) -> tuple[Tensor, Tensor | None, Draws, dict[str, Tensor]]:
+        """What :meth:`batch` gives, of any batch of items."""
+        x_0, labels, n = batch.x_0, batch.labels, len(batch.x_0)
+        if flip:
+            x_0 = torch.where(draws.flip.view(-1, *[1] * (x_0.ndim - 1)), x_0.flip(-1), x_0)
+        if self.model.codec is not None:
+            with torch.no_grad():
+                x_0 = self.model.codec.to_model(x_0.to(self.model.device)).float()
+        if tuple(x_0.shape[1:]) != self.model.shape:
+            raise ValueError(f"data: expected items of shape {self.model.shape}, got {tuple(x_0.shape[1:])}")
+        labels = None if labels is None else labels.masked_fill(draws.null, -1)
+        conditions = {}
+        for condition in self.model.conditions:
+            value = conditions[condition.name] = condition.batch(batch.conditions.get(condition.name), n)
+            if condition.null is not None:
+                null = draws.null.view(-1, *[1] * (value.ndim - 1))
+                conditions[condition.name] = torch.where(null, condition.batch(None, n), value)
+        return x_0, labels, draws, conditions
+
+    def loss(self, part: int = 0) -> Tensor:
+        """The mean of the objective: on a schedule by default || eps - eps_theta(sqrt(alpha_bar) x_0 +
+        sqrt(1 - alpha_bar) eps, t) ||^2 an element."""
+        batch = self.batch(part)
+        losses, draws = self._losses(self.predict, *batch), batch[2]
+        if draws.weights is None:
+            return losses.mean()
+        self._terms.append(torch.stack((draws.t.to(losses), losses.detach()), 1))
+        return (losses * draws.weights.to(losses)).mean()
+
+    def _losses(
+        self, network: Any, x_0: Tensor, labels: Tensor | None, draws: Draws, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        """Each example's loss, [N]."""
+        device, learned = self.model.device, self.model.learned_variance
+        x_0, seeds, at = x_0.to(device), draws.seeds.to(device), self.noising.at(draws.t)
         labels = None if labels is None else labels.to(device)
-        x_t = ops.q_sample(x_0, t, seeds, self.table)
+        conditions = {name: value.to(device) for name, value in conditions.items()}
+        x_t = ops.q_sample(x_0, at.step, seeds, at.q_table, address=at.address)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16):
-            out = self.predict(x_t, t, labels)
-        if self.losses is None:
-            return ops.noise_loss(out, seeds, t).mean()  # the same eps, drawn again rather than stored
-        options = dict(terms=self.model.schedule.T, learned_variance=self.model.learned_variance)
-        return self.objective.loss(out.float(), x_0, seeds, t, self.losses, **options).mean()
+            out = network(x_t, at.t, labels, **conditions)
+        out = checked_output(out, x_t, x_t.shape[1] * (2 if learned else 1))
+        return self.noising.loss(out, x_0, seeds, at, learned_variance=learned)
 
     def step(self) -> float:
         """One step of Algorithm 1; returns its loss. Raises :class:`Diverged`, and then has changed nothing."""
         self.optimizer.zero_grad()
+        losses, parts = [], self.config.accumulate
+        self._terms.clear()
         with _seeded((self.config.seed + self.steps + (parallel.rank() << 40)) % 2**63, self.model.device):
-            loss = self.loss()
-        loss.backward()
-        loss = parallel.mean(loss.detach())
+            for part in range(parts):
+                with parallel.apart(self.predict) if part < parts - 1 else contextlib.nullcontext():
+                    loss = self.loss(part)
+                    (loss / parts).backward()
+                losses.append(loss.detach())
+        loss = parallel.mean(torch.stack(losses).mean())
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip or math.inf)
         if not (loss + norm).isfinite():
             raise Diverged(
@@ -239,21 +314,57 @@ class Trainer:
         decay = ema_decay(self.config.ema, self.steps)
         with torch.no_grad():
             torch._foreach_lerp_(
-                list(self.model.network.parameters()), list(self.network.parameters()), 1 - decay
+                self.average, list(self.trained.values()), 1 - decay
             )  # ema <- decay ema + (1 - decay) theta
+            for mine, theirs in zip(self.model.network.buffers(), self.network.buffers(), strict=True):
+                mine.copy_(theirs)  # such as the statistics of BatchNorm, which are averages themselves
+        if self.importance is not None:
+            t, terms = parallel.joined_rows(torch.cat(self._terms)).cpu().unbind(1)
+            self.importance.update(t.long(), terms)
         return loss.item()
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """The mean of the objective on all held-out data, by the averaged network, with the same draws each time."""
+        if self.validation is None:
+            raise ValueError("validation: expected held-out data, got None")
+        total, n = 0.0, len(self.validation)
+        for index in torch.arange(n, dtype=torch.int64, device="cpu").split(self.config.batch_size):
+            draws = draw(HELD_OUT + index.numpy(), self.config.seed, self.clock, 0.0, self.objective.t)
+            losses = self._losses(self.model.network, *self._drawn(self.validation.batch(index, draws.seeds), draws))
+            total += losses.double().sum().item()
+        return total / n
 
     def grid(self, n: int = 40, steps: int = 50):
         """A ``PIL.Image`` of n samples of the averaged model, the same seeds and labels each time."""
         classes = self.model.classes
         labels = None if classes is None else torch.arange(n, dtype=torch.int64, device="cpu") % len(classes)
-        steps = min(steps, self.model.schedule.T)
+        steps = min(steps, self.noising.terms or steps)
         x = sample(self.model, n, labels=labels, sampler="ddim", steps=steps, progress=False)
         names = None if classes is None else images.captions(classes, labels.tolist())
         return images.grid(x, names, columns=10)
 
+    def _has_grids(self) -> bool:
+        """Whether there are sample grids: of images, by a network that needs no condition."""
+        image = self.model.codec is not None or (len(self.model.shape) == 3 and self.model.shape[0] in (1, 3))
+        free = all(condition.null is not None for condition in self.model.conditions)
+        return bool(self.config.sample_every and image and free)
+
+    def _validates(self) -> bool:
+        """Whether a line of the log is the first since the held-out loss was due."""
+        due, before = self.steps // self.config.validate_every, self.steps - self.config.log_every
+        return self.validation is not None and due > before // self.config.validate_every
+
+    def _write(self, out: Path, log: Log) -> None:
+        """The checkpoint, and the picture of the log."""
+        self.save(out / CHECKPOINT)
+        curves = log.curves()
+        if curves["training"]:
+            images.save_png(loss_plot(curves), out / "loss.png", {"step": self.steps})
+
     def run(self, out: str | os.PathLike, *, progress: bool = True, lock: bool = True) -> signal.Signals | None:
-        """Train up to ``config.steps``, into the directory ``out``: checkpoint.safetensors, log.csv, samples-*.png.
+        """Train up to ``config.steps``, into the directory ``out``: checkpoint.safetensors, log.csv, loss.png,
+        samples-*.png of images, and checkpoint-*.safetensors with ``keep_every``.
 
         The first of several processes writes. SIGINT, SIGTERM and SIGHUP, to any of them, end the run after the step at
         hand, with a checkpoint, and are returned; None means finished. SIGUSR1 has it write a checkpoint and go on.
@@ -271,6 +382,8 @@ class Trainer:
             total, done = (steps * config.batch_size for steps in (config.steps, self.steps))
             bar = stack.enter_context(progress_bar(total, "training", "img", progress and writes, initial=done))
             received = stack.enter_context(runs.signals())
+            if self.reader is not None:
+                stack.callback(self.reader.close)
             while self.steps < config.steps and heard not in runs.STOPPING:
                 lr = config.learning_rate(self.steps)
                 loss = self.step()
@@ -280,28 +393,87 @@ class Trainer:
                 bar.update(config.batch_size)
                 log.add(loss)
                 if self.steps % config.log_every == 0:
-                    bar.report(step=self.steps, loss=f"{log.write(self.steps, lr, config.batch_size):.4f}")
+                    held_out = self.validate() if self._validates() else None
+                    said = {} if held_out is None else {"validation": f"{held_out:.4f}"}
+                    loss = log.write(self.steps, lr, config.batch_size, held_out)
+                    bar.report(step=self.steps, loss=f"{loss:.4f}", **said)
+                if config.keep_every and self.steps % config.keep_every == 0:
+                    self.save(out / f"checkpoint-{self.steps:07d}.safetensors")
                 if self.steps % config.checkpoint_every == 0 or heard == runs.SAVING:
-                    self.save(out / CHECKPOINT)
+                    self._write(out, log)
                     saved = self.steps
-                if config.sample_every and self.steps % config.sample_every == 0:
+                if self._has_grids() and self.steps % config.sample_every == 0:
                     images.save_png(self.grid(), out / f"samples-{self.steps:07d}.png", {"step": self.steps})
             if writes and saved != self.steps:
-                self.save(out / CHECKPOINT)
+                self._write(out, log)
         return signal.Signals(heard) if self.steps < config.steps else None
+
+
+def _settled(config: Config, model: Model) -> Config:
+    """``config`` with the model's process, and its prediction and objective where it names none."""
+    return replace(
+        config,
+        schedule=model.schedule.config(),
+        prediction=config.prediction or model.prediction,
+        objective=config.objective or model.schedule.objective,
+    )
 
 
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(plain(value)))
 
 
-def _check_size(shape: tuple[int, int, int], levels: int) -> None:
-    factor = 2 ** (levels - 1)
-    if shape[1] % factor or shape[2] % factor:
-        raise ValueError(
-            f"size: expected a multiple of {factor} for a network of {levels} levels, "
-            f"got images of {shape[1]} x {shape[2]}"
-        )
+def _check(model: Model, config: Config, objective: Objective) -> None:
+    """Raise ValueError for settings that the model cannot be trained by."""
+    if config.times == "importance" and not model.schedule.discrete:
+        raise ValueError(f"times: expected {', '.join(TIMES)} or None without time steps, got 'importance'")
+    if model.learned_variance != (objective.vlb != 0):
+        whose = "a learned variance" if model.learned_variance else "a fixed variance"
+        with_bound = [name for name, make in OBJECTIVES.items() if (make().vlb != 0) == model.learned_variance]
+        expected = f"one of {', '.join(with_bound)} with a network of {whose}"
+        raise ValueError(f"objective: expected {expected}, got {config.objective!r}")
+    if model.prediction != config.prediction:
+        raise ValueError(f"prediction: expected {config.prediction!r}, which is trained, got {model.prediction!r}")
+    if config.label_dropout and not model.null_class:
+        raise ValueError(f"label_dropout: expected 0 for a network without a null class, got {config.label_dropout}")
+    parts = parallel.world() * config.accumulate
+    if config.batch_size % parts:
+        expected = f"a multiple of the {parallel.world()} processes"
+        expected += f" times {config.accumulate} parts" if config.accumulate > 1 else ""
+        raise ValueError(f"batch_size: expected {expected}, got {config.batch_size}")
+
+
+def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.AdamW:
+    """AdamW whose state exists from the start: restoring it is copying."""
+    betas, decay = config.betas, config.weight_decay
+    optimizer = torch.optim.AdamW(parameters, config.lr, betas, weight_decay=decay, fused=True)
+    for parameter in optimizer.param_groups[0]["params"]:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def _fitting(name: str, data: Dataset | Items, model: Model) -> Dataset | Items:
+    """``data`` with the labels of the model's classes. Raises ValueError for data that the model does not take."""
+    kind = "images" if isinstance(data, Dataset) else "items"
+    if model.codec is None and data.shape != model.shape:
+        raise ValueError(f"{name}: expected {kind} of shape {model.shape}, got {data.shape}")
+    data = data.in_order_of(model.classes)
+    if data.classes != model.classes:
+        raise ValueError(f"{name}: expected the classes {model.classes}, got {data.classes}")
+    if isinstance(data, Items) and model.num_classes is not None and data.first.labels is None:
+        raise ValueError(f"{name}: expected items (x, label) for {model.num_classes} classes, got items without labels")
+    if isinstance(model.network, UNet):
+        levels = len(model.network.config["channel_mult"])
+        if any(size % 2 ** (levels - 1) for size in model.shape[1:]):
+            raise ValueError(
+                f"size: expected a multiple of {2 ** (levels - 1)} for a network of {levels} levels, "
+                f"got images of {model.shape[1]} x {model.shape[2]}"
+            )
+    return data
 
 
 @contextlib.contextmanager
