@@ -2,7 +2,9 @@
 
 import math
 import os
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -382,3 +384,21 @@ BAD = {
 def test_what_does_not_fit_says_what_was_expected(call, error, message):
     with pytest.raises(error, match=f"^{message}"):
         call()
+
+
+# --- the page ---
+
+
+@pytest.mark.slow
+def test_the_example_of_the_page_learns_its_circle(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Points" in block]
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(block, names)
+    radius = names["points"].norm(dim=1)
+    assert radius.mean().item() == pytest.approx(1, abs=0.1) and radius.std() < 0.2
+    angles = torch.atan2(*names["points"].unbind(1))
+    assert (torch.histc(angles, 4, -math.pi, math.pi) > 10).all()  # of 100, all around
+    assert names["trainer"].steps == 300 and names["trainer"].config.steps == 400

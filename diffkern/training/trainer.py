@@ -290,7 +290,7 @@ class Trainer:
         return self.noising.loss(out, x_0, seeds, at, learned_variance=learned)
 
     def step(self) -> float:
-        """One step of Algorithm 1; returns its loss. Raises :class:`Diverged`, and then has changed nothing."""
+        """One step of Algorithm 1; returns its loss. Raises :class:`Diverged`, and then has changed no parameter."""
         self.optimizer.zero_grad()
         losses, parts = [], self.config.accumulate
         self._terms.clear()
@@ -301,7 +301,7 @@ class Trainer:
                     (loss / parts).backward()
                 losses.append(loss.detach())
         loss = parallel.mean(torch.stack(losses).mean())
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.grad_clip or math.inf)
         if not (loss + norm).isfinite():
             raise Diverged(
                 f"loss: expected a finite value, got {loss.item()} (gradient norm {norm.item()}) at step {self.steps}"
