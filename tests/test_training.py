@@ -150,7 +150,7 @@ def test_a_learned_variance_is_trained_between_the_two_fixed_ones(variance):
 def test_a_diagonal_variance_is_trained_around_the_forward_step_s():
     data, config = tiny.dataset(), tiny.config(objective="hybrid", network={**tiny.NETWORK, "learned_variance": True})
     run = Trainer(replace(new_model(data, config), variance="diagonal"), data, config)
-    low, high = (run.losses[:, LOSS_COLUMNS.index(name)].double() for name in ("log_var_min", "log_var_max"))
+    low, high = (run.noising.table[:, LOSS_COLUMNS.index(name)].double() for name in ("log_var_min", "log_var_max"))
     torch.testing.assert_close(high.exp(), run.model.schedule.betas, rtol=2e-6, atol=0)
     torch.testing.assert_close(high - low, torch.full_like(low, 2), rtol=1e-6, atol=0)
 
