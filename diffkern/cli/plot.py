@@ -30,11 +30,17 @@ def draw(path: str, panels: Mapping[str, Curves], x: str, **scales: str) -> None
 
     figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name, points in curves.items():
+        few = max(map(len, curves.values())) < 20
+        for i, (name, points) in enumerate(curves.items()):
             there = [(at, y) for at, y in points if y is not None]
-            if there:
-                axes.plot(*zip(*there, strict=True), marker="." if len(there) < 20 else None, label=name)
+            if there:  # a name has the same color in every panel
+                axes.plot(*zip(*there, strict=True), marker="." if few else None, color=f"C{i}", label=name)
         axes.set(title=title, xlabel=x, **scales)
+        if few:
+            ticks = sorted({at for points in curves.values() for at, _ in points})
+            axes.set_xticks(ticks, [f"{at:g}" for at in ticks])
+            axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(path, dpi=100)

@@ -60,7 +60,7 @@ class Loop:
         rho = [0.0 if p is None else p.rho for p in points]
         self.rho = torch.tensor(rho, dtype=torch.float32, device=device)
         self.learned = program.learned_variance
-        self.outputs = shape[1] * (2 if self.learned else 1)  # the channels of the network's that the kernel reads
+        self.outputs = shape[1] * (2 if self.learned else 1)  # the channels of its output that the kernel reads
         self.channels = covariance.channels(shape[1:]) if program.correlated else self.outputs
         self.normals = torch.zeros_like(self.table) if program.correlated else None
         if self.normals is not None:
@@ -109,7 +109,8 @@ class Loop:
             out, uncond, gradient = self._call(row)
         if row.noise is not None and row.noise.correlated:
             self._correlate(out)
-        out, uncond = (o if o is None else o[:, : self.outputs] for o in (out, uncond))
+        if self.channels > self.outputs:
+            out, uncond = (o if o is None else o[:, : self.outputs] for o in (out, uncond))
         table, addresses, step = self._rows(row, out, uncond, gradient)
         operands = dict(out_uncond=uncond, address=addresses, learned_variance=self.learned, grad=gradient)
         if out is None:
