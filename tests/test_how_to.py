@@ -100,6 +100,8 @@ def test_a_change_is_one_file_and_its_test_and_the_tests_that_it_adds_pass(secti
         (tmp_path / path).write_text(text)
     old = load("before_the_change", ROOT / test)
     load(source.removesuffix(".py").replace("/", "."), tmp_path / source)
+    if section == "A process":
+        load("diffkern.schedule", ROOT / "diffkern" / "schedule.py")  # which reads the names of processes from files
     new = load("after_the_change", tmp_path / test)
     ran: dict[str, int] = {}
     for name, function, case in added(old, new):
