@@ -82,6 +82,24 @@ def test_a_trained_classifier_is_a_function_of_the_seed():
     assert torch.equal(weights(1), first) and not torch.equal(weights(2), first)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(train=tiny.dataset(classes=None)), "data: expected labelled images, got none with labels"),
+        (dict(examples=0), "examples: expected an int >= 1, got 0"),
+        (dict(batch_size=0), "batch_size: expected an int >= 1, got 0"),
+        (dict(lr=0.0), "lr: expected a number > 0, got 0"),
+        (
+            dict(train=tiny.dataset(size=6)),
+            r"x_t: expected \[N, 1, H, W\] with H and W divisible by 4, got \(10, 1, 6, 6\)",
+        ),
+    ],
+)
+def test_training_says_what_it_expected(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        train_noisy_classifier(**dict(train=stripes(3), schedule=tiny.SCHEDULE, examples=10, progress=False) | changes)
+
+
 def test_a_saved_classifier_is_loaded_as_it_was(tmp_path):
     made = classifier()
     made.network.half().float()  # what the file can hold
