@@ -10,7 +10,8 @@ from tiny import one_thread  # noqa: F401
 from diffkern import Guidance, Model, Schedule, evaluate, sample
 from diffkern.classifier import NoisyClassifier, load_noisy_classifier, save_noisy_classifier
 from diffkern.conditions import Condition
-from diffkern.data import Dataset
+from diffkern.data import FASHION_MNIST, Dataset, fashion_mnist
+from diffkern.images import to_pixels
 from diffkern.io.files import write
 from diffkern.networks import HalfUNet
 from diffkern.training.classifier import train_noisy_classifier
@@ -79,6 +80,24 @@ def test_a_trained_classifier_is_a_function_of_the_seed():
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)
     assert torch.equal(weights(1), first) and not torch.equal(weights(2), first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(train=tiny.dataset(classes=None)), "data: expected labelled images, got none with labels"),
+        (dict(examples=0), "examples: expected an int >= 1, got 0"),
+        (dict(batch_size=0), "batch_size: expected an int >= 1, got 0"),
+        (dict(lr=0.0), "lr: expected a number > 0, got 0"),
+        (
+            dict(train=tiny.dataset(size=6)),
+            r"x_t: expected \[N, 1, H, W\] with H and W divisible by 4, got \(10, 1, 6, 6\)",
+        ),
+    ],
+)
+def test_training_says_what_it_expected(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        train_noisy_classifier(**dict(train=stripes(3), schedule=tiny.SCHEDULE, examples=10, progress=False) | changes)
 
 
 def test_a_saved_classifier_is_loaded_as_it_was(tmp_path):
@@ -184,3 +203,41 @@ def test_a_classifier_takes_no_other_condition_away():
 def test_a_classifier_of_another_model_is_refused(changes, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         sample(tiny.model(), labels=[1], guidance=Guidance(1.0, classifier=classifier(**changes)), progress=False)
+
+
+# --- the shipped one ---
+
+
+@pytest.fixture(scope="module")
+def clothes() -> Dataset:
+    if not FASHION_MNIST.is_dir():
+        pytest.skip(f"there is no {FASHION_MNIST}")
+    return fashion_mnist(split="test")
+
+
+def agreement(n: int, steps: int, weight: float) -> float:
+    """The share of samples in which the classifier that guides nothing sees the class asked for."""
+    labels = torch.arange(n) % 10
+    guidance = Guidance(weight, classifier="fashion-mnist-noisy")
+    x = sample("fashion-mnist", labels=labels, steps=steps, guidance=guidance, progress=False)
+    return evaluate.accuracy(evaluate.load_classifier()[0], to_pixels(x), labels)
+
+
+def test_the_shipped_classifier_sees_the_class_through_noise(clothes):
+    clear, noisy = evaluate.noisy_accuracy(load_noisy_classifier("fashion-mnist-noisy"), clothes, (100, 400), n=200)
+    assert clear >= 0.8 and noisy >= 0.65
+
+
+def test_the_shipped_classifier_guides():
+    """Three steps, a sample a class; without it the classes are those of chance."""
+    assert agreement(10, 3, 8.0) >= 0.8
+    assert agreement(10, 3, 0.0) <= 0.4
+
+
+@pytest.mark.slow
+def test_the_shipped_classifier_holds_what_its_card_says(clothes):
+    times, bounds = (0, 200, 400, 600), (0.84, 0.81, 0.69, 0.43)
+    shares = evaluate.noisy_accuracy(load_noisy_classifier("fashion-mnist-noisy"), clothes, times)
+    assert all(share >= bound for share, bound in zip(shares, bounds, strict=True))
+    free, weak, strong = (agreement(100, 10, weight) for weight in (0.0, 1.0, 8.0))
+    assert free <= 0.2 and free < weak < strong and strong >= 0.85

@@ -14,7 +14,7 @@ from ..model import checked_device
 from ..networks import HalfUNet
 from ..networks.defaults import float32_on
 from ..progress import bar as progress_bar
-from ..schedule import Schedule
+from ..schedule import Schedule, checked_float, checked_int
 from .draws import draw
 
 LOG_EVERY = 100  # steps between losses that are reported
@@ -36,10 +36,14 @@ def train_noisy_classifier(
 
     The k-th example is image k of the epochs' order, at the t and with the noise that :func:`draw` has for k: all of
     it a function of the seed, as in :class:`Trainer`. The loss is the cross-entropy; AdamW, one cycle of the rate.
-    ``network`` has options of the :class:`HalfUNet`. Raises ValueError for images without labels.
+    ``network`` has options of the :class:`HalfUNet`. Raises TypeError or ValueError, also for images without labels.
     """
     if train.labels is None:
         raise ValueError("data: expected labelled images, got none with labels")
+    for option, value in dict(examples=examples, batch_size=batch_size).items():
+        if checked_int(option, value, "an int >= 1") < 1:
+            raise ValueError(f"{option}: expected an int >= 1, got {value}")
+    checked_float("lr", lr, "a number > 0", lambda rate: rate > 0)
     device = checked_device(device)
     with torch.random.fork_rng(devices=[]), float32_on("cpu"):
         torch.manual_seed(seed)
