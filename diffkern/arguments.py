@@ -20,12 +20,11 @@ from .engine import Engine
 from .guidance import Guidance
 from .model import Model, checked_device, load, unwrapped
 from .networks import UNet
-from .process import Process
+from .process import Process, checked_count, checked_float, checked_int
 from .program import FIRST_VISIT, Program
 from .runtime import Run
 from .runtime.loop import Network
 from .samplers import PREDICTIONS, SAMPLERS, Sampler, default_sampler
-from .schedule import checked_float, checked_int
 
 # --- the network and the machine ---
 
@@ -221,9 +220,7 @@ def samples_of(n: Any, seeds: Any, labels: Any, x_T: Tensor | None, model: Model
         if not lengths:
             raise ValueError("n: expected n or seeds, got neither")
         n = next(iter(lengths.values()))
-    n = checked_int("n", n, "an int >= 1")
-    if n < 1:
-        raise ValueError(f"n: expected an int >= 1, got {n}")
+    n = checked_count("n", n)
     for name, length in lengths.items():
         if length != n:
             raise ValueError(f"{name}: expected {n}, one for each image, got {length}")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schedule import checked_float, checked_int
+from .process import checked_count, checked_float
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class Inpaint:
                 got = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
         for name in ("resample", "jump"):
-            if checked_int(name, getattr(self, name), "an int >= 1") < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {getattr(self, name)}")
+            checked_count(name, getattr(self, name))
         if not ((self.mask >= 0) & (self.mask <= 1)).all():
             raise ValueError(f"mask: expected values in [0, 1], got {self.mask.min():.3g} to {self.mask.max():.3g}")
 

@@ -25,9 +25,9 @@ from .io.files import fill, floating, read, write
 from .model import Model
 from .networks.blueprint import Blueprint
 from .networks.defaults import float32_on
+from .process import checked_float, checked_int
 from .progress import bar as progress_bar
 from .sampling import sample
-from .schedule import checked_float, checked_int
 
 CLASSIFIER = CLASSIFIERS / "fashion-mnist.safetensors"
 """The classifier that ships, so that distances measured anywhere are in the same feature space."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .ops.row import LONG_COLUMNS
+from .process import checked_count, checked_float
 from .program import Program, Row
-from .schedule import checked_float, checked_int
 
 W, P_G, K_G, K_O, K_U = (LONG_COLUMNS.index(name) for name in ("w", "p_g", "k_g", "k_o", "k_u"))
 CONVERGED = 1e-12  # of a squared norm in float32, relative to the first: what is below is rounding
@@ -162,8 +162,7 @@ class PiGDM:
             raise TypeError(f"y: expected a floating-point tensor, got {got}")
         checked_float("noise_std", self.noise_std, "a number >= 0", lambda value: value >= 0)
         checked_float("data_std", self.data_std, "a number > 0", lambda value: value > 0)
-        if checked_int("iterations", self.iterations, "an int >= 1") < 1:
-            raise ValueError(f"iterations: expected an int >= 1, got {self.iterations}")
+        checked_count("iterations", self.iterations)
 
     def __call__(self, x0_hat: Tensor, rho: Tensor) -> Tensor:
         """What has the gradient of ln p(y | x_t): [N], of x0_hat [N, ...] at rho = sigma / alpha, []."""

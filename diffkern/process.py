@@ -435,9 +435,9 @@ def checked_float(name: str, value: Any, expected: str, holds: Callable[[float],
     return float(value)
 
 
-def checked_count(name: str, value: Any) -> int:
-    """``value`` as an int of at least 1. Raises TypeError or ValueError."""
-    value = checked_int(name, value, "an int >= 1")
-    if value < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {value}")
+def checked_count(name: str, value: Any, low: int = 1) -> int:
+    """``value`` as an int of at least ``low``. Raises TypeError or ValueError."""
+    value = checked_int(name, value, f"an int >= {low}")
+    if value < low:
+        raise ValueError(f"{name}: expected an int >= {low}, got {value}")
     return value

@@ -27,13 +27,12 @@ from .constraints import From, Inpaint, Quantile, limit_of, rows_of
 from .guidance import Guidance
 from .model import Model
 from .networks.modes import evaluating
-from .process import Grid, Process
+from .process import Grid, Process, checked_count, checked_int
 from .program import Row
 from .progress import bar as progress_bar
 from .runtime import Loop, Run
 from .runtime.loop import Network as Network
 from .samplers import Sampler
-from .schedule import checked_int
 
 FIRST_BLEND = (1 << 20) - 1  # the address of the known part's noise at the start of a run
 MASK_STREAM = 6  # of the known part's noise, as ``ops.reverse_step`` draws it
@@ -232,8 +231,7 @@ def interpolate(
               None: turn from one image's x_T to the other's, which :func:`encode` finds (Song et al. 2021a, sec. 5.3)
     options   as :func:`sample` takes them
     """
-    if checked_int("n", n, "an int >= 2") < 2:
-        raise ValueError(f"n: expected an int >= 2, got {n}")
+    checked_count("n", n, 2)
     for name, end in (("a", a), ("b", b)):
         if not isinstance(end, Tensor):
             checked_int(name, end, "an image or a seed")

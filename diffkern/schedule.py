@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .process import END, PROCESSES, Grid, Point, Process, checked_float, checked_int
+from .process import END, PROCESSES, Grid, Point, Process, checked_count, checked_float, checked_int
 from .process import SPACINGS as PROCESS_SPACINGS
 
 
@@ -45,28 +45,28 @@ class Schedule(Process):
     @classmethod
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "Schedule":
         """beta from beta_start to beta_end in equal steps (Ho et al. 2020, section 4)."""
-        T, beta_start, beta_end = _length(T), *_ends(beta_start, beta_end)
+        T, beta_start, beta_end = checked_count("T", T), *_ends(beta_start, beta_end)
         betas = _equal_steps(beta_start, beta_end, T)
         return cls(betas, _config=dict(kind="linear", T=T, beta_start=beta_start, beta_end=beta_end))
 
     @classmethod
     def scaled_linear(cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> "Schedule":
         """sqrt(beta) from sqrt(beta_start) to sqrt(beta_end) in equal steps (Rombach et al. 2022)."""
-        T, beta_start, beta_end = _length(T), *_ends(beta_start, beta_end)
+        T, beta_start, beta_end = checked_count("T", T), *_ends(beta_start, beta_end)
         betas = _equal_steps(math.sqrt(beta_start), math.sqrt(beta_end), T).square()
         return cls(betas, _config=dict(kind="scaled_linear", T=T, beta_start=beta_start, beta_end=beta_end))
 
     @classmethod
     def sigmoid(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "Schedule":
         """beta from beta_start to beta_end along a sigmoid on [-6, 6] (Xu et al. 2022, GeoDiff)."""
-        T, beta_start, beta_end = _length(T), *_ends(beta_start, beta_end)
+        T, beta_start, beta_end = checked_count("T", T), *_ends(beta_start, beta_end)
         betas = _equal_steps(-6, 6, T).sigmoid() * (beta_end - beta_start) + beta_start
         return cls(betas, _config=dict(kind="sigmoid", T=T, beta_start=beta_start, beta_end=beta_end))
 
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> "Schedule":
         """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2) (Nichol & Dhariwal 2021, eq. 17)."""
-        T, s = _length(T), checked_float("s", s, "a number >= 0", lambda value: value >= 0)
+        T, s = checked_count("T", T), checked_float("s", s, "a number >= 0", lambda value: value >= 0)
         max_beta = checked_float("max_beta", max_beta, "a number in (0, 1)", lambda value: 0 < value < 1)
         # f(t) = sin^2 u_t with u_t = (T - t) / T / (1 + s) pi/2, and sin^2 a - sin^2 b = sin(a - b) sin(a + b):
         # beta_t = 1 - f(t) / f(t-1) without a cancellation.
@@ -362,13 +362,6 @@ def _checked(betas: Tensor) -> Tensor:
         t = int((~good).nonzero()[0])
         raise ValueError(f"betas: expected numbers in (0, 1), the last at most 1, got {betas[t].item()} at index {t}")
     return betas
-
-
-def _length(T: Any) -> int:
-    T = checked_int("T", T, "an int >= 1")
-    if T < 1:
-        raise ValueError(f"T: expected an int >= 1, got {T}")
-    return T
 
 
 def _ends(beta_start: Any, beta_end: Any) -> tuple[float, float]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from .. import covariance, ops
 from ..constraints import Quantile, limit_of
 from ..model import Model
+from ..process import checked_int
 from ..samplers import LEARNED
 from ..samplers.options import variances
-from ..schedule import Schedule, checked_int
+from ..schedule import Schedule
 from .draws import STRATA, Predict, Terms, bits, uniform
 
 

@@ -22,11 +22,11 @@ from ..arguments import (
 from ..guidance import Guidance
 from ..model import Model
 from ..networks.modes import evaluating
+from ..process import checked_int
 from ..progress import bar as progress_bar
 from ..runtime import Run
-from ..runtime.loop import Network, checked_output
+from ..runtime.loop import Network, call
 from ..samplers.options import one_of
-from ..schedule import checked_int
 from .bound import Bound
 from .ode import Ode
 
@@ -123,7 +123,7 @@ def nll(
             rows = torch.arange(first, first + batch_size, dtype=torch.int64, device="cpu").clamp_(max=n - 1)
             kept = min(batch_size, n - first)  # the last sample pads the last batch
             given = {name: value[rows.to(value.device)].to(device) for name, value in conditions.items()}
-            predict = partial(_predict, runs, dtype, way.channels, given)
+            predict = partial(call, runs, conditions=given, channels=way.channels, dtype=dtype)
             *terms, taken = way.terms(predict, x[rows.to(x.device)].to(device), seeds[rows].to(device), bar.update)
             prior, t, data = (term[:kept].cpu() for term in terms)
             bits.append(prior + t.sum(1) + data)
@@ -131,16 +131,6 @@ def nll(
             calls = max(calls, taken)
     prior, t, data = (total / n for total in sums)
     return Nll(torch.cat(bits), {"prior": prior.item(), "t": t, "data": data.item()}, calls)
-
-
-def _predict(
-    network: Network, dtype: torch.dtype | None, channels: int, conditions: dict[str, Tensor], x: Tensor, t: Tensor
-) -> Tensor:
-    labels = conditions.get("labels")
-    others = {name: value for name, value in conditions.items() if name != "labels"}
-    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
-        out = network(x, t, labels, **others)
-    return checked_output(out, x, channels)
 
 
 def _checked(x: Tensor, levels: Any, model: Model) -> Tensor:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..model import Model
 from ..prediction import target
-from ..process import Point, Process
-from ..schedule import checked_float, checked_int
+from ..process import Point, Process, checked_float, checked_int
 from .draws import DEQUANTIZE, Predict, Terms, bits, signs, uniform
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..schedule import checked_int
+from ..process import checked_int
 from .blocks import (
     AttentionBlock,
     Conv3x3,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import transforms
-from ..schedule import checked_float, checked_int
+from ..process import checked_float, checked_int
 from .blocks import (
     AttentionBlock,
     Conv3x3,

@@ -159,11 +159,8 @@ class Loop:
     def _predict(self, network: Network, x: Tensor, t: Tensor, conditions: dict[str, Any]) -> Tensor:
         """A network's output. It gets copies of what the loop changes in place: a graph of its own may hold them."""
         conditions = {name: value.clone() if isinstance(value, Tensor) else value for name, value in conditions.items()}
-        labels = conditions.pop("labels", None)
         x_in = x.clone() if self.c_in is None else x * self.c_in.index_select(0, self.row)
-        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            out = network(x_in, t, labels, **conditions)
-        return checked_output(out, x, self.channels).float()
+        return call(network, x_in, t, conditions, self.channels, self.dtype).float()
 
     def _differentiate(self, t: Tensor) -> tuple[Tensor, None, Tensor]:
         """(out, None, grad ln p) by the guidance's classifier or measurement."""
@@ -271,6 +268,17 @@ def _scale(table: Tensor, columns: Iterable[int], factors: Tensor) -> None:
     """Multiply those columns of each row by its factor, in place."""
     for column in columns:
         table[:, column] *= factors
+
+
+def call(
+    network: Network, x_t: Tensor, t: Tensor, conditions: dict[str, Any], channels: int, dtype: torch.dtype | None
+) -> Tensor:
+    """``network(x_t, t, labels, **conditions)``, with autocast to ``dtype``: the first ``channels`` of it, checked."""
+    conditions = dict(conditions)
+    labels = conditions.pop("labels", None)
+    with torch.autocast(x_t.device.type, dtype=dtype, enabled=dtype is not None):
+        out = network(x_t, t, labels, **conditions)
+    return checked_output(out, x_t, channels)
 
 
 def checked_output(out: Any, x_t: Tensor, channels: int) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..schedule import checked_int
+from ..process import checked_count
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,5 @@ class Run:
                 raise TypeError(f"{name}: expected True or False, got {value!r}")
         if self.dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype: expected None, torch.bfloat16 or torch.float16, got {self.dtype!r}")
-        if self.batch_size is not None and checked_int("batch_size", self.batch_size, "an int >= 1") < 1:
-            raise ValueError(f"batch_size: expected an int >= 1, got {self.batch_size}")
+        if self.batch_size is not None:
+            checked_count("batch_size", self.batch_size)

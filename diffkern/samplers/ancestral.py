@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..process import Grid
-from .options import number, one_of, variances, whole
+from ..process import Grid, checked_count
+from .options import number, one_of, variances
 from .registry import sampler
 
 UNBOUNDED = ("diagonal", "full")
@@ -106,7 +106,7 @@ def repaint(m: Any, grid: Grid, jump: int = 10, resample: int = 10) -> Any:
     jump      how many steps each stretch has
     resample  how often it is gone through
     """
-    jump, resample = whole("jump", jump, 1), whole("resample", resample, 1)
+    jump, resample = checked_count("jump", jump), checked_count("resample", resample)
     x, steps = m.start(), grid.steps
     for first in range(0, len(steps), jump):
         stretch = steps[first : first + jump]

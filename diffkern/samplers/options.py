@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schedule import checked_float, checked_int
+from ..process import checked_float
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
@@ -15,14 +15,6 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     bounds = f"[{low:g}, {high:g}]" if high < math.inf else f"[{low:g}, inf)"
     expected = f"a number in {bounds}" if low > -math.inf or high < math.inf else "a number"
     return checked_float(name, value, expected, lambda number: low <= number <= high)
-
-
-def whole(name: str, value: Any, low: int) -> int:
-    """``value`` as an int of at least ``low``."""
-    value = checked_int(name, value, f"an int >= {low}")
-    if value < low:
-        raise ValueError(f"{name}: expected an int >= {low}, got {value}")
-    return value
 
 
 def one_of(name: str, value: Any, names: Iterable[Any], otherwise: str = "") -> Any:

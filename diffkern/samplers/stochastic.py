@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
-from ..process import Grid
+from ..process import Grid, checked_count
 from .dpm_solver import ancestral
-from .options import number, whole
+from .options import number
 from .registry import sampler
 
 
@@ -55,7 +55,7 @@ def pc(m: Any, grid: Grid, snr: float = 0.16, corrections: int = 1) -> Any:
     snr  of the corrections, whose length is 2 (snr rho)^2: what the paper's ratio of norms is for white noise. The last
          step adds no noise
     """
-    snr, corrections = number("snr", snr, 0), whole("corrections", corrections, 0)
+    snr, corrections = number("snr", snr, 0), checked_count("corrections", corrections, 0)
     x = m.start()
     for i, (s, t) in enumerate(m.steps()):
         for _ in range(corrections):
@@ -76,7 +76,7 @@ def langevin(m: Any, grid: Grid, steps_a_level: int = 5, step_size: float = 0.2)
 
     step_size  relative to rho^2: a level's steps are step_size rho^2 long. 0.2 is 2e-5 at a last rho of 0.01
     """
-    steps_a_level, step_size = whole("steps_a_level", steps_a_level, 1), number("step_size", step_size, 0)
+    steps_a_level, step_size = checked_count("steps_a_level", steps_a_level), number("step_size", step_size, 0)
     x = m.start()
     for s, t in m.steps():
         for _ in range(steps_a_level):

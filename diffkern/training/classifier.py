@@ -13,8 +13,9 @@ from ..data import Dataset, epoch_order
 from ..model import checked_device
 from ..networks import HalfUNet
 from ..networks.defaults import float32_on
+from ..process import checked_count, checked_float
 from ..progress import bar as progress_bar
-from ..schedule import Schedule, checked_float, checked_int
+from ..schedule import Schedule
 from .draws import draw
 
 LOG_EVERY = 100  # steps between losses that are reported
@@ -41,8 +42,7 @@ def train_noisy_classifier(
     if train.labels is None:
         raise ValueError("data: expected labelled images, got none with labels")
     for option, value in dict(examples=examples, batch_size=batch_size).items():
-        if checked_int(option, value, "an int >= 1") < 1:
-            raise ValueError(f"{option}: expected an int >= 1, got {value}")
+        checked_count(option, value)
     checked_float("lr", lr, "a number > 0", lambda rate: rate > 0)
     device = checked_device(device)
     with torch.random.fork_rng(devices=[]), float32_on("cpu"):

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..schedule import Schedule, checked_float, checked_int
+from ..process import checked_count, checked_float, checked_int
+from ..schedule import Schedule
 from .objectives import OBJECTIVES, Objective
 from .times import TIMES
 
@@ -76,10 +77,7 @@ class Config:
     def __post_init__(self):
         positive = ("steps", "batch_size", "accumulate", "checkpoint_every", "validate_every", "log_every")
         for name, low in (dict.fromkeys(positive, 1) | dict(workers=0, warmup=0, keep_every=0, sample_every=0)).items():
-            number = checked_int(name, getattr(self, name), f"an int >= {low}")
-            if number < low:
-                raise ValueError(f"{name}: expected an int >= {low}, got {number}")
-            self._set(name, number)
+            self._set(name, checked_count(name, getattr(self, name), low))
         self._set("seed", checked_int("seed", self.seed, "an int in [-2^63, 2^64)"))
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed: expected an int in [-2^63, 2^64), got {self.seed}")

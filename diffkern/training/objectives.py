@@ -23,9 +23,9 @@ from torch import Tensor
 
 from .. import ops
 from ..prediction import head, target
-from ..process import Process
+from ..process import Process, checked_int
 from ..samplers import SPREAD, UNBOUNDED, VARIANCES
-from ..schedule import Schedule, checked_int
+from ..schedule import Schedule
 from .times import LogNormal, Times, Uniform
 
 # --- levels of noise ---------------------------------------------------------------------------------------------

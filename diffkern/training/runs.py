@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..io.files import write_atomically
-from ..schedule import checked_float, checked_int
+from ..process import checked_count, checked_float
 
 LOG, LOCK = "log.csv", ".lock"
 
@@ -67,8 +67,7 @@ class Unlogged:
 
     def __post_init__(self):
         checked_float("total", self.total, "a finite number", lambda value: True)
-        if checked_int("count", self.count, "an int >= 0") < 0:
-            raise ValueError(f"count: expected an int >= 0, got {self.count}")
+        checked_count("count", self.count, 0)
 
     def add(self, loss: float) -> None:
         self.total += loss

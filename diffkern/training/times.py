@@ -7,8 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..process import Process
-from ..schedule import checked_float, checked_int
+from ..process import Process, checked_count, checked_float
 
 
 def uniforms(words: NDArray) -> NDArray:
@@ -91,10 +90,7 @@ class Importance:
     """
 
     def __init__(self, T: int, length: int = 10, uniform: float = 0.001):
-        self.T, self.length = checked_int("T", T, "an int >= 1"), checked_int("length", length, "an int >= 1")
-        for name, value in (("T", self.T), ("length", self.length)):
-            if value < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {value}")
+        self.T, self.length = checked_count("T", T), checked_count("length", length)
         self.uniform = checked_float("uniform", uniform, "a number in [0, 1]", lambda value: 0 <= value <= 1)
         self.history = torch.zeros(
             T, length, dtype=torch.float64, device="cpu"

@@ -24,7 +24,7 @@ from ..io.files import CHECKPOINT, restore, state, write
 from ..model import Model, build, checked_device
 from ..networks import UNet
 from ..progress import bar as progress_bar
-from ..runtime.loop import checked_output
+from ..runtime.loop import call
 from ..samplers import LEARNED
 from ..sampling import sample
 from . import runs
@@ -281,12 +281,11 @@ class Trainer:
         """Each example's loss, [N]."""
         device, learned = self.model.device, self.model.learned_variance
         x_0, seeds, at = x_0.to(device), draws.seeds.to(device), self.noising.at(draws.t)
-        labels = None if labels is None else labels.to(device)
-        conditions = {name: value.to(device) for name, value in conditions.items()}
+        given = conditions if labels is None else conditions | {"labels": labels}
+        given = {name: value.to(device) for name, value in given.items()}
         x_t = ops.q_sample(x_0, at.step, seeds, at.q_table, address=at.address)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16):
-            out = network(x_t, at.t, labels, **conditions)
-        out = checked_output(out, x_t, x_t.shape[1] * (2 if learned else 1))
+        channels, dtype = x_t.shape[1] * (2 if learned else 1), torch.bfloat16 if self.config.bf16 else None
+        out = call(network, x_t, at.t, given, channels, dtype)
         return self.noising.loss(out, x_0, seeds, at, learned_variance=learned)
 
     def step(self) -> float:
