@@ -727,7 +727,7 @@ BAD = [
     (
         dict(variance="tiny"),
         ValueError,
-        "variance: expected one of ('fixed_small', 'fixed_large', 'learned', 'optimal')",
+        "variance: expected one of ('fixed_small', 'fixed_large', 'learned', 'diagonal', 'full', 'optimal')",
     ),
     (
         dict(variance=torch.ones(3), sampler="ddpm", steps=5),
