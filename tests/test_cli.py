@@ -521,7 +521,7 @@ def test_the_command_alone_shows_its_help_with_examples(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert alone == capsys.readouterr().out and "\nexamples:\n  diffkern sample --steps 20 " in alone
-    for name in ("sample", "interpolate", "inpaint", "train", "export", "evaluate", "doctor"):
+    for name in ("sample", "interpolate", "inpaint", "train", "export", "evaluate", "show", "doctor"):
         assert f"    {name}" in alone
 
 

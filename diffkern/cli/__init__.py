@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "Train a model, or resume the run in --out.",
     "export": "Write a checkpoint's averaged weights as a model file to ship.",
     "evaluate": "Frechet distances and held-out loss of a model of Fashion-MNIST.",
+    "show": "Draw a figure of the theory, and print its numbers.",
     "doctor": "What is this installation, and does it work?",
 }
 
