@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from scipy.integrate import quad
 from tiny import one_thread  # noqa: F401
 
@@ -14,7 +15,20 @@ from diffkern import RectifiedFlow, Schedule, cli, nll, noise, sample
 from diffkern.cli import plot as plot_command
 from diffkern.evaluate import precision_recall
 from diffkern.prediction import head_at
-from diffkern.show import Figure, elbo, figures, forward, gaussians, guidance, kl, mixture, paths, schedule, swiss_roll
+from diffkern.show import (
+    Figure,
+    Panel,
+    elbo,
+    figures,
+    forward,
+    gaussians,
+    guidance,
+    kl,
+    mixture,
+    paths,
+    schedule,
+    swiss_roll,
+)
 from diffkern.show.gaussians import Gaussians
 
 FLOAT = dict(dtype=torch.float64, device="cpu")
@@ -69,6 +83,24 @@ def test_the_exact_network_of_a_straight_flow_draws_the_data():
     truth, k = DATA.draw(2000)
     assert abs(mixture.energy_distance(x, truth)) < 0.01
     assert (k.bincount() / 2000 - DATA.weights).abs().max() < 4 * 0.5 / math.sqrt(2000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([0.0], [1.0]), r"means: expected shape \(K, D\), got \(1,\)"),
+        (([[0.0]], [1.0, 1.0]), r"stds: expected shape \(1,\), got \(2,\)"),
+        (([[0.0]], [1.0], None, [0, 1]), r"labels: expected shape \(1,\), got \(2,\)"),
+    ],
+)
+def test_gaussians_of_shapes_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Gaussians(*arguments)
+
+
+def test_labels_need_classes():
+    with pytest.raises(ValueError, match="labels: expected None of a mixture without classes"):
+        Gaussians([[0.0]], [1.0]).predict(torch.zeros(2, 1), 0.5, 0.5, torch.tensor([0, -1]))
 
 
 def test_the_density_is_that_of_the_mixture():
@@ -273,6 +305,30 @@ def test_the_swiss_roll_has_a_row_for_each_covariance_and_leaves_the_generator_a
     assert found.table().splitlines()[-1].startswith("| data |  | ")
 
 
+def cells(lines: list[str]) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+PAGE = {section.split()[0]: section for section in (ROOT / "docs" / "figures.md").read_text().split("\n## ")[1:]}
+
+
+def test_the_page_has_a_section_for_each_figure():
+    assert sorted(PAGE) == sorted(figures())
+    for name, section in PAGE.items():
+        assert f"`diffkern show {name}`" in section
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "swiss-roll"])  # trained, so rounding may grow
+def test_the_page_has_the_tables_that_the_commands_print(name):
+    options = {"progress": False} if name == "forward" else {}
+    shown, computed = (cells(text.splitlines()) for text in (PAGE[name], figures()[name].figure(**options).table()))
+    assert len(shown) == len(computed)
+    for row, expected in zip(shown, computed, strict=True):
+        for cell, value in zip(row, expected, strict=True):
+            assert cell == value or float(cell) == pytest.approx(float(value), rel=0.01, abs=2e-3), row
+
+
 @pytest.mark.slow
 def test_a_full_covariance_has_the_better_bound_and_samples_lie_on_the_roll():
     found = swiss_roll.figure(progress=False)
@@ -314,19 +370,40 @@ def test_show_prints_the_table_alone_without_matplotlib(name, tmp_path, monkeypa
     assert not list(tmp_path.iterdir()) and torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(
-    ("name", "out"), [("guidance", None), ("schedule", "mine.png"), ("paths", None)], ids=str
-)  # points, lines, many lines over an image
-def test_show_writes_its_picture(name, out, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("out", [None, "mine.png"])
+def test_show_writes_its_picture(out, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["show", name, *SMALL[name], *(["--out", out] if out else [])]) == 0
-    written = out or f"{name}.png"
+    assert cli.main(["show", "kl", *SMALL["kl"], *(["--out", out] if out else [])]) == 0
+    written = out or "kl.png"
     assert capsys.readouterr().out.splitlines()[-1] == written
-    assert [path.name for path in tmp_path.iterdir()] == [written]
-    assert Image.open(written).size == (1000 if name == "schedule" else 1500, 350)
+    assert [path.name for path in tmp_path.iterdir()] == [written] and Image.open(written).size == (500, 350)
+
+
+def test_a_panel_s_image_points_and_lines_are_drawn():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure as Canvas
+
+    axes, x = Canvas().subplots(), torch.arange(30.0)
+    image, extent = torch.arange(6.0).view(2, 3), (0.0, 3.0, 0.0, 2.0)
+    lines = {"one": (x, x), "many": (x, torch.stack((x, 2 * x), 1)), "": (x, x)}
+    panel = Panel("title", image, extent, points={"points": torch.ones(5, 2)}, lines=lines, axes=dict(xlim=(0, 9)))
+    plot_command._draw(axes, panel)
+    assert axes.get_title() == "title" and axes.get_xlim() == (0, 9)
+    assert (axes.images[0].get_array() == image.numpy()).all() and axes.images[0].origin == "lower"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["points", "one", "many"]
+    assert [len(line.get_xdata()) for line in axes.lines] == [5, 30, 30, 30, 30]
+    assert axes.lines[2].get_color() == axes.lines[3].get_color() != axes.lines[1].get_color()
+
+
+def test_panels_are_in_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    plot_command.draw_panels(str(tmp_path / "six.png"), [Panel("")] * 5, across=3)
+    assert Image.open(tmp_path / "six.png").size == (900, 600)
 
 
 def test_a_table_is_markdown():

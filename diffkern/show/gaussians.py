@@ -21,7 +21,7 @@ class Gaussians:
     weights  K numbers whose sum is 1; None: equal ones
     labels   the class of each of the K Gaussians, 0 and up; None: there are no classes
 
-    All four become tensors on the CPU, float64 and int64.
+    All four become tensors on the CPU, float64 and int64. Raises ValueError where their shapes do not fit.
     """
 
     means: Sequence[Sequence[float]]
@@ -36,6 +36,12 @@ class Gaussians:
             object.__setattr__(self, name, torch.as_tensor(value, dtype=torch.float64, device="cpu"))
         if self.labels is not None:
             object.__setattr__(self, "labels", torch.as_tensor(self.labels, dtype=torch.int64, device="cpu"))
+        if self.means.ndim != 2:
+            raise ValueError(f"means: expected shape (K, D), got {tuple(self.means.shape)}")
+        for name in ("stds", "weights", "labels"):
+            value = getattr(self, name)
+            if value is not None and value.shape != (len(self.means),):
+                raise ValueError(f"{name}: expected shape ({len(self.means)},), got {tuple(value.shape)}")
 
     def draw(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Draw points [n, D], float32, and the number of the Gaussian that each is of, int64 [n]."""
@@ -61,8 +67,11 @@ class Gaussians:
     def predict(self, x: Tensor, alpha: float, sigma: float, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """E[x_0 | x_t = x] and E[eps | x_t = x], float64 [N, D].
 
-        labels  int64 [N], the class that each x is known to be of; -1 or None where it is not known
+        labels  int64 [N], the class that each x is known to be of; -1 or None where it is not known. Raises ValueError
+                where there are no classes
         """
+        if labels is not None and self.labels is None:
+            raise ValueError("labels: expected None of a mixture without classes, got a tensor")
         parts = self.log_parts(x, alpha, sigma)
         if labels is not None:
             others = (labels[:, None] >= 0) & (labels[:, None] != self.labels)
