@@ -103,8 +103,11 @@ def test_labels_need_classes():
         Gaussians([[0.0]], [1.0]).predict(torch.zeros(2, 1), 0.5, 0.5, torch.tensor([0, -1]))
 
 
-def test_the_density_is_that_of_the_mixture():
-    assert gaussians.density(DATA, 5.0, 401).sum().item() * (10 / 400) ** 2 == pytest.approx(1, abs=1e-6)
+def test_a_plane_has_the_density_of_the_mixture():
+    panel = gaussians.plane("", DATA, {}, 5.0)
+    assert panel.image.sum().item() * (10 / 99) ** 2 == pytest.approx(1, abs=1e-3)
+    row, column = divmod(panel.image.argmax().item(), 100)  # the narrowest one is the highest: at (0.9, 0.8)
+    assert (-5 + column * 10 / 99, -5 + row * 10 / 99) == pytest.approx((0.9, 0.8), abs=0.06)
 
 
 # --- precision and recall ---
@@ -420,10 +423,13 @@ def test_a_table_is_markdown():
         ([], "the following arguments are required: FIGURE"),
         (["kl", "--steps", "5"], "steps: expected none with kl, got 5"),
         (["paths", "--no-progress"], "progress: expected none with paths, got False"),
+        (["kl", "--n", "600", "--out", "no.png"], "n: expected at least 601 points of a grid, got 600"),
         (["kl", "--out", "kl.pdf"], "out: expected a file name that ends in .png, got 'kl.pdf'"),
     ],
     ids=" ".join,
 )
-def test_show_refuses_what_is_no_figure_or_option_of_it(arguments, message, capsys):
+def test_show_refuses_what_is_no_figure_or_option_of_it(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plot_command, "tell", lambda line: None)  # of matplotlib, where it is not installed
     assert cli.main(["show", *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"diffkern: error: {message}")

@@ -1,7 +1,7 @@
 """Mixtures of Gaussians, whose density is known at every noise level, and with it the network that training aims at."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from ..model import Model
 from ..prediction import target
 from ..process import Process
+from . import Panel
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +99,9 @@ class Gaussians:
         return Model(network, process, prediction, (self.means.shape[1],), classes, "gaussians", clip=False)
 
 
-def density(data: Gaussians, limit: float, size: int = 100) -> Tensor:
-    """The density of two-dimensional data over the square from -limit to limit: [size, size], y by x."""
-    side = torch.linspace(-limit, limit, size, dtype=torch.float64, device="cpu")
-    y, x = torch.meshgrid(side, side, indexing="ij")
-    return data.log_prob(torch.stack((x.flatten(), y.flatten()), 1)).exp().view(size, size)
+def plane(title: str, data: Gaussians, points: Mapping[str, Tensor], limit: float) -> Panel:
+    """Points over the density of two-dimensional data, in the square from -limit to limit."""
+    side = torch.linspace(-limit, limit, 100, dtype=torch.float64, device="cpu")
+    density = data.log_prob(torch.cartesian_prod(side, side)).exp().view(100, 100).T  # [y, x]
+    axes = dict(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    return Panel(title, density, (-limit, limit, -limit, limit), points=points, axes=axes)

@@ -13,8 +13,8 @@ import torch
 from ..evaluate import precision_recall
 from ..sampling import sample
 from ..schedule import Schedule
-from . import Figure, Panel
-from .gaussians import Gaussians, density
+from . import Figure
+from .gaussians import Gaussians, plane
 
 DATA = Gaussians(
     means=[[-1.6, 0.6], [-0.8, -0.8], [-0.2, 0.9], [1.6, -0.6], [0.8, 0.8], [0.2, -0.9]],
@@ -31,19 +31,16 @@ def figure(n: int = 300, steps: int = 50) -> Figure:
     points, k = DATA.draw(8 * n)
     real = [points[DATA.labels[k] == label][:n] for label in (0, 1)]
     labels = torch.arange(2 * n, dtype=torch.int64, device="cpu") % 2
-    rows, panels, image = [], [], density(DATA, LIMIT)
-    extent, axes = (-LIMIT, LIMIT) * 2, dict(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal")
+    options = dict(sampler="ddpm", steps=steps, batch_size=2 * n, progress=False)
+    rows, panels = [], []
     for scale in SCALES:
-        x = sample(
-            model, labels=labels, sampler="ddpm", steps=steps, guidance=scale, n=2 * n, batch_size=2 * n, progress=False
-        )
+        x = sample(model, 2 * n, labels=labels, guidance=scale, **options)
         drawn = [x[labels == label] for label in (0, 1)]
-        both = torch.tensor(
-            [precision_recall(*pair) for pair in zip(real, drawn, strict=True)], dtype=torch.float64, device="cpu"
-        )
+        shares = [precision_recall(*pair) for pair in zip(real, drawn, strict=True)]
+        precision, recall = (sum(pair) / 2 for pair in zip(*shares, strict=True))
         parts = DATA.log_parts(x).softmax(1)
         right = torch.where(DATA.labels == labels[:, None], parts, 0.0).sum(1)
-        rows.append((scale, *both.mean(0).tolist(), right.mean().item()))
+        rows.append((scale, precision, recall, right.mean().item()))
         named = {f"label {label}": points for label, points in enumerate(drawn)}
-        panels.append(Panel(f"scale {scale:g}", image, extent, points=named, axes=axes))
+        panels.append(plane(f"scale {scale:g}", DATA, named, LIMIT))
     return Figure(("scale", "precision", "recall", "p(label given x)"), rows, panels)

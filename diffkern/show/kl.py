@@ -61,7 +61,9 @@ def seeking(data: Gaussians, x: Tensor) -> Tensor:
 
 
 def figure(n: int = 2001) -> Figure:
-    """On a grid of n points."""
+    """On a grid of n points. Raises ValueError for fewer than 601, which are too far apart."""
+    if n < 601:
+        raise ValueError(f"n: expected at least 601 points of a grid, got {n}")
     x = grid(n)
     log_p = DATA.log_prob(x[:, None])
     rows, lines = [], {"p": (x, log_p.exp())}

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..sampling import sample
 from ..schedule import Schedule
-from . import Figure, Panel
-from .gaussians import Gaussians, density
+from . import Figure
+from .gaussians import Gaussians, plane
 
 DATA = Gaussians([[-1.2, -0.8], [1.2, -0.5], [0.0, 1.2]], [0.2, 0.35, 0.15], [0.3, 0.5, 0.2])
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "unipc")
@@ -36,12 +36,11 @@ def share_error(x: Tensor) -> float:
 def figure(n: int = 2000) -> Figure:
     """n samples of each sampler and number of steps."""
     model, (truth, _), (others, _) = DATA.model(Schedule.linear()), DATA.draw(n, seed=1), DATA.draw(n, seed=2)
-    rows, panels, image = [], [], density(DATA, LIMIT)
-    extent, axes = (-LIMIT, LIMIT) * 2, dict(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal")
+    rows, panels = [], []
     for name in SAMPLERS:
         for steps in STEPS:
             x = sample(model, n, sampler=name, steps=steps, batch_size=n, progress=False)
             rows.append((name, steps, energy_distance(x, truth), share_error(x)))
-            panels.append(Panel(f"{name}, {steps} steps", image, extent, points={"": x}, axes=axes))
+            panels.append(plane(f"{name}, {steps} steps", DATA, {"": x}, LIMIT))
     rows.append(("the mixture", 0, energy_distance(others, truth), share_error(others)))
     return Figure(("sampler", "steps", "energy distance", "share of a mode"), rows, panels, across=len(STEPS))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import covariance, ops
 from ..likelihood import nll
 from ..model import Model
+from ..networks.defaults import float32_on
 from ..progress import bar as progress_bar
 from ..sampling import sample
 from ..schedule import Schedule
@@ -64,7 +65,7 @@ class MLP(nn.Module):
 def train(variance: str, steps: int, batch_size: int = 512, seed: int = 0, *, progress: bool = False) -> Model:
     """A model of the roll whose variance is "diagonal" or "full", trained by the bound."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), float32_on("cpu"):
         torch.manual_seed(seed)
         network = MLP(covariance.channels((2,)) if variance == "full" else 4)
     objective = objectives.vlb()
