@@ -182,6 +182,38 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return max(0.0, distance.item())
 
 
+def precision_recall(real: Tensor, drawn: Tensor, *, k: int = 3, batch_size: int = 1000) -> tuple[float, float]:
+    """Precision and recall of samples, by the k nearest neighbours of their features (Kynkaanniemi et al. 2019, eq. 1).
+
+    real, drawn  features of data and of samples, [K, D] and [L, D]: more than k of each. Both numbers depend on K and L
+    k            a set's manifold is the balls around its points that reach to their k-th nearest neighbour in the set
+
+    Precision is the share of ``drawn`` that lies in the manifold of ``real``, recall the share of ``real`` in that of
+    ``drawn``. In float64. Raises TypeError or ValueError.
+    """
+    if checked_int("k", k, "an int >= 1") < 1:
+        raise ValueError(f"k: expected an int >= 1, got {k}")
+    for name, x in (("real", real), ("drawn", drawn)):
+        if x.ndim != 2 or len(x) <= k or x.shape[1] != real.shape[-1]:
+            raise ValueError(f"{name}: expected features [more than {k}, {real.shape[-1]}], got {tuple(x.shape)}")
+    real, drawn = real.double(), drawn.double()
+
+    def covered(x: Tensor, by: Tensor) -> float:
+        def nearest(part: Tensor) -> Tensor:  # the first is the point itself
+            return _distances(part, by).kthvalue(k + 1, dim=1).values
+
+        radius = torch.cat([nearest(part) for part in by.split(batch_size)])
+        inside = [(_distances(part, by) <= radius).any(1) for part in x.split(batch_size)]
+        return torch.cat(inside).double().mean().item()
+
+    return covered(drawn, real), covered(real, drawn)
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean, from differences: a point is at 0 from itself."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 @torch.no_grad()
 def eps_loss(
     model: Model, data: Dataset, *, n: int = 1000, buckets: int = 10, seed: int = 0, batch_size: int = 100

@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "Write a checkpoint's averaged weights as a model file to ship.",
     "evaluate": "Frechet distances and held-out loss of a model of Fashion-MNIST.",
     "classifier": "Accuracy of a classifier of noisy images, by noise level; trains one where there is none.",
+    "show": "Draw a figure of the theory, and print its numbers.",
     "doctor": "What is this installation, and does it work?",
 }
 

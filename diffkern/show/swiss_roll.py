@@ -2,21 +2,28 @@
 
 A small MLP tells the mean and the covariance of each of 40 reverse steps, and is trained by the variational bound.
 
-    python -m diffkern.show.swiss_roll [--steps 2000] [--out swiss_roll.png]
+    p(x_{t-1} | x_t) = N(mean, F F^T), F = diag(std) C,  C = 1 for a diagonal covariance, else lower triangular
 
-Prints the bound of held-out points in nats beside the entropy of the best Gaussian, and how far samples are from the
-roll beside how far data are. A picture needs matplotlib.
+The table has the bound of held-out points in nats beside the entropy of the best Gaussian, and how far samples are from
+the roll beside how far data are.
 """
 
-import argparse
 import math
 
 import torch
 from torch import Tensor, nn
 
-from .. import Model, Schedule, covariance, nll, ops, sample
+from .. import covariance, ops
+from ..likelihood import nll
+from ..model import Model
+from ..networks.defaults import float32_on
+from ..progress import bar as progress_bar
+from ..sampling import sample
+from ..schedule import Schedule
 from ..training import objectives
+from . import Figure, Panel
 
+COLUMNS = ("variance", "bound, nats", "best Gaussian", "distance to the roll, median", "95 %")
 SCHEDULE = Schedule.linear(40, 1e-3, 0.3)
 FLOAT, INT = (dict(dtype=dtype, device="cpu") for dtype in (torch.float32, torch.int64))
 
@@ -55,67 +62,51 @@ class MLP(nn.Module):
         return self.layers(position + self.time(t))
 
 
-def train(variance: str, steps: int, batch_size: int = 512, seed: int = 0) -> Model:
+def train(variance: str, steps: int, batch_size: int = 512, seed: int = 0, *, progress: bool = False) -> Model:
     """A model of the roll whose variance is "diagonal" or "full", trained by the bound."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    network = MLP(covariance.channels((2,)) if variance == "full" else 4)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), float32_on("cpu"):
+        torch.manual_seed(seed)
+        network = MLP(covariance.channels((2,)) if variance == "full" else 4)
     objective = objectives.vlb()
     table, q_table = objective.table(SCHEDULE, variance=variance, first="density"), SCHEDULE.q_table()
     optimizer = torch.optim.Adam(network.parameters(), 5e-3)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
-        x_0 = swiss_roll(batch_size, generator)
-        seeds = torch.arange(step * batch_size, (step + 1) * batch_size, **INT)
-        t = torch.randint(SCHEDULE.T, (batch_size,), generator=generator, **INT)
-        out = network(ops.q_sample(x_0, t, seeds, q_table), t)
-        if variance == "full":
-            loss = SCHEDULE.T * covariance.bound(out, x_0, seeds, t, table)
-        else:
-            loss = objective.loss(out, x_0, seeds, t, table, terms=SCHEDULE.T, learned_variance=True)
-        optimizer.zero_grad()
-        loss.mean().backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        rates.step()
+    with progress_bar(steps, variance, "step", progress) as bar:
+        for step in range(steps):
+            x_0 = swiss_roll(batch_size, generator)
+            seeds = torch.arange(step * batch_size, (step + 1) * batch_size, **INT)
+            t = torch.randint(SCHEDULE.T, (batch_size,), generator=generator, **INT)
+            out = network(ops.q_sample(x_0, t, seeds, q_table), t)
+            if variance == "full":
+                loss = SCHEDULE.T * covariance.bound(out, x_0, seeds, t, table)
+            else:
+                loss = objective.loss(out, x_0, seeds, t, table, terms=SCHEDULE.T, learned_variance=True)
+            optimizer.zero_grad()
+            loss.mean().backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            rates.step()
+            bar.update()
     return Model(network, SCHEDULE, "eps", (2,), name=variance, variance=variance)
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Run the example; returns each bound in nats."""
-    parser = argparse.ArgumentParser(description="Learned covariances on a swiss roll.")
-    parser.add_argument("--steps", type=int, default=2000, help="of training (default: 2000)")
-    parser.add_argument("--n", type=int, default=4000, help="points to measure, and to draw (default: 4000)")
-    parser.add_argument("--out", help="a picture of data and samples")
-    arguments = parser.parse_args(argv)
-    x = swiss_roll(arguments.n, torch.Generator().manual_seed(1))
+def figure(steps: int = 2000, n: int = 4000, progress: bool = True) -> Figure:
+    """That many steps of training, and n points to measure and to draw."""
+    x = swiss_roll(n, torch.Generator("cpu").manual_seed(1))
     gaussian = torch.linalg.slogdet(2 * math.pi * math.e * x.double().T.cov()).logabsdet.item() / 2
-    print("| variance | bound, nats | best Gaussian | distance to the roll, median | 95 % |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    shown, bounds = {"data": x}, {}
+    shown, rows = {"data": x}, []
     for variance in ("diagonal", "full"):
-        model = train(variance, arguments.steps)
-        options = dict(batch_size=arguments.n, progress=False)
-        bounds[variance] = nll(model, x, levels=None, **options).bits.mean().item() * 2 * math.log(2)
-        shown[variance] = sample(model, arguments.n, clip=False, **options)
-        middle, far = distances(shown[variance]).quantile(torch.tensor([0.5, 0.95], **FLOAT)).tolist()
-        print(f"| {variance} | {bounds[variance]:.3f} | {gaussian:.3f} | {middle:.3f} | {far:.3f} |", flush=True)
-    middle, far = distances(x).quantile(torch.tensor([0.5, 0.95], **FLOAT)).tolist()
-    print(f"| data | | {gaussian:.3f} | {middle:.3f} | {far:.3f} |")
-    if arguments.out:
-        picture(shown, arguments.out)
-    return bounds
+        model = train(variance, steps, progress=progress)
+        options = dict(batch_size=n, progress=False)
+        bound = nll(model, x, levels=None, **options).bits.mean().item() * 2 * math.log(2)
+        shown[variance] = sample(model, n, clip=False, **options)
+        rows.append((variance, bound, gaussian, *_far(shown[variance])))
+    rows.append(("data", math.nan, gaussian, *_far(x)))
+    axes = dict(xlim=(-2.5, 2.5), ylim=(-2.5, 2.5), aspect="equal")
+    return Figure(COLUMNS, rows, [Panel(name, points={"": points}, axes=axes) for name, points in shown.items()])
 
 
-def picture(points: dict[str, Tensor], path: str) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(points), 4), layout="constrained")
-    for axes, (name, x) in zip(figure.subplots(1, len(points)), points.items(), strict=True):
-        axes.plot(*x.T.numpy(), ".", markersize=1)
-        axes.set(title=name, xlim=(-2.5, 2.5), ylim=(-2.5, 2.5), aspect="equal")
-    figure.savefig(path)
-
-
-if __name__ == "__main__":
-    main()
+def _far(points: Tensor) -> list[float]:
+    """The median and the 95th percentile of their distances to the roll."""
+    return distances(points).quantile(torch.tensor([0.5, 0.95], **FLOAT)).tolist()

@@ -1,0 +1,54 @@
+"""``diffkern show``: a figure of the theory, as a table and a picture."""
+
+import argparse
+import inspect
+from types import ModuleType
+
+from ..show import figures
+from .options import count
+from .plot import check_plot, draw_panels
+
+EXAMPLES = """\
+  diffkern show kl
+  diffkern show swiss-roll --steps 500 --out roll.png"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    found = figures()
+    lines = (f"  {name:12}{module.__doc__.splitlines()[0]}" for name, module in found.items())
+    parser.description = "\n".join((parser.description, "", "figures:", *lines))
+    parser.add_argument("figure", metavar="FIGURE", choices=tuple(found), help="its name")
+    parser.add_argument("--out", metavar="PNG", help="the picture (default: FIGURE.png)")
+    for option, defaults in _options(found).items():
+        if option == "progress":
+            text = f"neither a progress bar nor lines: of {', '.join(defaults)}"
+            parser.add_argument("--no-progress", dest=option, action="store_const", const=False, help=text)
+        else:
+            text = ", ".join(f"{name} {default}" for name, default in defaults.items())
+            parser.add_argument(f"--{option}", type=count, help=f"how many (default: {text})")
+    parser.set_defaults(figures=found)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    given = {}
+    for option, defaults in _options(arguments.figures).items():
+        value = getattr(arguments, option)
+        if value is not None and arguments.figure not in defaults:
+            raise ValueError(f"{option}: expected none with {arguments.figure}, got {value}")
+        given |= {} if value is None else {option: value}
+    path = check_plot(arguments.out or f"{arguments.figure}.png", "out")
+    figure = arguments.figures[arguments.figure].figure(**given)
+    print(figure.table())
+    if path is not None:
+        draw_panels(path, figure.panels, figure.across)
+        print(path)
+    return 0
+
+
+def _options(found: dict[str, ModuleType]) -> dict[str, dict[str, int]]:
+    """The parameters of all figures, each with its default by figure."""
+    options: dict[str, dict[str, int]] = {}
+    for name, module in found.items():
+        for parameter in inspect.signature(module.figure).parameters.values():
+            options.setdefault(parameter.name, {})[name] = parameter.default
+    return options
