@@ -1,8 +1,8 @@
 # make sample | test | test-all | bench | lint | clean
 #
 # Each makes the environment $(VENV), installs diffkern and what it needs into it, and runs. VENV=path uses one that
-# exists, and keeps its torch. Python, a C++ compiler and make must be there; an nvcc is used if it is (README.md has
-# the variables that choose what is built). PYTEST='-k noise' goes to pytest, which runs WORKERS tests at a time.
+# exists, and keeps its torch. Python, a C++ compiler and make must be there; an nvcc is used if it is (docs/install.md
+# has the variables that choose what is built). PYTEST='-k noise' goes to pytest, which runs WORKERS tests at a time.
 
 VENV   ?= .venv
 PYTHON ?= python3

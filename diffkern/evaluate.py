@@ -373,7 +373,8 @@ def distances_to_limit(
     options  of :func:`diffkern.sample`: batch_size, dtype, progress
     """
     options |= dict(labels=labels_in_turn(model, n), guidance=guidance, clip=False)
-    limit = sample(model, n, sampler="unipc", order=3, steps=min(LIMIT_STEPS, model.schedule.T), **options).double()
+    steps = min(LIMIT_STEPS, model.schedule.T) if model.schedule.discrete else LIMIT_STEPS
+    limit = sample(model, n, sampler="unipc", order=3, steps=steps, **options).double()
     found = []
     for name, steps in runs:
         program = samplers.SAMPLERS[name].trace(model.schedule.grid(steps), model.prediction)

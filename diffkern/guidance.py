@@ -24,7 +24,8 @@ class Guidance:
     weight       w of out_null + w (out - out_null) (Ho & Salimans 2022): 1 is the conditional model, 0 the
                  unconditional one, each one pass through the network; any other w takes two. A list has one for each
                  sample. With a classifier or a measurement: the scale of its gradient
-    interval     (low, high) of sigma / alpha within which to guide (Kynkaanniemi et al. 2024); elsewhere w is 1
+    interval     (low, high) of sigma / alpha within which to guide (Kynkaanniemi et al. 2024); elsewhere w is 1, and
+                 there is no gradient
     rescale      phi of Lin et al. 2024, eq. 15 and 16: how far to bring the standard deviation of each sample's output
                  back to the conditional one's
     negative     labels in place of the null class
@@ -50,16 +51,27 @@ class Guidance:
     measurement: "Callable[[Tensor], Tensor] | PiGDM | None" = None
 
     def __post_init__(self) -> None:
-        weights = torch.as_tensor(self.weight, dtype=torch.float64, device="cpu")
+        expected = "guidance: expected a finite number, or one for each sample"
+        try:
+            weights = torch.as_tensor(self.weight, dtype=torch.float64, device="cpu")
+        except (OverflowError, RuntimeError, TypeError, ValueError):
+            raise TypeError(f"{expected}, got {self.weight!r}") from None
         if weights.ndim > 1 or not weights.isfinite().all():
-            raise ValueError(f"guidance: expected a finite number, or one for each sample, got {self.weight!r}")
+            raise ValueError(f"{expected}, got {self.weight!r}")
         object.__setattr__(self, "weight", weights.item() if weights.ndim == 0 else weights)
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(f"rescale: expected a number in [0, 1], got {self.rescale!r}")
+        checked_float("rescale", self.rescale, "a number in [0, 1]", lambda value: 0 <= value <= 1)
         if self.form not in ("score", "mean"):
             raise ValueError(f"form: expected 'score' or 'mean', got {self.form!r}")
-        if self.interval is not None and not (len(self.interval) == 2 and self.interval[0] <= self.interval[1]):
-            raise ValueError(f"interval: expected (low, high), got {self.interval!r}")
+        if self.interval is not None:
+            if not isinstance(self.interval, tuple | list) or len(self.interval) != 2:
+                raise TypeError(f"interval: expected (low, high), got {self.interval!r}")
+            low, high = (checked_float("interval", end, "two numbers", lambda end: True) for end in self.interval)
+            if low > high:
+                raise ValueError(f"interval: expected (low, high), got {self.interval!r}")
+        for name, kinds in dict(network=(), classifier=(str, os.PathLike), measurement=()).items():
+            value = getattr(self, name)
+            if not (value is None or callable(value) or isinstance(value, kinds)):
+                raise TypeError(f"{name}: expected a callable, got {value!r}")
         if sum(option is not None for option in (self.negative, self.network, self.classifier, self.measurement)) > 1:
             raise ValueError("guidance: expected one of negative, network, classifier and measurement, got several")
         if self.by_gradient and (self.rescale or self.plus_plus):

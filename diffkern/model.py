@@ -148,7 +148,7 @@ class Model:
         return self.network(x_t, t, labels)
 
     def __repr__(self) -> str:
-        parameters = list(_parameters(self.network))
+        parameters = [p for p in _parameters(self.network) if not isinstance(p, nn.UninitializedParameter)]
         network = type(self.network).__name__
         if parameters:
             dtype = str(parameters[0].dtype).removeprefix("torch.")

@@ -289,7 +289,8 @@ class VP(Process):
     objective: ClassVar[str] = "dsm"
 
     def __post_init__(self):
-        _check_fields(self, ("beta_min", "beta_max"), ("t_min", "t_max"))
+        _check_fields(self, ("t_min", "t_max"))
+        _check_order(self, "beta_min", "beta_max", self.beta_min <= self.beta_max)
 
     def log_alpha(self, t):
         return -0.25 * t * t * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
@@ -401,14 +402,18 @@ PROCESSES: dict[str, Callable[..., Process]] = {
 
 
 def _check_fields(process: Any, *rising: tuple[str, str]) -> None:
-    """Make each field a float > 0; of each pair in ``rising`` the second is the larger. TypeError or ValueError."""
+    """Make each field a float > 0; of each pair in ``rising`` the second is larger. TypeError or ValueError."""
     for field in fields(process):
         value = checked_float(field.name, getattr(process, field.name), "a number > 0", lambda value: value > 0)
         object.__setattr__(process, field.name, value)  # past ``frozen``
     for low, high in rising:
-        if getattr(process, low) > getattr(process, high):
-            expected = f"at most {high}, {getattr(process, high)}"
-            raise ValueError(f"{low}: expected a number of {expected}, got {getattr(process, low)}")
+        _check_order(process, low, high, getattr(process, low) < getattr(process, high))
+
+
+def _check_order(process: Any, low: str, high: str, holds: bool) -> None:
+    if not holds:
+        expected = f"{low}: expected a number below {high}, {getattr(process, high)}"
+        raise ValueError(f"{expected}, got {getattr(process, low)}")
 
 
 def checked_int(name: str, value: Any, expected: str) -> int:

@@ -200,17 +200,25 @@ def encode(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a floating-point tensor, got {type(x).__name__}")
+    _refuse(options, "sampler", "x_T", "seeds", "n", "start", "clip", "noise", "constraint")
     model, x = _latent(model, x)
     check_x_T(x, model.shape if isinstance(model, Model) else tuple(x.shape[1:]), "x")
     given = dict(x_T=x, sampler="ddim_inversion", steps=steps, clip=False, seeds=range(len(x)))
-    return sample(model, **given | options)
+    return sample(model, **given, **options)
+
+
+def _refuse(options: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if name in options:
+            raise TypeError(f"{name}: expected none here, got {options[name]!r}")
 
 
 def _latent(model: Any, x: Tensor) -> tuple[Any, Tensor]:
     """(the model without its codec, what it diffuses of the images x)."""
     if not isinstance(model, Model) or model.codec is None:
         return model, x
-    return replace(model, codec=None), model.codec.to_model(x)
+    clip = False if model.clip is None else model.clip  # latents have no range
+    return replace(model, codec=None, clip=clip), model.codec.to_model(x)
 
 
 def interpolate(
@@ -229,14 +237,17 @@ def interpolate(
     a, b      [...], two images in [-1, 1]; or the seeds of two that the model draws
     fraction  mix x_t with that part of the steps left to do (Ho et al. 2020, section 4.4), with one ``seed``'s noise;
               None: turn from one image's x_T to the other's, which :func:`encode` finds (Song et al. 2021a, sec. 5.3)
-    options   as :func:`sample` takes them
+    options   as :func:`sample` takes them; a label is that of all images. Without ``fraction`` the sampler is ddim
     """
     checked_count("n", n, 2)
+    _refuse(options, "x_T", "seeds", "start", "clip", "noise", "constraint", *(["sampler"] if fraction is None else []))
+    run = run_of(options.pop("run", None), options)
+    model, _, device, _ = resolve(model, run, options)
     for name, end in (("a", a), ("b", b)):
         if not isinstance(end, Tensor):
             checked_int(name, end, "an image or a seed")
-    run = run_of(options.pop("run", None), options)
-    model, _, device, _ = resolve(model, run, options)
+        elif model.codec is None:
+            check_x_T(end[None], model.shape, name)
     weights = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
     if fraction is None:
         given = dict(steps=50 if steps is None else steps, run=run, **options)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from calls import moved, name_of
 
+import diffkern
 from diffkern import _C, ops
 from diffkern.ops.example import Example, all_examples
 
@@ -238,6 +239,7 @@ BAD = {
         (dict(guidance=None), TypeError, "guidance: expected a number, got None"),
         (dict(guidance=torch.tensor(2.0)), TypeError, "guidance: expected a number, got tensor(2.)"),
         (dict(guidance=1j), TypeError, "guidance: expected a number, got 1j"),
+        (dict(guidance=True), TypeError, "guidance: expected a number, got True"),
         (dict(clip="yes"), TypeError, "clip: expected True or False, got 'yes'"),
         (dict(clip=None), TypeError, "clip: expected True or False, got None"),
         (dict(clip=1), TypeError, "clip: expected True or False, got 1"),
@@ -691,6 +693,20 @@ def test_bad_input_raises_its_message(op, change, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$") as raised:
         op(**GOOD[op] | change)
     assert raised.type is error
+
+
+TARGETS = [
+    row
+    for row in ROWS
+    if row.values[0] is ops.reverse_step_
+    and re.match("(x0_hat|kept): expected (None with|shape|float32, got)", row.values[3])
+]
+
+
+@pytest.mark.parametrize(("op", "change", "error", "message"), TARGETS)
+def test_torch_s_own_ops_refuse_the_targets_that_the_kernel_refuses(op, change, error, message):
+    with diffkern.torch_ops(), pytest.raises(error, match=f"^{re.escape(message)}$"):
+        op(**GOOD[op] | change)
 
 
 def test_a_bad_call_leaves_its_target_as_it_was():

@@ -695,6 +695,9 @@ BAD_COMMANDS = {
     "evaluate curves": ([*JUDGE, "--curves", "plms"], "curves: expected samplers among .*, got 'plms'"),
     "evaluate plot": ([*JUDGE, "--plot", "p.png"], "plot: expected none without --curves or --nll, got 'p.png'"),
     "evaluate picture": ([*JUDGE, "--nll", "--plot", "p.pdf"], "plot: expected a file name that ends in .png, got 'p."),
+    "evaluate curves of steps": ([*JUDGE, "--curves", "--steps", "ddim:3"], "steps: expected none with --curves, got"),
+    "evaluate nll of guided": ([*JUDGE, "--nll", "--guidance", "3"], "guidance: expected none with --nll, got 3.0"),
+    "evaluate nll of samples": ([*JUDGE, "--nll", "--n", "3"], "n: expected none with --nll, got 3"),
     "evaluate 0 steps": ([*JUDGE, "--steps", "ddim:0"], "steps: expected SAMPLER:STEPS with .*, got 'ddim:0'"),
 }  # fmt: skip
 

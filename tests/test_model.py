@@ -164,6 +164,11 @@ Model(
     assert "  network=<function>,\n" in repr(bare) and repr(bare).endswith("  variance='fixed_large',\n)")
 
 
+def test_a_model_with_weights_that_are_not_made_yet_shows_itself():
+    lazy = torch.nn.LazyLinear(3)
+    assert "network=<LazyLinear>" in repr(Model(lazy, tiny.SCHEDULE, shape=(3,)))
+
+
 def test_a_network_without_parameters_is_on_the_cpu():
     assert Model(torch.nn.Identity(), tiny.SCHEDULE).device == torch.device("cpu")
 

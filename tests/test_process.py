@@ -172,10 +172,11 @@ def test_a_process_of_ones_own_has_no_config():
         (
             {"kind": "ve", "sigma_min": 60},
             ValueError,
-            "sigma_min: expected a number of at most sigma_max",
+            "sigma_min: expected a number below sigma_max",
         ),
-        ({"kind": "vp", "t_min": 2}, ValueError, "t_min: expected a number of at most t_max, 1.0, got 2"),
-        ({"kind": "edm", "t_min": 90}, ValueError, "t_min: expected a number of at most t_max, 80.0, got 90"),
+        ({"kind": "vp", "t_min": 2}, ValueError, "t_min: expected a number below t_max, 1.0, got 2"),
+        ({"kind": "edm", "t_min": 80}, ValueError, "t_min: expected a number below t_max, 80.0, got 80"),
+        ({"kind": "edm", "t_min": 90}, ValueError, "t_min: expected a number below t_max, 80.0, got 90"),
     ],
 )
 def test_what_is_no_process_is_refused(config, error, message):

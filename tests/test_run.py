@@ -546,6 +546,37 @@ def test_encoding_and_drawing_again_gives_the_image_back():
     assert mixed.shape == (3, *SHAPE)
 
 
+def test_latents_between_two_images_are_not_clamped():
+    model = Model(lambda x, t, y: 9 + 0 * x, LINEAR, "x0", (1, 2, 2), codec=Codec(lambda x: 10 * x, lambda z: z / 10))
+    image = torch.full((1, 2, 2), 0.9)
+    line = interpolate(model, image, image, 2, fraction=0.1, steps=10, progress=False)
+    assert (line - 0.9).abs().max() < 1e-5
+
+
+BETWEEN = dict(schedule=LINEAR, prediction="x0", shape=SHAPE, steps=2, progress=False)
+ENDS = {
+    "a sampler of encode's": (lambda f, x: encode(f, x[None], sampler="ddpm", **BETWEEN), TypeError, "sampler: expect"),
+    "seeds of encode's": (
+        lambda f, x: encode(f, x[None], seeds=[1], **BETWEEN),
+        TypeError,
+        "seeds: expected none here",
+    ),
+    "a sampler": (
+        lambda f, x: interpolate(f, x, x, sampler="ddpm", **BETWEEN),
+        TypeError,
+        "sampler: expected none here",
+    ),
+    "other shapes": (lambda f, x: interpolate(f, x, x[:, :1], **BETWEEN), ValueError, "b: expected shape"),
+    "bytes": (lambda f, x: interpolate(f, x.byte(), x, fraction=0.5, **BETWEEN), TypeError, "a: expected a floating"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), ENDS.values(), ids=ENDS)
+def test_what_images_cannot_be_found_or_mixed_by_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call(lambda x, t, labels: x, torch.zeros(SHAPE))
+
+
 @pytest.mark.parametrize("process", [LINEAR, VE()], ids=["schedule", "VE"])
 def test_interpolation_between_seeds_has_their_images_at_its_ends(process):
     described = dict(schedule=process, prediction="x0", shape=SHAPE, progress=False, steps=10)
@@ -751,6 +782,11 @@ def test_options_that_do_not_fit_name_themselves(options, error, message):
     "call, error, message",
     [
         (lambda: Guidance(math.nan), ValueError, "guidance: expected a finite number"),
+        (lambda: Guidance("3"), TypeError, "guidance: expected a finite number, or one for each sample, got '3'"),
+        (lambda: Guidance(2, rescale="a"), TypeError, "rescale: expected a number in"),
+        (lambda: Guidance(2, interval=5), TypeError, "interval: expected .low, high., got 5"),
+        (lambda: Guidance(2, classifier=5), TypeError, "classifier: expected a callable, got 5"),
+        (lambda: Guidance(2, network=5), TypeError, "network: expected a callable, got 5"),
         (lambda: Guidance(2, rescale=2), ValueError, "rescale: expected a number in"),
         (lambda: Guidance(2, form="sum"), ValueError, "form: expected 'score' or 'mean', got 'sum'"),
         (lambda: Guidance(2, interval=(3, 1)), ValueError, "interval: expected"),

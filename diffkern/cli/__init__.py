@@ -1,4 +1,4 @@
-"""The command line: a module of this package is a command.
+"""The command line: each of COMMANDS is a module of this package.
 
 A command's module has ``add_arguments(parser)``, ``EXAMPLES``, and ``run(arguments)``, which returns the exit status.
 Only the module of the command that is run is imported: ``diffkern --help`` and ``--version`` need no torch.

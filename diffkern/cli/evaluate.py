@@ -5,7 +5,6 @@ import argparse
 import os
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from .. import evaluate
@@ -15,7 +14,7 @@ from ..model import Model, load
 from ..progress import tell
 from ..samplers import SAMPLERS
 from ..schedule import Schedule
-from .options import DTYPES, add_guidance, add_long_options, add_model, count, guidance
+from .options import DTYPES, add_guidance, add_long_options, add_model, count, dtype_of, guidance
 from .outputs import check_file
 from .plot import Curves, check_plot, draw
 
@@ -26,22 +25,35 @@ EXAMPLES = """\
   diffkern evaluate --model run --nll 1000 --plot bound.png"""
 
 
+OPTIONS = {
+    "n": (("", "curves"), 10_000),
+    "steps": (("",), [f"{sampler}:{steps}" for sampler, steps in evaluate.RUNS]),
+    "loss_n": (("",), 1000),
+    "guidance": (("", "curves"), 1.0),
+    "guide": (("", "curves"), None),
+    "classifier": (("", "curves"), os.fspath(evaluate.CLASSIFIER)),
+    "calls": (("curves",), [5, 10, 20, 50]),
+    "nll_steps": (("nll",), None),
+    "plot": (("curves", "nll"), None),
+}
+"""Which options go with what: with --curves, with --nll, or with neither (""); and their defaults."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_long_options(parser)
     add_model(parser)
     parser.add_argument(
         "--data", default=FASHION_MNIST, metavar="DIR", help=f"of the IDX files (default: {FASHION_MNIST})"
     )
-    parser.add_argument("--n", type=count, default=10_000, help="images a sampler (default: 10000)")
+    parser.add_argument("--n", type=count, help="images a sampler (default: 10000)")
     parser.add_argument(
         "--steps",
         nargs="+",
-        default=[f"{sampler}:{steps}" for sampler, steps in evaluate.RUNS],
         metavar="SAMPLER:STEPS",
-        help="(default: ddpm:1000 ddim:50 ddim:20 ddim:10)",
+        help=f"(default: {' '.join(OPTIONS['steps'][1])})",
     )
     add_guidance(parser)
-    parser.add_argument("--loss-n", type=count, default=1000, help="test images for the held-out loss (default: 1000)")
+    parser.add_argument("--loss-n", type=count, help="test images for the held-out loss (default: 1000)")
     parser.add_argument(
         "--nll",
         type=count,
@@ -72,7 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--classifier",
-        default=os.fspath(evaluate.CLASSIFIER),
         metavar="FILE",
         help="of the features; trained into FILE where there is none (default: the shipped one)",
     )
@@ -97,22 +108,18 @@ def run(arguments: argparse.Namespace) -> int:
     evaluate.check(model, train, test, net, **options)
     tell(f"training {train.summary}")
     tell(f"test {test.summary}")
-    losses = evaluate.eps_loss(model, test, n=arguments.loss_n) if arguments.curves is None else []
+    by_time = arguments.curves is None and model.prediction == "eps" and model.schedule.discrete
+    losses = evaluate.eps_loss(model, test, n=arguments.loss_n) if by_time else []
     if net is None:
         net = evaluate.train_classifier(train, progress=arguments.progress)
         evaluate.save_classifier(net, arguments.classifier, evaluate.accuracy(net, test.images, test.labels))
         net, accuracy = evaluate.load_classifier(arguments.classifier)
-    options |= dict(batch_size=arguments.batch_size, dtype=_dtype(arguments), progress=arguments.progress)
+    options |= dict(batch_size=arguments.batch_size, dtype=dtype_of(arguments.dtype), progress=arguments.progress)
     if arguments.curves is not None:
         return _curves(arguments, runs, model, evaluate.evaluate(model, train, test, net, **options), accuracy)
 
-    T, width = model.schedule.T, len(losses)
-    n = min(arguments.loss_n, len(test))
-    print(f"Held-out eps-loss of {n} test images at each part of t; mean {sum(losses) / width:.5f}\n")
-    print("| t | " + " | ".join(f"{b * T // width}..{(b + 1) * T // width - 1}" for b in range(width)) + " |")
-    print("| --- " * (width + 1) + "|")
-    print("| loss | " + " | ".join(f"{loss:.5f}" for loss in losses) + " |\n")
-
+    if losses:
+        _print_losses(losses, model.schedule.T, min(arguments.loss_n, len(test)))
     print(f"Frechet distance to the training images, in the features of a classifier of {accuracy:.2%} test accuracy\n")
     print("| sampler | steps | images | distance | as many test images | label agreement | s an image |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
@@ -126,23 +133,33 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _print_losses(losses: Sequence[float], T: int, n: int) -> None:
+    width = len(losses)
+    print(f"Held-out eps-loss of {n} test images at each part of t; mean {sum(losses) / width:.5f}\n")
+    print("| t | " + " | ".join(f"{b * T // width}..{(b + 1) * T // width - 1}" for b in range(width)) + " |")
+    print("| --- " * (width + 1) + "|")
+    print("| loss | " + " | ".join(f"{loss:.5f}" for loss in losses) + " |\n")
+
+
 def _check_options(arguments: argparse.Namespace) -> None:
-    """Check what goes with what, and that there is a place for the picture."""
-    curves, bound = arguments.curves is not None, arguments.nll is not None
-    if curves and bound:
+    """Check what goes with what, and that there is a place for the picture; fill in what is not given."""
+    if arguments.curves is not None and arguments.nll is not None:
         raise ValueError(f"nll: expected none with --curves, got {arguments.nll}")
-    if arguments.nll_steps is not None and not bound:
-        raise ValueError(f"nll-steps: expected none without --nll, got {arguments.nll_steps}")
-    if arguments.calls is not None and not curves:
-        raise ValueError(f"calls: expected none without --curves, got {' '.join(map(str, arguments.calls))}")
-    if arguments.plot is not None and not (curves or bound):
-        raise ValueError(f"plot: expected none without --curves or --nll, got {arguments.plot!r}")
+    mode = "curves" if arguments.curves is not None else "nll" if arguments.nll is not None else ""
+    for name, (modes, default) in OPTIONS.items():
+        value = getattr(arguments, name)
+        if value in (None, default):
+            setattr(arguments, name, default)
+        elif mode not in modes:
+            where = f"with --{mode}" if mode else f"without {' or '.join(f'--{other}' for other in modes)}"
+            got = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise ValueError(f"{name.replace('_', '-')}: expected none {where}, got {got}")
     arguments.plot = check_plot(arguments.plot)
 
 
 def _runs_within(model: Model, arguments: argparse.Namespace) -> list[tuple[str, int]]:
     """(sampler, steps) of each sampler and number of calls in turn."""
-    arguments.curves, arguments.calls = arguments.curves or list(evaluate.CURVES), arguments.calls or [5, 10, 20, 50]
+    arguments.curves = arguments.curves or list(evaluate.CURVES)
     for name in arguments.curves:
         if name not in SAMPLERS:
             raise ValueError(f"curves: expected samplers among {', '.join(SAMPLERS)}, got {name!r}")
@@ -159,7 +176,7 @@ def _curves(
     accuracy: float,
 ) -> int:
     n, calls = min(arguments.n, 8), arguments.calls
-    options = dict(guidance=guidance(arguments), dtype=_dtype(arguments), progress=arguments.progress)
+    options = dict(guidance=guidance(arguments), dtype=dtype_of(arguments.dtype), progress=arguments.progress)
     rms = evaluate.distances_to_limit(model, runs, n=n, batch_size=n, **options)
     limit = f"Distance of {n} images to the ODE's limit, rms of a pixel unclipped; none where a sampler draws noise"
     found = {limit: _by_sampler(arguments, rms)}
@@ -243,13 +260,9 @@ def _nll(arguments: argparse.Namespace, model: Model, data: Dataset) -> Nll:
         labels=data.labels[first] if model.classes is not None and data.labels is not None else None,
         steps=arguments.nll_steps,
         batch_size=min(arguments.batch_size, first.stop),
-        dtype=_dtype(arguments),
+        dtype=dtype_of(arguments.dtype),
         progress=arguments.progress,
     )
-
-
-def _dtype(arguments: argparse.Namespace) -> torch.dtype | None:
-    return None if arguments.dtype == "float32" else getattr(torch, arguments.dtype)
 
 
 def _sampler_and_steps(token: str) -> tuple[str, int]:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--n", type=count, default=9, help="how many images, the ends too (default: 9)")
     parser.add_argument("--label", help="the class of all images, by name or number (default: none)")
-    parser.add_argument("--steps", type=count, default=50, help="of DDIM (default: 50)")
+    parser.add_argument("--steps", type=count, default=50, help="(default: 50)")
     parser.add_argument(
         "--fraction",
         type=float,

@@ -33,9 +33,10 @@ def run(arguments: argparse.Namespace) -> int:
     given = {}
     for option, defaults in _options(arguments.figures).items():
         value = getattr(arguments, option)
-        if value is not None and arguments.figure not in defaults:
+        if value is not None and arguments.figure in defaults:
+            given[option] = value
+        elif value is not None and option != "progress":  # a figure that shows none is quiet as it is
             raise ValueError(f"{option}: expected none with {arguments.figure}, got {value}")
-        given |= {} if value is None else {option: value}
     path = check_plot(arguments.out or f"{arguments.figure}.png", "out")
     figure = arguments.figures[arguments.figure].figure(**given)
     print(figure.table())

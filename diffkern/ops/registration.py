@@ -1,5 +1,6 @@
 """How an op of csrc/ops/ is registered with torch, called, and kept from what its kernel cannot do."""
 
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from types import NoneType
@@ -123,8 +124,8 @@ def check_arguments(op: torch._ops.OpOverloadPacket, args: Sequence[Any]) -> Non
     if torch.compiler.is_compiling():
         return
     for (name, expected, kind), value in zip(_signature(op).kinds, args, strict=False):
-        if not isinstance(value, kind):
-            check_type(name, expected, kind, value)
+        if not isinstance(value, kind) or (value.__class__ is bool and kind is not bool and kind is not object):
+            raise TypeError(f"{name}: expected {expected}, got {reprlib.repr(value)}")
         elif type(value) is list or type(value) is tuple:
             for item in value:
                 check_type(name, "tensors", Tensor, item)

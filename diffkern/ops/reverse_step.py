@@ -139,11 +139,11 @@ def reverse_step_(
     if not by_torch_in_place(native.reverse_step_, arguments):
         run(native.reverse_step_, *arguments)
         return
+    target = _second_target(x, table, x0_hat, kept)
     x_next, second = composite(*read, True, address, grad, known, mask)
     x.copy_(x_next)
-    for target in (x0_hat, kept):
-        if target is not None:
-            target.copy_(second)
+    if target is not None:
+        target.copy_(second)
 
 
 def _check_values(out: Tensor | None, table: Tensor, guidance: float, clip: bool) -> None:
@@ -155,6 +155,20 @@ def _check_values(out: Tensor | None, table: Tensor, guidance: float, clip: bool
         raise ValueError(f"guidance: expected 1 with long rows, which have w, got {guidance}")
     elif clip:
         raise ValueError("clip: expected False with long rows, which have a limit, got True")
+
+
+def _second_target(x: Tensor, table: Tensor, x0_hat: Tensor | None, kept: Tensor | None) -> Tensor | None:
+    """Where the second result goes, checked as the kernel's binding does."""
+    targets = dict(x0_hat=x0_hat, kept=kept)
+    rows, name, other = ("long", "kept", "x0_hat") if has_long_rows(table) else ("short", "x0_hat", "kept")
+    if targets[other] is not None:
+        raise RuntimeError(f"{other}: expected None with {rows} rows, which have {name}, got a tensor")
+    target = targets[name]
+    check_shape(name, target, tuple(x.shape))
+    if target is not None and target.dtype != x.dtype:
+        expected, got = (str(tensor.dtype).removeprefix("torch.") for tensor in (x, target))
+        raise RuntimeError(f"{name}: expected {expected}, got {got}")
+    return target
 
 
 @fake("reverse_step")
