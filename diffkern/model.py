@@ -27,7 +27,7 @@ from .networks import UNet
 from .networks.blueprint import Blueprint
 from .prediction import PREDICTIONS
 from .process import Process
-from .samplers import VARIANCES
+from .samplers import LEARNED, VARIANCES
 from .schedule import SPACINGS, from_config
 
 MODELS = Path(__file__).parent / "models"
@@ -118,9 +118,11 @@ class Model:
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the network's second half tells a variance: False where nobody knows."""
+        """Whether the network tells a variance by its second half: a ``UNet`` by its channels, else by ``variance``."""
         network = unwrapped(self.network)
-        return isinstance(network, UNet) and network.conv_out.out_channels == 2 * self.shape[0]
+        if isinstance(network, UNet):
+            return network.conv_out.out_channels == 2 * self.shape[0]
+        return self.variance in LEARNED
 
     @property
     def default_variance(self) -> str:
