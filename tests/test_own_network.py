@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from diffkern.conditions import Condition
 from diffkern.data import Dataset, Items
 from diffkern.io.files import read
 from diffkern.model import Model
-from diffkern.process import EDM, RectifiedFlow
+from diffkern.process import EDM, Process, RectifiedFlow
 from diffkern.training import CHECKPOINT, Config, Trainer, new_model
 
 
@@ -214,6 +214,43 @@ def test_samples_of_labels_without_names_have_those_of_the_first_items(tmp_path)
     run.model.network.seen.clear()
     run.grid(n=12, steps=1)
     assert run.model.network.seen[0].tolist() == [*range(3), *range(3), *range(3), 0, 0, 1]
+
+
+@dataclass(frozen=True)
+class Circle(Process):
+    """x_t = cos(t) x_0 + sin(t) eps: a process that diffkern has not."""
+
+    t_max: float = 1.5
+
+    def alpha(self, t):
+        return np.cos(t)
+
+    def sigma(self, t):
+        return np.sin(t)
+
+
+@pytest.mark.parametrize("network", [Small, None], ids=["own", "unet"])
+def test_a_process_of_ones_own_is_trained_and_comes_back_by_into(tmp_path, network):
+    def made(process: Process) -> Model:
+        if network is None:
+            return Model(tiny.model(classes=None).network, process, "v", (1, 8, 8))
+        return replace(model(process=process), prediction="v")
+
+    data = PLAIN if network else tiny.dataset(classes=None)
+    whole, first = (Trainer(made(Circle()), data, Config(**CONFIG)) for _ in range(2))
+    losses = take(whole, 2)
+    assert take(first, 1) == losses[:1]
+    first.save(tmp_path / CHECKPOINT)
+    again = Trainer.resume(tmp_path / CHECKPOINT, data, into=made(Circle()))
+    assert take(again, 1) == losses[1:] and again.config == whole.config
+    loaded = load(tmp_path, into=made(Circle()))
+    assert loaded.schedule == Circle() and sample(loaded, 2, steps=2, progress=False).isfinite().all()
+    with pytest.raises(ValueError, match=r"into: expected a Model .*, .*schedule \(Circle\(t_max=1.5\)\).*, got None"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="into: expected own .*t_max=1.5.*, got .*t_max=1.4"):
+        load(tmp_path, into=made(Circle(t_max=1.4)))
+    with pytest.raises(ValueError, match="into: expected schedule {}, got .*edm"):
+        load(tmp_path, into=replace(made(EDM()), prediction="v"))
 
 
 # --- the data ---

@@ -134,7 +134,7 @@ class Trainer:
         """Continue the run of a checkpoint. ``changes`` are fields of its :class:`Config` that shall differ.
 
         into  a ``Model`` as the one that the run began with, whose network is trained on: needed where that is no
-              ``UNet``, and where there are conditions or a codec
+              ``UNet``, and where there are a process of one's own, conditions or a codec
 
         Weights, moments, average, counters and data order continue to the bit, on the same kind of machine. Warns of
         other images than the run has seen. Raises ValueError for a change of the network, the process, the objective
@@ -421,7 +421,7 @@ def _settled(config: Config, model: Model) -> Config:
     """``config`` with the model's process, and its prediction and objective where it names none."""
     return replace(
         config,
-        schedule=model.schedule.config(),
+        schedule=model.description()["schedule"],
         prediction=config.prediction or model.prediction,
         objective=config.objective or model.schedule.objective,
     )
