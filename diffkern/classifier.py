@@ -12,6 +12,7 @@ from .io.files import fill, read, write
 from .model import checked_device
 from .networks import HalfUNet
 from .networks.blueprint import Blueprint
+from .process import Process
 from .schedule import Schedule
 
 CLASSIFIERS = Path(__file__).parent / "classifiers"
@@ -37,6 +38,7 @@ class NoisyClassifier:
     classes: tuple[str, ...]
 
     def __post_init__(self):
+        check_time_steps(self.schedule)
         config = self.network.config
         for name, length in (("shape", 3), ("classes", config["num_classes"])):
             value = getattr(self, name)
@@ -50,6 +52,24 @@ class NoisyClassifier:
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.network(x_t, t, labels)
+
+
+def check_time_steps(schedule: Process) -> None:
+    """Raise ValueError for a process without time steps, by which no classifier of noisy images is told the noise."""
+    if not schedule.discrete:
+        raise ValueError(f"schedule: expected one of time steps, got {schedule}")
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer, lr: float, steps: int, rise: float
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    """One cycle of the learning rate (Smith & Topin 2019): up to ``lr`` in the share ``rise`` of ``steps``, then down.
+
+    torch divides by the number of steps between the first and the end of the rise: none where that is one step.
+    """
+    if rise * steps == 1:
+        rise = 1.5 / steps
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=rise)
 
 
 def save_noisy_classifier(classifier: NoisyClassifier, path: str | os.PathLike) -> None:

@@ -1,7 +1,7 @@
 """Images in: whole datasets as uint8 tensors, and the order in which training sees them."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -74,6 +74,10 @@ class Dataset:
         return tuple(self.images.shape[1:])
 
     @property
+    def labelled(self) -> bool:
+        return self.labels is not None
+
+    @property
     def summary(self) -> str:
         """Tell in one line what was read and what was left out."""
         text = f"data: {len(self):,} {plural('image', len(self))} of {'x'.join(map(str, self.shape))}, "
@@ -131,25 +135,43 @@ class Batch:
 class Items:
     """Any map-style dataset, as ``torch.utils.data.Dataset`` is, in the way that training reads it.
 
-    An item is x, or (x, label), or a dict of "x", perhaps "label", and conditions by their names. x is a tensor or an
-    array of any shape: uint8 is taken as pixels 0..255, which become [-1, 1], floats as they are. ``classes`` are names
-    for the labels 0..K-1. What an item draws from torch's generator, as augmentation does, is a function of the seed of
-    its example: the same in any batch, and in a run that is resumed.
+    An item is x, or (x, label), or a dict of "x", perhaps "label", and conditions by their names; all items have the
+    same of these. x is a tensor or an array of any shape: uint8 is taken as pixels 0..255, which become [-1, 1], floats
+    as they are. A label is an int. What an item draws from torch's generator, as augmentation does, is a function of
+    the seed of its example: the same in any batch, and in a run that is resumed.
+
+    classes     names for the labels 0..K-1
+    conditions  the names that an item may have beside "x" and "label"; None: any
     """
 
     items: Any
     classes: tuple[str, ...] | None = None
+    conditions: tuple[str, ...] | None = None
     fingerprint: ClassVar[None] = None  # to read every item would take as long as an epoch
 
     def __post_init__(self):
-        if not (hasattr(self.items, "__len__") and hasattr(self.items, "__getitem__")):
-            got = type(self.items).__name__
-            raise TypeError(f"data: expected a map-style dataset, with a length and items, got {got}")
+        items = self.items
+        if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
+            raise TypeError(f"data: expected a map-style dataset, with a length and items, got {type(items).__name__}")
         if not len(self):
             raise ValueError("data: expected at least one item, got none")
+        if isinstance(items, Mapping) and 0 not in items:
+            raise TypeError(
+                f"data: expected items 0..{len(self) - 1}, got a {type(items).__name__} of {_listed(items)}"
+            )
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """What the first item has, and so has each: "x", perhaps "label", and conditions."""
+        with torch.random.fork_rng(devices=[]):
+            return tuple(self._item(0, 0))
+
+    @property
+    def labelled(self) -> bool:
+        return "label" in self.names
 
     @cached_property
     def first(self) -> Batch:
@@ -171,25 +193,27 @@ class Items:
 
     def batch(self, index: Tensor, seeds: Tensor | None = None) -> Batch:
         """The examples of ``index`` [N]; each draws from torch's CPU generator as if that had its own of ``seeds`` [N]
-        (None: 0), and leaves it as it was. Raises TypeError or ValueError for an item of another kind."""
+        (None: 0), and leaves it as it was. Raises TypeError or ValueError, with its number, for an item of another kind
+        than the first."""
         seeds = torch.zeros_like(index) if seeds is None else seeds
-        found = []
+        numbers, names = index.tolist(), self.names
         with torch.random.fork_rng(devices=[]):
-            for i, seed in zip(index.tolist(), seeds.tolist(), strict=True):
-                torch.default_generator.manual_seed(seed)
-                found.append(_parts(self.items[i]))
-        columns = {name: [_tensor(name, item[name]) for item in found if name in item] for name in found[0]}
-        for name, column in columns.items():
-            shapes = sorted({tuple(value.shape) for value in column})
-            if len(shapes) > 1 or len(column) < len(found):
-                raise ValueError(f"{name}: expected the same shape in every item, got {shapes}")
-        stacked = {name: torch.stack(column) for name, column in columns.items()}
-        x, label = stacked.pop("x"), stacked.pop("label", None)
-        if x.dtype == torch.uint8:
-            x = from_pixels(x)
-        elif not x.is_floating_point():
-            raise TypeError(f"x: expected uint8 pixels or floats in an item, got {x.dtype}")
-        return Batch(x.float(), None if label is None else label.long(), stacked)
+            found = [self._item(i, seed) for i, seed in zip(numbers, seeds.tolist(), strict=True)]
+        for i, item in zip(numbers, found, strict=True):
+            if item.keys() != set(names):
+                raise ValueError(f"item {i}: expected {_listed(names)}, as item 0 has, got {_listed(item)}")
+            for name, value in item.items():
+                shape = tuple(found[0][name].shape)
+                if value.shape != shape:
+                    expected = f"shape {shape} in item {i}, as in item {numbers[0]}"
+                    raise ValueError(f"{name}: expected {expected}, got {tuple(value.shape)}")
+        stacked = {name: torch.stack([item[name] for item in found]) for name in names}
+        return Batch(stacked.pop("x"), stacked.pop("label", None), stacked)
+
+    def _item(self, i: int, seed: int) -> dict[str, Tensor]:
+        """The parts of item i by name, drawn with ``seed``."""
+        torch.default_generator.manual_seed(seed)
+        return _parts(self.items[i], i, self.conditions)
 
 
 def as_dataset(data: Any) -> "Dataset | Items":
@@ -197,19 +221,44 @@ def as_dataset(data: Any) -> "Dataset | Items":
     return data if isinstance(data, Dataset | Items) else Items(data)
 
 
-def _parts(item: Any) -> dict[str, Any]:
-    """An item's parts by name."""
+def _parts(item: Any, i: int, conditions: Sequence[str] | None) -> dict[str, Tensor]:
+    """The parts of item i by name: x float32, the label int64 [], and conditions; their names are checked."""
     if isinstance(item, tuple | list):
-        return dict(zip(("x", "label"), item, strict=False))
-    return item if isinstance(item, dict) else {"x": item}
+        if not 1 <= len(item) <= 2:
+            raise ValueError(f"item {i}: expected x or (x, label), got {len(item)} parts")
+        item = dict(zip(("x", "label"), item, strict=False))
+    elif not isinstance(item, Mapping):
+        item = {"x": item}
+    known = ("x", "label", *(item if conditions is None else conditions))
+    if "x" not in item or not all(name in known for name in item):
+        expected = "x, and perhaps label" if conditions is None else f"x, and perhaps {_listed(known[1:])}"
+        raise ValueError(f"item {i}: expected {expected}, got {_listed(item)}")
+    parts = {name: _tensor(name, value, i) for name, value in item.items()}
+    x, label = parts["x"], parts.get("label")
+    if x.dtype == torch.uint8:
+        parts["x"] = from_pixels(x)
+    elif x.is_floating_point():
+        parts["x"] = x.float()
+    else:
+        raise TypeError(f"x: expected uint8 pixels or floats in item {i}, got {x.dtype}")
+    if label is not None:
+        if label.is_floating_point() or label.is_complex() or label.ndim:
+            got = f"{label.tolist()!r:.80}"
+            raise TypeError(f"label: expected an int in item {i}, got {got}")
+        parts["label"] = label.long()
+    return parts
 
 
-def _tensor(name: str, value: Any) -> Tensor:
+def _tensor(name: str, value: Any, i: int) -> Tensor:
     try:
         return value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
-    except TypeError:
+    except (TypeError, ValueError):
         got = type(value).__name__
-        raise TypeError(f"{name}: expected a tensor, an array or a number in an item, got {got}") from None
+        raise TypeError(f"{name}: expected a tensor, an array or a number in item {i}, got {got}") from None
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(str, names)) or "nothing"
 
 
 def load_dataset(

@@ -194,7 +194,7 @@ def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 def _optimizes(dtype: torch.dtype, tolerance: float) -> bool:
     with torch.random.fork_rng(devices=[]), float32_on("cpu"):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         network = UNet(1, channels=32, channel_mult=(1, 2), blocks=1, groups=8, num_classes=2)
         network.eval().requires_grad_(False)
         for parameter in network.parameters():

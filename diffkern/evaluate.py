@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from . import ops, samplers
 from .arguments import check_guided, guidance_of
-from .classifier import CLASSIFIERS, NoisyClassifier
+from .classifier import CLASSIFIERS, NoisyClassifier, one_cycle
 from .data import Dataset, epoch_order, words
 from .guidance import Guidance
 from .images import from_pixels, to_uint8
@@ -74,11 +74,11 @@ def train_classifier(
     if train.labels is None or train.shape[1:] != (32, 32):
         raise ValueError(f"data: expected labelled 32x32 images, got {train.shape}, labels {train.labels is not None}")
     with torch.random.fork_rng(devices=[]), float32_on("cpu"):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         net = Classifier(train.shape[0], len(train.classes)).train()
         optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.05, fused=True)
         batches = -(-len(train) // batch_size)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * batches, pct_start=0.2)
+        schedule = one_cycle(optimizer, lr, epochs * batches, rise=0.2)
         with progress_bar(epochs * batches, "classifier", "step", progress) as bar:
             for epoch in range(epochs):
                 for index in epoch_order(len(train), epoch, seed).split(batch_size):
@@ -142,6 +142,15 @@ def accuracy(net: Classifier, images: Tensor, labels: Tensor) -> float:
     return (_in_batches(net, images).argmax(1) == labels).double().mean().item()
 
 
+def check_labelled(name: str, data: Dataset, shape: Sequence[int], classes: Sequence[str]) -> None:
+    """Raise ValueError unless ``data`` are images of that shape, with labels of those classes."""
+    if data.shape != tuple(shape):
+        raise ValueError(f"{name}: expected images of shape {tuple(shape)}, got {data.shape}")
+    if data.classes != tuple(classes):
+        got = "images without labels" if data.classes is None else data.classes
+        raise ValueError(f"{name}: expected the classes {tuple(classes)}, got {got}")
+
+
 @torch.no_grad()
 def noisy_accuracy(
     classifier: NoisyClassifier, data: Dataset, times: Sequence[int], *, n: int = 1000, seed: int = 0
@@ -149,7 +158,9 @@ def noisy_accuracy(
     """The share of the first ``n`` images that ``classifier`` gives their label, noised to each of ``times``.
 
     The noise is a function of the seed, the image's number and the time step: the same for every classifier.
+    Raises ValueError for data of another shape or other classes than the classifier's, and without labels.
     """
+    check_labelled("data", data, classifier.shape, classifier.classes)
     n, device = min(n, len(data)), next(classifier.network.parameters()).device
     table = classifier.schedule.q_table(device)
     seeds = _seeds(words(np.arange(n), 0, LOSS_STREAM, seed)).to(device)

@@ -27,7 +27,7 @@ from .networks import UNet
 from .networks.blueprint import Blueprint
 from .prediction import PREDICTIONS
 from .process import Process
-from .samplers import VARIANCES
+from .samplers import LEARNED, VARIANCES
 from .schedule import SPACINGS, from_config
 
 MODELS = Path(__file__).parent / "models"
@@ -118,9 +118,11 @@ class Model:
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the network's second half tells a variance: False where nobody knows."""
+        """Whether the network tells a variance by its second half: a ``UNet`` by its channels, else by ``variance``."""
         network = unwrapped(self.network)
-        return isinstance(network, UNet) and network.conv_out.out_channels == 2 * self.shape[0]
+        if isinstance(network, UNet):
+            return network.conv_out.out_channels == 2 * self.shape[0]
+        return self.variance in LEARNED
 
     @property
     def default_variance(self) -> str:
@@ -184,12 +186,15 @@ class Model:
 
     def description(self) -> dict[str, Any]:
         """All but the weights, as JSON holds it. Under "own" are the names of what only its maker's code has: a network
-        that is no ``UNet``, conditions, a codec."""
+        that is no ``UNet``, a process of a class of one's own, conditions, a codec."""
         network = unwrapped(self.network)
         if not isinstance(network, nn.Module):
             raise TypeError(f"network: expected a torch.nn.Module to describe, got {type(network).__name__}")
         ours = isinstance(network, UNet)
         own = {} if ours else {"network": type(network).__name__}
+        if self.schedule.own:
+            fields = dataclasses.is_dataclass(self.schedule)
+            own["schedule"] = repr(self.schedule) if fields else type(self.schedule).__name__
         own |= {c.name: "Condition" for c in self.conditions} | ({"codec": "Codec"} if self.codec else {})
         clip = {"quantile": self.clip.q} if isinstance(self.clip, Quantile) else self.clip
         kept = dict(variance=self.variance, clip=clip, spacing=self.spacing)
@@ -197,7 +202,7 @@ class Model:
             "format": FORMAT,
             "name": self.name,
             "network": network.config if ours else {},
-            "schedule": self.schedule.config(),
+            "schedule": {} if self.schedule.own else self.schedule.config(),
             "prediction": self.prediction,
             "shape": self.shape,
             "classes": self.classes,
@@ -225,7 +230,7 @@ def load(name: str | os.PathLike, device: torch.device | str | None = None, *, i
     """Load a shipped model by its name, a file of :func:`save`, or the averaged model of a run's checkpoint or folder.
 
     into  a ``Model`` as the one that was saved, whose network gets the weights, in place: needed where that is no
-          ``UNet``, and where there are conditions or a codec, because a file holds no code
+          ``UNet``, and where there are a process of one's own, conditions or a codec, because a file holds no code
 
     Weights are float32, whatever the file holds, and the network is in eval mode; that of ``into`` keeps its dtypes.
     Raises FileNotFoundError for a name or path that is not there, ValueError for a file that is no model, and for a

@@ -98,13 +98,17 @@ class Process:
     def config(self) -> dict[str, Any]:
         """What :func:`diffkern.schedule.from_config` makes this very process from, fit for JSON.
 
-        Raises TypeError for a process that is none of :data:`PROCESSES`, nor a schedule.
+        Raises TypeError for a process of a class of one's own.
         """
-        for kind, maker in PROCESSES.items():
-            if type(self) is maker:
-                return {"kind": kind, **asdict(self)}
-        names = ", ".join(maker.__name__ for maker in PROCESSES.values())
-        raise TypeError(f"schedule: expected a Schedule or one of {names} to describe, got {type(self).__name__}")
+        if self.own:
+            names = ", ".join(maker.__name__ for maker in PROCESSES.values())
+            raise TypeError(f"schedule: expected a Schedule or one of {names} to describe, got {type(self).__name__}")
+        return {"kind": next(kind for kind, maker in PROCESSES.items() if type(self) is maker), **asdict(self)}
+
+    @property
+    def own(self) -> bool:
+        """Whether its class is none of :data:`PROCESSES`, nor a schedule's: a file can hold its name, but no code."""
+        return type(self) not in PROCESSES.values()
 
     @property
     def prior_std(self) -> float:

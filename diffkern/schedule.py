@@ -32,6 +32,7 @@ class Schedule(Process):
     _config: Mapping[str, Any] | None = None
 
     discrete: ClassVar[bool] = True
+    own: ClassVar[bool] = False
     spacing: ClassVar[str] = "trailing"
 
     def __post_init__(self) -> None:

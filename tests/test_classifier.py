@@ -14,6 +14,7 @@ from diffkern.data import FASHION_MNIST, Dataset, fashion_mnist
 from diffkern.images import to_pixels
 from diffkern.io.files import write
 from diffkern.networks import HalfUNet
+from diffkern.process import EDM
 from diffkern.training.classifier import train_noisy_classifier
 
 NAMES = ("class 0", "class 1", "class 2")
@@ -82,6 +83,14 @@ def test_a_trained_classifier_is_a_function_of_the_seed():
     assert torch.equal(weights(1), first) and not torch.equal(weights(2), first)
 
 
+@pytest.mark.parametrize("steps", [1, 9, 10, 11])
+def test_a_classifier_trains_for_any_number_of_steps(steps):
+    """The rise of the learning rate is a tenth of them: none, one or more."""
+    options = dict(examples=steps, batch_size=1, network=TINY, progress=False)
+    trained = train_noisy_classifier(stripes(3), tiny.SCHEDULE, **options)
+    assert all(parameter.isfinite().all() for parameter in trained.network.parameters())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -89,6 +98,11 @@ def test_a_trained_classifier_is_a_function_of_the_seed():
         (dict(examples=0), "examples: expected an int >= 1, got 0"),
         (dict(batch_size=0), "batch_size: expected an int >= 1, got 0"),
         (dict(lr=0.0), "lr: expected a number > 0, got 0"),
+        (dict(schedule=EDM()), r"schedule: expected one of time steps, got EDM\("),
+        (
+            dict(network=dict(TINY, attention_levels=(7,))),
+            r"attention_levels: expected ints in 0..1, got \(7,\)",
+        ),
         (
             dict(train=tiny.dataset(size=6)),
             r"x_t: expected \[N, 1, H, W\] with H and W divisible by 4, got \(10, 1, 6, 6\)",
@@ -98,6 +112,24 @@ def test_a_trained_classifier_is_a_function_of_the_seed():
 def test_training_says_what_it_expected(changes, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         train_noisy_classifier(**dict(train=stripes(3), schedule=tiny.SCHEDULE, examples=10, progress=False) | changes)
+
+
+def test_a_classifier_of_a_process_without_time_steps_is_refused():
+    with pytest.raises(ValueError, match=r"^schedule: expected one of time steps, got EDM\("):
+        classifier(schedule=EDM())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (tiny.dataset(size=16), r"data: expected images of shape \(1, 8, 8\), got \(1, 16, 16\)"),
+        (tiny.dataset(classes=4), "data: expected the classes .*'class 2'.*, got .*'class 3'"),
+        (tiny.dataset(classes=None), "data: expected the classes .*, got images without labels"),
+    ],
+)
+def test_accuracy_is_measured_on_data_of_the_classifier_alone(data, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        evaluate.noisy_accuracy(classifier(), data, (0,))
 
 
 def test_a_saved_classifier_is_loaded_as_it_was(tmp_path):

@@ -27,6 +27,7 @@ from diffkern.cli import sample as sample_command
 from diffkern.constraints import Quantile
 from diffkern.images import read_settings, to_uint8
 from diffkern.model import Model, load, read, save
+from diffkern.process import EDM
 from diffkern.sampling import sample
 from diffkern.schedule import Schedule
 from diffkern.training import CHECKPOINT, objectives
@@ -529,11 +530,15 @@ def test_classifier_trains_one_where_there_is_none_and_it_guides(folder, capsys)
     model = tiny.model(classes=10)
     model.shape, model.classes = (1, 32, 32), tuple(map(str, range(10)))  # those of IDX files
     save(model, "clothes.safetensors")
-    command = ["classifier", "--classifier", "c.safetensors", "--data", "idx", "--model", "clothes.safetensors", *QUIET]
-    assert main([*command, "--examples", "6", "--batch-size", "3", "--n", "8"]) == 0
+    command = ["classifier", "--classifier", "c.safetensors", "--data", "idx", *QUIET]
+    recipe = ["--model", "clothes.safetensors", "--examples", "6", "--batch-size", "3"]
+    assert main([*command, *recipe, "--n", "8"]) == 0
     first = capsys.readouterr().out
     assert first.startswith("Accuracy on 8 test images at the time step t\n\n| t | 0 | 2 | 4 |")
     assert re.search(r"\n\| accuracy( \| [\d.]+%){11} \|\n$", first)
+    for option, value in (("lr", "0.1"), ("batch-size", "3"), ("seed", "0"), ("examples", "6"), ("model", "m")):
+        refused = f"{option.replace('-', '_')}: expected none for c.safetensors, which is trained already, got {value}"
+        assert main([*command, f"--{option}", value]) == 2 and refused in capsys.readouterr().err
     assert main([*command, "--n", "8"]) == 0 and capsys.readouterr().out == first
     guided = ["--guide", "c.safetensors", "--guidance", "3", *QUIET]
     options = ["--model", "clothes.safetensors", "--n", "2", "--steps", "1"]
@@ -545,6 +550,13 @@ def test_classifier_trains_one_where_there_is_none_and_it_guides(folder, capsys)
     evaluated = ["evaluate", "--model", "clothes.safetensors", "--data", "idx", "--n", "4", "--steps", "ddim:1"]
     assert main([*evaluated, "--loss-n", "2", *guided]) == 0
     assert "| ddim | 1 | 4 |" in capsys.readouterr().out
+
+
+def test_a_classifier_needs_a_model_of_time_steps_and_says_so_before_it_reads_data(folder, capsys):
+    model = tiny.model()
+    save(Model(model.network, EDM(), "edm", model.shape, model.classes), "edm.safetensors")
+    assert main(["classifier", "--classifier", "c.safetensors", "--data", "nowhere", "--model", "edm.safetensors"]) == 2
+    assert "schedule: expected one of time steps, got EDM(" in capsys.readouterr().err
 
 
 def test_doctor_gives_its_own_status(monkeypatch):

@@ -34,6 +34,17 @@ def test_every_tensor_is_made_with_a_dtype_and_a_device():
     assert not silent
 
 
+def test_no_generator_is_seeded_that_is_not_put_back():
+    """``torch.manual_seed`` seeds those of CUDA too, of which ``fork_rng(devices=[])`` knows nothing."""
+    seeded = [
+        f"{path.name}:{node.lineno}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.manual_seed", "torch.random.manual_seed")
+    ]
+    assert not seeded
+
+
 def pipeline():
     from diffusers import DDPMPipeline, DDPMScheduler
 

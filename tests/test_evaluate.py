@@ -151,6 +151,12 @@ def test_a_classifier_learns_and_knows_its_accuracy():
     assert features(net, data.images).shape == (128, 64)
 
 
+def test_a_classifier_trains_for_five_steps():
+    """The rise of the learning rate, a fifth of them, is one step."""
+    net = train_classifier(squares(2), epochs=5, batch_size=2, progress=False)
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+
+
 def test_training_a_classifier_leaves_torch_s_generator_alone():
     torch.manual_seed(1)
     before = torch.get_rng_state()

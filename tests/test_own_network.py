@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from diffkern.conditions import Condition
 from diffkern.data import Dataset, Items
 from diffkern.io.files import read
 from diffkern.model import Model
-from diffkern.process import EDM, RectifiedFlow
+from diffkern.process import EDM, Process, RectifiedFlow
 from diffkern.training import CHECKPOINT, Config, Trainer, new_model
 
 
@@ -155,6 +155,102 @@ def test_training_changes_the_network_in_no_other_way():
     frozen = {"read.weight", "read.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
     unused = {"label.weight", "side.weight", "side.bias"}
     assert same == frozen | unused and all("hook" not in key or not value for key, value in vars(mine.network).items())
+
+
+def test_a_trainer_that_refuses_leaves_the_network_as_it_was():
+    mine = model()
+    mine.network.eval().requires_grad_(False)
+    for changes in (dict(steps=5 * 10**18), dict(objective="vlb"), dict(times="importance"), dict(flip=True)):
+        with pytest.raises(ValueError):
+            Trainer(mine, PLAIN, Config(**CONFIG | changes))
+    edm = replace(model(), schedule=tiny.SCHEDULE)
+    edm.network.eval().requires_grad_(False)
+    with pytest.raises(ValueError, match="times: expected t in"):
+        Trainer(edm, PLAIN, Config(**CONFIG | dict(objective="edm")))
+    for network in (mine.network, edm.network):
+        assert not any(module.training for module in network.modules())
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+class Halves(nn.Module):
+    """The mean of two numbers, and a variance of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.write = nn.Linear(2, 4)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        return self.write(x)
+
+
+@pytest.mark.parametrize("variance", ["learned", "diagonal"])
+def test_a_network_of_ones_own_learns_its_variance_by_the_bound(variance):
+    mine = Model(Halves(), tiny.SCHEDULE, "eps", (2,), clip=False, variance=variance)
+    run = Trainer(mine, torch.linspace(-1, 1, 18).view(9, 2), Config(**CONFIG | dict(objective="vlb")))
+    before = mine.network.write.bias.detach().clone()
+    assert all(math.isfinite(loss) for loss in take(run, 2))
+    assert (mine.network.write.bias != before).all()
+    assert sample(run.model, 2, sampler="ddpm", steps=3, progress=False).isfinite().all()
+    with pytest.raises(ValueError, match="objective: expected one of hybrid, vlb with a network of a learned variance"):
+        Trainer(mine, torch.zeros(9, 2), Config(**CONFIG | dict(objective="simple")))
+
+
+class Labelled(nn.Module):
+    """A network of images that needs labels, of which nobody says how many there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.label, self.seen = nn.Embedding(3, 64), []
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        self.seen.append(labels)
+        return self.label(labels).view(-1, 1, 8, 8)
+
+
+def test_samples_of_labels_without_names_have_those_of_the_first_items(tmp_path):
+    mine, data = Model(Labelled(), EDM(), "edm", (1, 8, 8)), tiny.dataset()
+    pairs = list(zip(data.images, data.labels.tolist(), strict=True))
+    run = Trainer(mine, pairs, Config(**CONFIG | dict(label_dropout=0.0)))
+    run.model.network.seen.clear()
+    run.grid(n=12, steps=1)
+    assert run.model.network.seen[0].tolist() == [*range(3), *range(3), *range(3), 0, 0, 1]
+
+
+@dataclass(frozen=True)
+class Circle(Process):
+    """x_t = cos(t) x_0 + sin(t) eps: a process that diffkern has not."""
+
+    t_max: float = 1.5
+
+    def alpha(self, t):
+        return np.cos(t)
+
+    def sigma(self, t):
+        return np.sin(t)
+
+
+@pytest.mark.parametrize("network", [Small, None], ids=["own", "unet"])
+def test_a_process_of_ones_own_is_trained_and_comes_back_by_into(tmp_path, network):
+    def made(process: Process) -> Model:
+        if network is None:
+            return Model(tiny.model(classes=None).network, process, "v", (1, 8, 8))
+        return replace(model(process=process), prediction="v")
+
+    data = PLAIN if network else tiny.dataset(classes=None)
+    whole, first = (Trainer(made(Circle()), data, Config(**CONFIG)) for _ in range(2))
+    losses = take(whole, 2)
+    assert take(first, 1) == losses[:1]
+    first.save(tmp_path / CHECKPOINT)
+    again = Trainer.resume(tmp_path / CHECKPOINT, data, into=made(Circle()))
+    assert take(again, 1) == losses[1:] and again.config == whole.config
+    loaded = load(tmp_path, into=made(Circle()))
+    assert loaded.schedule == Circle() and sample(loaded, 2, steps=2, progress=False).isfinite().all()
+    with pytest.raises(ValueError, match=r"into: expected a Model .*, .*schedule \(Circle\(t_max=1.5\)\).*, got None"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="into: expected own .*t_max=1.5.*, got .*t_max=1.4"):
+        load(tmp_path, into=made(Circle(t_max=1.4)))
+    with pytest.raises(ValueError, match="into: expected schedule {}, got .*edm"):
+        load(tmp_path, into=replace(made(EDM()), prediction="v"))
 
 
 # --- the data ---
@@ -314,6 +410,7 @@ def test_checkpoints_stay_as_often_as_asked_for(tmp_path):
 
 # --- what does not fit ---
 
+SIDE = Condition("side", (2,), null=0.0)
 BAD = {
     "no parameters": (
         lambda: Trainer(replace(model(), network=nn.Identity()), PLAIN, Config(**CONFIG)),
@@ -346,21 +443,74 @@ BAD = {
         ValueError,
         "validation: expected held-out data, got None",
     ),
-    "text": (lambda: Items(["a"]).shape, TypeError, "x: expected a tensor, an array or a number in an item, got str"),
+    "text": (lambda: Items(["a"]).shape, TypeError, "x: expected a tensor, an array or a number in item 0, got str"),
     "integers": (
         lambda: Items([torch.arange(3)]).shape,
         TypeError,
-        "x: expected uint8 pixels or floats in an item, got torch.int64",
+        "x: expected uint8 pixels or floats in item 0, got torch.int64",
     ),
     "uneven": (
         lambda: Items([torch.zeros(3), torch.zeros(2)]).batch(torch.arange(2)),
         ValueError,
-        r"x: expected the same shape in every item, got \[\(2,\), \(3,\)\]",
+        r"x: expected shape \(3,\) in item 1, as in item 0, got \(2,\)",
     ),
     "no labels": (
         lambda: Trainer(tiny.model(), list(tiny.dataset().images), tiny.config()),
         ValueError,
-        r"data: expected items \(x, label\) for 3 classes, got items without labels",
+        "data: expected items with labels of 3 classes, got items without labels",
+    ),
+    "no labels of images": (
+        lambda: Trainer(replace(tiny.model(), classes=None), tiny.dataset(classes=None), tiny.config()),
+        ValueError,
+        "data: expected images with labels of 3 classes, got images without labels",
+    ),
+    "misspelt": (
+        lambda: Trainer(model(), Points(lambda x, i: {"x": x, "lable": 0}), Config(**CONFIG)),
+        ValueError,
+        "item 0: expected x, and perhaps label, got x, lable",
+    ),
+    "misspelt condition": (
+        lambda: Trainer(model(conditions=(SIDE,)), Points(lambda x, i: {"x": x, "sides": x[:2]}), Config(**CONFIG)),
+        ValueError,
+        "item 0: expected x, and perhaps label, side, got x, sides",
+    ),
+    "more than the first": (
+        lambda: Items([{"x": torch.zeros(3)}, {"x": torch.zeros(3), "label": 1}]).batch(torch.tensor([1])),
+        ValueError,
+        "item 1: expected x, as item 0 has, got x, label",
+    ),
+    "less than the first": (
+        lambda: Items([(torch.zeros(3), 1), torch.zeros(3)]).batch(torch.arange(2)),
+        ValueError,
+        "item 1: expected x, label, as item 0 has, got x",
+    ),
+    "no x": (lambda: Items([{"label": 1}]).shape, ValueError, "item 0: expected x, and perhaps label, got label"),
+    "no parts": (lambda: Items([()]).shape, ValueError, r"item 0: expected x or \(x, label\), got 0 parts"),
+    "three parts": (
+        lambda: Items([(torch.zeros(3), 1, 2)]).shape,
+        ValueError,
+        r"item 0: expected x or \(x, label\), got 3 parts",
+    ),
+    "splits": (lambda: Items({"train": PLAIN}), TypeError, "data: expected items 0..0, got a dict of train"),
+    "real label": (
+        lambda: Items([(torch.zeros(3), 0.7)]).shape,
+        TypeError,
+        "label: expected an int in item 0, got 0.7",
+    ),
+    "several labels": (
+        lambda: Items([(torch.zeros(3), [1, 2])]).shape,
+        TypeError,
+        r"label: expected an int in item 0, got \[1, 2\]",
+    ),
+    "flip": (
+        lambda: Trainer(model(), PLAIN, Config(**CONFIG | dict(flip=True))),
+        ValueError,
+        r"flip: expected False of what is no image \(C, H, W\), got True with shape \(3,\)",
+    ),
+    "full": (
+        lambda: Trainer(model(variance="full"), PLAIN, Config(**CONFIG)),
+        ValueError,
+        "variance: expected another one .*diffkern.covariance.*, got 'full'",
     ),
     "no condition": (
         lambda: Trainer(model(conditions=(Condition("side", (2,)),)), PLAIN, Config(**CONFIG)).step(),

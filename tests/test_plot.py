@@ -1,15 +1,18 @@
 """The picture of a run's loss."""
 
+import math
+
 import numpy as np
 import pytest
 
 from diffkern.training.plot import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, loss_plot, ticks
+from diffkern.training.runs import CURVES
 
 
 def inside(image, name: str) -> np.ndarray:
     """(x, y) of the pixels that have the colour of a curve, between the axes."""
     pixels = np.array(image)[TOP : HEIGHT - BOTTOM + 1, LEFT : WIDTH - RIGHT + 1]
-    y, x = np.nonzero((pixels == COLOURS[name]).all(2))
+    y, x = np.nonzero((pixels == COLOURS[list(CURVES).index(name)]).all(2))
     return np.stack((x / (WIDTH - RIGHT - LEFT), 1 - y / (HEIGHT - BOTTOM - TOP)), 1)
 
 
@@ -30,8 +33,17 @@ def test_curves_share_their_axes_and_losses_below_zero_have_a_linear_one():
 
 def test_one_point_is_a_picture_and_none_is_an_error():
     assert len(inside(loss_plot({"training": [(7, 0.3)], "validation": []}), "training"))
-    with pytest.raises(ValueError, match="^curves: expected at least one point, got none$"):
+    with pytest.raises(ValueError, match="^curves: expected at least one finite point, got none$"):
         loss_plot({"training": [], "validation": []})
+
+
+@pytest.mark.parametrize("loss", [math.inf, -math.inf, math.nan])
+def test_a_loss_that_is_not_finite_is_left_out_of_the_picture(loss):
+    curve = [(0, 1.0), (10, 2.0)]
+    expected = loss_plot({"training": curve, "validation": [(10, 3.0)]})
+    got = loss_plot({"training": curve, "validation": [(5, loss), (10, 3.0), (20, loss)]})
+    assert np.array_equal(np.array(got), np.array(expected))
+    assert len(inside(loss_plot({"training": curve, "validation": [(10, loss)]}), "training"))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ class HalfUNet(nn.Module):
         groups: int = 8,
     ):
         super().__init__()
+        last = len(channel_mult) - 1 if isinstance(channel_mult, Sequence) else 0
         self.config = {
             name: _checked(name, value, *limits)
             for name, value, limits in (
@@ -49,7 +50,7 @@ class HalfUNet(nn.Module):
                 ("channels", channels, (2, LARGEST)),
                 ("channel_mult", channel_mult, (1, LARGEST)),
                 ("blocks", blocks, (1, MOST)),
-                ("attention_levels", attention_levels, (0, MOST)),
+                ("attention_levels", attention_levels, (0, last)),
                 ("groups", groups, (1, LARGEST)),
             )
         }

@@ -66,7 +66,7 @@ def train(variance: str, steps: int, batch_size: int = 512, seed: int = 0, *, pr
     """A model of the roll whose variance is "diagonal" or "full", trained by the bound."""
     generator = torch.Generator("cpu").manual_seed(seed)
     with torch.random.fork_rng(devices=[]), float32_on("cpu"):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network = MLP(covariance.channels((2,)) if variance == "full" else 4)
     objective = objectives.vlb()
     table, q_table = objective.table(SCHEDULE, variance=variance, first="density"), SCHEDULE.q_table()

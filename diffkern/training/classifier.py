@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .. import ops
-from ..classifier import NoisyClassifier
+from ..classifier import NoisyClassifier, check_time_steps, one_cycle
 from ..data import Dataset, epoch_order
 from ..model import checked_device
 from ..networks import HalfUNet
@@ -37,20 +37,22 @@ def train_noisy_classifier(
 
     The k-th example is image k of the epochs' order, at the t and with the noise that :func:`draw` has for k: all of
     it a function of the seed, as in :class:`Trainer`. The loss is the cross-entropy; AdamW, one cycle of the rate.
-    ``network`` has options of the :class:`HalfUNet`. Raises TypeError or ValueError, also for images without labels.
+    ``network`` has options of the :class:`HalfUNet`. Raises TypeError or ValueError, also for images without labels
+    and for a process without time steps.
     """
     if train.labels is None:
         raise ValueError("data: expected labelled images, got none with labels")
+    check_time_steps(schedule)
     for option, value in dict(examples=examples, batch_size=batch_size).items():
         checked_count(option, value)
     checked_float("lr", lr, "a number > 0", lambda rate: rate > 0)
     device = checked_device(device)
     with torch.random.fork_rng(devices=[]), float32_on("cpu"):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network = HalfUNet(train.shape[0], len(train.classes), **(network or {})).train().to(device)
     order = torch.cat([epoch_order(len(train), epoch, seed) for epoch in range(-(-examples // len(train)))])[:examples]
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=0.05, fused=True)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, -(-examples // batch_size), pct_start=0.1)
+    rates = one_cycle(optimizer, lr, -(-examples // batch_size), rise=0.1)
     table, losses = schedule.q_table(device), []
     with progress_bar(examples, "classifier", "img", progress) as bar:
         for first in range(0, examples, batch_size):

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..prediction import PREDICTIONS
 from ..process import checked_count, checked_float, checked_int
 from ..schedule import Schedule
 from .objectives import OBJECTIVES, Objective
 from .times import TIMES
 
 LR_SCHEDULES = ("constant", "cosine")
-TRAINED = ("eps", "x0", "v", "score", "flow", "edm")
+TRAINED = tuple(name for name in PREDICTIONS if name != "mu")  # which is of a step, not of a level of noise
 """The predictions that a network can be trained on."""
 DRAWN = (*TIMES, "importance")
 """The ways to draw t."""
@@ -99,11 +100,7 @@ class Config:
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"lr_schedule: expected one of {LR_SCHEDULES}, got {self.lr_schedule!r}")
-        for name, known in (
-            ("prediction", TRAINED),
-            ("objective", tuple(OBJECTIVES)),
-            ("times", (*TIMES, "importance")),
-        ):
+        for name, known in (("prediction", TRAINED), ("objective", tuple(OBJECTIVES)), ("times", DRAWN)):
             if getattr(self, name) not in (None, *known):
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name, expected, holds in (

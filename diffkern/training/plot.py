@@ -7,7 +7,8 @@ from ..images import font
 
 WIDTH, HEIGHT = 640, 400  # pixels
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 28, 28  # margins, for the text
-COLOURS = {"training": (31, 119, 180), "validation": (214, 39, 40)}
+COLOURS = ((31, 119, 180), (214, 39, 40))
+"""Of the first curve, the second, ..."""
 GREY, BLACK = (225, 225, 225), (0, 0, 0)
 MOST_TICKS = 6
 
@@ -16,15 +17,18 @@ Curve = Sequence[tuple[float, float]]
 
 
 def loss_plot(curves: dict[str, Curve]):
-    """Draw curves by name, of :data:`COLOURS`, over steps as a ``PIL.Image``. Losses have a log scale if all are > 0.
+    """Draw curves by name, in the order of :data:`COLOURS`, over steps as a ``PIL.Image``.
 
-    Raises ValueError for curves without a point.
+    Losses have a log scale if all are > 0. Those that are not finite are left out. Raises ValueError for curves without
+    a finite point.
     """
     from PIL import Image, ImageDraw
 
+    curves = {name: [point for point in curve if math.isfinite(point[1])] for name, curve in curves.items()}
+    colours = dict(zip(curves, COLOURS, strict=False))
     steps, losses = ([point[i] for curve in curves.values() for point in curve] for i in (0, 1))
     if not steps:
-        raise ValueError("curves: expected at least one point, got none")
+        raise ValueError("curves: expected at least one finite point, got none")
     scale = math.log if min(losses) > 0 else float
     across = _axis(min(steps), max(steps), LEFT, WIDTH - RIGHT, float)
     up = _axis(min(losses), max(losses), HEIGHT - BOTTOM, TOP, scale)
@@ -39,10 +43,10 @@ def loss_plot(curves: dict[str, Curve]):
     draw.rectangle((LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM), outline=BLACK)
     right = WIDTH - RIGHT
     for name in reversed([name for name, curve in curves.items() if curve]):
-        draw.text((right, TOP - 8), f"{name} loss", COLOURS[name], font=font(), anchor="rs")
+        draw.text((right, TOP - 8), f"{name} loss", colours[name], font=font(), anchor="rs")
         right -= int(font().getlength(f"{name} loss")) + 16
     for name, curve in curves.items():
-        draw.line([(across(step), up(loss)) for step, loss in (*curve, *curve[-1:])], COLOURS[name], width=1)
+        draw.line([(across(step), up(loss)) for step, loss in (*curve, *curve[-1:])], colours[name], width=1)
     return image
 
 

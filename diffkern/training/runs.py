@@ -1,6 +1,7 @@
 """What surrounds the steps of a training run: the folder and its lock, log.csv, and the signals that end it."""
 
 import contextlib
+import csv
 import errno
 import fcntl
 import os
@@ -57,6 +58,12 @@ def locked(out: str | os.PathLike) -> Iterator[int]:
 
 # --- log.csv -----------------------------------------------------------------------------------------------------
 
+COLUMNS = ("step", "loss", "lr", "images_per_second", "validation_loss")
+"""Of log.csv. The last, which may be empty, is not in the logs of earlier versions."""
+
+CURVES = {"training": "loss", "validation": "validation_loss"}
+"""The columns that are drawn, by the names of their curves."""
+
 
 @dataclass
 class Unlogged:
@@ -80,8 +87,7 @@ class Log:
     Lines later than the checkpoint that is resumed are dropped. Damaged ones are dropped with a warning.
     """
 
-    HEADER = "step,loss,lr,images_per_second,validation_loss"
-    OLD_HEADER = "step,loss,lr,images_per_second"  # of earlier versions
+    HEADER, OLD_HEADER = ",".join(COLUMNS), ",".join(COLUMNS[:-1])
 
     def __init__(self, path: Path, steps: int, unlogged: Unlogged | None = None):
         self.path, self.unlogged = path, Unlogged() if unlogged is None else unlogged
@@ -107,26 +113,32 @@ class Log:
         """Append the line of ``step``; returns its mean loss. The rate counts this process's steps alone."""
         now = time.monotonic()
         mean, rate = self.unlogged.total / self.unlogged.count, self.count * batch_size / (now - self.since)
+        cells = {
+            "step": f"{step}",
+            "loss": f"{mean:.6f}",
+            "lr": f"{lr:.6g}",
+            "images_per_second": f"{rate:.1f}",
+            "validation_loss": "" if validation_loss is None else f"{validation_loss:.6f}",
+        }
         with self.path.open("a", encoding="utf-8") as file:
-            held_out = "" if validation_loss is None else f"{validation_loss:.6f}"
-            file.write(f"{step},{mean:.6f},{lr:.6g},{rate:.1f},{held_out}\n")
+            file.write(",".join(cells[name] for name in COLUMNS) + "\n")
         self.unlogged.total, self.unlogged.count = 0.0, 0
         self.count, self.since = 0, now
         return mean
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """(step, loss) of each line, of training and of held-out data."""
-        lines = [line.split(",") for line in self.path.read_text(encoding="utf-8").splitlines()[1:]]
-        columns = {"training": 1, "validation": 4}
-        return {name: [(int(line[0]), float(line[i])) for line in lines if line[i]] for name, i in columns.items()}
+        """(step, loss) of each line, by the names of :data:`CURVES`."""
+        with self.path.open(encoding="utf-8", newline="") as file:
+            lines = list(csv.DictReader(file))
+        return {name: [(int(line["step"]), float(line[c])) for line in lines if line[c]] for name, c in CURVES.items()}
 
 
 def _step_of(line: str) -> int | None:
     """The step that a line of the log is about, None if it is not such a line."""
     try:
         step, *numbers, held_out = line.split(",")
-        _, _, _, _ = map(float, (*numbers, held_out or 0))
-        return int(step)
+        read = [int(step), *map(float, (*numbers, held_out or 0))]
+        return read[0] if len(read) == len(COLUMNS) else None
     except ValueError:
         return None
 

@@ -30,7 +30,7 @@ def new_model(dataset: Any, config: Config, name: str = "model", *, init: Model 
     if isinstance(channels, int) and channels > 0:
         options["groups"] = math.gcd(32, channels)  # UNet's own 32 where that divides every width
     with torch.random.fork_rng(devices=[]), float32_on("cpu"):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
         network = UNet(**{**options, **config.network})
     process = from_config(config.schedule)
     prediction = config.prediction or (process.prediction if init is None else init.prediction)

@@ -84,38 +84,41 @@ class Trainer:
             name = type(model.network).__name__
             raise TypeError(f"network: expected a torch.nn.Module that can be trained, got {name}")
         config = _settled(config, model)
+        device = torch.empty(0, dtype=torch.uint8, device=checked_device(device)).device  # with its index
         self.dataset = _fitting("data", as_dataset(dataset), model)
         self.validation = None if validation is None else _fitting("validation", as_dataset(validation), model)
         self.objective = config.made_objective()
-        _check(model, config, self.objective)
+        _check(model, config, self.objective, self.dataset)
         self.config, self.steps, self.examples = config, 0, 0
         self.data = {"images": len(self.dataset), "fingerprint": self.dataset.fingerprint}
         self.unlogged = Unlogged()
-        self.network: nn.Module = model.network.to(checked_device(device))
+        learns = model.learned_variance and model.variance not in LEARNED
+        variance = "learned" if learns else model.default_variance
+        self.noising = Noising(self.objective, model.schedule, variance, device)
+        self.clock = self.noising.terms or model.schedule
+        self.importance = Importance(self.clock) if config.times == "importance" else None
+        self._terms: list[Tensor] = []  # [N, 2], t and loss of each example of the step
+        self.network, self.model = model.network, model
+        parameters = dict(self.network.named_parameters())
+        self.trained = {name: p for name, p in parameters.items() if p.requires_grad} or parameters
+        written = _as_json(self.description())  # what could not be read again is refused before a step is taken
+        check_model(written, len(state(self.network)))
+        checked_state(written["training"], Config)
+        # What is refused has been refused: from here on the caller's network changes.
+        self.network.to(device)
         if not any(module.training for module in self.network.modules()):
             self.network.train()
-        if not any(parameter.requires_grad for parameter in self.network.parameters()):
+        if len(self.trained) == len(parameters):
             self.network.requires_grad_(True)
         self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        if not self.trained:
-            raise ValueError("network: expected one with parameters, got none")
         self.model = replace(model, network=copy.deepcopy(self.network).eval().requires_grad_(False))
         average = dict(self.model.network.named_parameters())
         self.average = [average[name] for name in self.trained]
         self.predict = parallel.averaging(self.network)
-        learns = model.learned_variance and model.variance not in LEARNED
-        variance = "learned" if learns else model.default_variance
-        self.noising = Noising(self.objective, model.schedule, variance, self.model.device)
-        self.clock = self.noising.terms or model.schedule
-        self.importance = Importance(self.clock) if config.times == "importance" else None
-        self._terms: list[Tensor] = []  # [N, 2], t and loss of each example of the step
         self.optimizer = _optimizer(self.trained.values(), config)
         ahead = config.workers and isinstance(self.dataset, Items)
         self.reader = Reader(self.dataset, config.workers, self._asked, self._after) if ahead else None
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64, device="cpu"))
-        written = _as_json(self.description())  # what could not be read again is refused before a step is taken
-        check_model(written, len(self.tensors()))
-        checked_state(written["training"], Config)
 
     @classmethod
     def resume(
@@ -131,7 +134,7 @@ class Trainer:
         """Continue the run of a checkpoint. ``changes`` are fields of its :class:`Config` that shall differ.
 
         into  a ``Model`` as the one that the run began with, whose network is trained on: needed where that is no
-              ``UNet``, and where there are conditions or a codec
+              ``UNet``, and where there are a process of one's own, conditions or a codec
 
         Weights, moments, average, counters and data order continue to the bit, on the same kind of machine. Warns of
         other images than the run has seen. Raises ValueError for a change of the network, the process, the objective
@@ -335,12 +338,18 @@ class Trainer:
         return total / n
 
     def grid(self, n: int = 40, steps: int = 50):
-        """A ``PIL.Image`` of n samples of the averaged model, the same seeds and labels each time."""
-        classes = self.model.classes
-        labels = None if classes is None else torch.arange(n, dtype=torch.int64, device="cpu") % len(classes)
+        """A ``PIL.Image`` of n samples of the averaged model, the same seeds and labels each time: the classes in turn,
+        or where they have no names the labels of the first items, if items have some."""
+        classes, index = self.model.classes, torch.arange(n, dtype=torch.int64, device="cpu")
+        labels = names = None
+        if classes is not None:
+            labels = index % len(classes)
+            names = images.captions(classes, labels.tolist())
+        elif self.dataset.labelled:
+            labels = self.dataset.batch(index % len(self.dataset)).labels
+            names = [str(label) for label in labels.tolist()]
         steps = min(steps, self.noising.terms or steps)
         x = sample(self.model, n, labels=labels, sampler="ddim", steps=steps, progress=False)
-        names = None if classes is None else images.captions(classes, labels.tolist())
         return images.grid(x, names, columns=10)
 
     def _has_grids(self) -> bool:
@@ -412,7 +421,7 @@ def _settled(config: Config, model: Model) -> Config:
     """``config`` with the model's process, and its prediction and objective where it names none."""
     return replace(
         config,
-        schedule=model.schedule.config(),
+        schedule=model.description()["schedule"],
         prediction=config.prediction or model.prediction,
         objective=config.objective or model.schedule.objective,
     )
@@ -422,8 +431,12 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(plain(value)))
 
 
-def _check(model: Model, config: Config, objective: Objective) -> None:
+def _check(model: Model, config: Config, objective: Objective, data: Dataset | Items) -> None:
     """Raise ValueError for settings that the model cannot be trained by."""
+    if next(model.network.parameters(), None) is None:
+        raise ValueError("network: expected one with parameters, got none")
+    if model.variance == "full":
+        raise ValueError("variance: expected another one (diffkern.covariance has the loss of this one), got 'full'")
     if config.times == "importance" and not model.schedule.discrete:
         raise ValueError(f"times: expected {', '.join(TIMES)} or None without time steps, got 'importance'")
     if model.learned_variance != (objective.vlb != 0):
@@ -435,6 +448,8 @@ def _check(model: Model, config: Config, objective: Objective) -> None:
         raise ValueError(f"prediction: expected {config.prediction!r}, which is trained, got {model.prediction!r}")
     if config.label_dropout and not model.null_class:
         raise ValueError(f"label_dropout: expected 0 for a network without a null class, got {config.label_dropout}")
+    if config.flip and len(data.shape) != 3:
+        raise ValueError(f"flip: expected False of what is no image (C, H, W), got True with shape {data.shape}")
     parts = parallel.world() * config.accumulate
     if config.batch_size % parts:
         expected = f"a multiple of the {parallel.world()} processes"
@@ -458,13 +473,16 @@ def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.Adam
 def _fitting(name: str, data: Dataset | Items, model: Model) -> Dataset | Items:
     """``data`` with the labels of the model's classes. Raises ValueError for data that the model does not take."""
     kind = "images" if isinstance(data, Dataset) else "items"
+    if isinstance(data, Items):
+        data = replace(data, conditions=tuple(condition.name for condition in model.conditions))
     if model.codec is None and data.shape != model.shape:
         raise ValueError(f"{name}: expected {kind} of shape {model.shape}, got {data.shape}")
     data = data.in_order_of(model.classes)
     if data.classes != model.classes:
         raise ValueError(f"{name}: expected the classes {model.classes}, got {data.classes}")
-    if isinstance(data, Items) and model.num_classes is not None and data.first.labels is None:
-        raise ValueError(f"{name}: expected items (x, label) for {model.num_classes} classes, got items without labels")
+    if model.num_classes is not None and not data.labelled:
+        expected = f"{kind} with labels of {model.num_classes} classes"
+        raise ValueError(f"{name}: expected {expected}, got {kind} without labels")
     if isinstance(model.network, UNet):
         levels = len(model.network.config["channel_mult"])
         if any(size % 2 ** (levels - 1) for size in model.shape[1:]):
