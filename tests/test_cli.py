@@ -705,7 +705,7 @@ BAD_COMMANDS = {
     "evaluate both": ([*JUDGE, "--curves", "--nll", "2"], "nll: expected none with --curves, got 2"),
     "evaluate calls": ([*JUDGE, "--calls", "5", "9"], "calls: expected none without --curves, got 5 9"),
     "evaluate curves": ([*JUDGE, "--curves", "plms"], "curves: expected samplers among .*, got 'plms'"),
-    "evaluate plot": ([*JUDGE, "--plot", "p.png"], "plot: expected none without --curves or --nll, got 'p.png'"),
+    "evaluate plot": ([*JUDGE, "--plot", "p.png"], "plot: expected none without --curves or --nll, got p.png"),
     "evaluate picture": ([*JUDGE, "--nll", "--plot", "p.pdf"], "plot: expected a file name that ends in .png, got 'p."),
     "evaluate curves of steps": ([*JUDGE, "--curves", "--steps", "ddim:3"], "steps: expected none with --curves, got"),
     "evaluate nll of guided": ([*JUDGE, "--nll", "--guidance", "3"], "guidance: expected none with --nll, got 3.0"),

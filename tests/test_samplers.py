@@ -73,8 +73,9 @@ def test_ddim_has_the_known_moments(steps, spacing, mean, std):
 # --- closed forms at 40 digits ---
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("steps", [1, 2, 10, 50, 1000])
+@pytest.mark.parametrize(
+    ("steps", "spacing"), [(1000, "trailing"), *((steps, spacing) for steps in (1, 2, 10, 50) for spacing in SPACINGS)]
+)
 @pytest.mark.parametrize("data", [Gaussian(), Gaussian(-0.7, 0.05), Gaussian(0.0, 1.0)], ids=str)
 def test_moments_agree_with_their_closed_forms(data, steps, spacing):
     timesteps = LINEAR.timesteps(steps, spacing)

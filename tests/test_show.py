@@ -422,7 +422,6 @@ def test_a_table_is_markdown():
         (["nothing"], "argument FIGURE: invalid choice: 'nothing'"),
         ([], "the following arguments are required: FIGURE"),
         (["kl", "--steps", "5"], "steps: expected none with kl, got 5"),
-        (["paths", "--no-progress"], "progress: expected none with paths, got False"),
         (["kl", "--n", "600", "--out", "no.png"], "n: expected at least 601 points of a grid, got 600"),
         (["kl", "--out", "kl.pdf"], "out: expected a file name that ends in .png, got 'kl.pdf'"),
     ],
