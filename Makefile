@@ -9,7 +9,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 
 WORKERS  ?= $(shell nproc)
-PARALLEL := -n $(WORKERS) --dist loadgroup
+PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 TORCH   := torch==$(shell sed -n 's/^PINNED = "\(.*\)"/\1/p' csrc/setup/build_backend.py)
 RUFF    := $(shell sed -n 's/^lint = \["\(.*\)"\]/\1/p' pyproject.toml)

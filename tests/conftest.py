@@ -96,6 +96,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
         if config.pluginmanager.hasplugin("xdist"):
             item.add_marker(pytest.mark.xdist_group(_worker_of(item, is_cuda)))
+    items.sort(key=lambda item: "at_every_level" not in item.fixturenames)  # the longest group is not begun last
 
 
 def _worker_of(item: pytest.Item, is_cuda: bool) -> str:
