@@ -59,7 +59,7 @@ struct Tiling {
 //     channels         64   128   256   512
 //     forward           8     8     8     8     16 and 12 where there are 64 queries or fewer
 //     dk, dv            8     8     8     8
-//     dq               12    16     8     8
+//     dq               12    16     8     8     the last 16 on sm_90
 //
 // For float32, whose ring is twice as large, sm_80 holds 4 to 8 and sm_90 8 to 12.
 //
