@@ -71,7 +71,7 @@ DIFFKERN_FN T* address(const View& view, int64_t sample, int64_t element) {
   return static_cast<T*>(view.data) + offset + element * view.strides[0];
 }
 
-// What is no aligned vector of a whole sample goes out of line: most of a kernel's code would be copies of this.
+// The slow path, for anything but an aligned vector within one sample. It is not inlined, to keep kernels small.
 template <class T>
 __device__ __noinline__ Packed<T> gather(const Access<T>& access, int64_t sample, int64_t first, int64_t end) {
   if (access.runs) return *reinterpret_cast<const Packed<T>*>(address<T>(access.view, sample, first));

@@ -1,4 +1,4 @@
-// What a warp does with the tensor cores: 16-byte copies into shared memory, tiles of it into registers, products.
+// A warp's use of the tensor cores: 16-byte copies into shared memory, tiles of it into registers, products.
 //
 // mma.sync.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16"), with g = lane / 4 and q = lane % 4:
 //   A  16 x 16  four registers of two 16-bit values: rows g and g + 8, columns 2q, 2q + 1, then both rows 8 columns on
@@ -117,7 +117,7 @@ struct Split {
   }
 };
 
-// Of float32: big big + big small + small big, which is float32's own product but for its last bit (3xTF32).
+// float32 by three TF32 products, big big + big small + small big: float32 but for its last bit (3xTF32).
 template <>
 __device__ __forceinline__ void multiply_add<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (!kTuring) {

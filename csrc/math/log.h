@@ -6,7 +6,7 @@
 
 namespace diffkern {
 
-// Of a normal x > 0; infinity for infinity, NaN for NaN.
+// ln x of a normal x > 0; infinity for infinity, NaN for NaN.
 template <class F>
 DIFFKERN_FN F log(F x) {
   // (ln(1+f) - f) / f^2 on [-1/3, 1/3]: radius's polynomial

@@ -29,7 +29,7 @@ struct CosSin {
   F cos, sin;
 };
 
-// Of w 2^-32 turns, reduced to [-1/8, 1/8] turn by integers.
+// cos and sin of w 2^-32 turns, reduced to [-1/8, 1/8] turn by integers.
 template <class F>
 DIFFKERN_FN CosSin<F> cos_sin(typename Lanes<F>::U w) {
   using I = typename Lanes<F>::I;

@@ -43,7 +43,7 @@ DIFFKERN_FN Words<W> philox(Words<W> counter, const Keys& keys) {
   return {c0, c1, c2, c3};
 }
 
-// What a counter's fourth word says the noise is for.
+// The purpose of the noise: a counter's fourth word.
 enum Stream : uint32_t { kInitial = 0, kReverseStep = 1, kForwardNoising = 2, kKnown = 6 };
 
 }  // namespace diffkern

@@ -112,7 +112,7 @@ void pack_keys(const Tokens<T>& k, int64_t count, int64_t channels, BFloat16* to
 }
 
 // v, as the right-hand side [panels of channels, blocks of keys, terms, 2, kDepth / 2, 16 channels, 2]: keys in pairs.
-// Those that are not there are 0.
+// Keys past the last are 0.
 template <int terms, class T>
 void pack_values(const Tokens<T>& v, int64_t count, int64_t channels, BFloat16* to) {
   constexpr int64_t half = kDepth * kHalf, apart = 2 * half;

@@ -59,7 +59,7 @@ void scores(Rows rows, int64_t row_count, Rows block, int64_t block_count, int64
   }
 }
 
-// Of each query of a block, over the keys so far.
+// The running softmax of each query of a block, over the keys so far.
 struct Softmax {
   float max[kBlock], sum[kBlock];  // of its scores, and of exp(score - max)
   float shrink[kBlock];            // exp(max before the last keys - max)

@@ -15,8 +15,8 @@
 // copy stands between them: the norm writes the channels of a token together (channels_last), the products take them as
 // rows and give [N, tokens, heads, d], whose strides this kernel reads; out is written so, as the projection's rows.
 //
-// What has no tensor-core product here (float32 and bfloat16 on Turing, float32 of more than 256 channels), and rows
-// that are not of aligned 16-byte pieces, go to cuda_any.cu.
+// Dtypes without a tensor-core product here (float32 and bfloat16 on Turing, float32 of more than 256 channels), and
+// rows that are not of aligned 16-byte pieces, go to cuda_any.cu.
 
 #include "cuda.cuh"
 
@@ -24,7 +24,7 @@ namespace diffkern::cuda {
 
 namespace {
 
-// Of each query of a warp, over the keys so far.
+// The running softmax of each query of a warp, over the keys so far.
 template <class Tiling>
 struct Softmax {
   float max[Tiling::row_tiles][2];  // of its scores

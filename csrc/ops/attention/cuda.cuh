@@ -1,4 +1,4 @@
-// What the forward and the backward of attention share on tensor cores: chunks of 64 tokens x 64 channels that stream
+// Shared by attention's forward and backward on tensor cores: chunks of 64 tokens x 64 channels that stream
 // through a ring in shared memory, and the two products of a warp with a chunk.
 //
 // A chunk's row is 128 bytes, of which 16-byte piece j lies at place j ^ (row % 8), so that the eight rows of a matrix
@@ -75,7 +75,7 @@ DIFFKERN_FN void fetch(uint32_t chunk, const Rows<T>& rows, int first, int chann
   }
 }
 
-// Of the chunks of an operand's rows that a block owns, the one with that channel.
+// The address of the chunk with that channel, among the chunks of rows that a block owns.
 template <class Tiling>
 DIFFKERN_FN uint32_t owned_chunk(uint32_t owned, int channel) {
   return owned + channel / kChannels * Tiling::owned_chunk;
