@@ -5,17 +5,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from .. import __version__
 from ..data import Dataset
 from .detection import DECAY, detector
 from .feature_network import FeatureNetwork
 from .frechet import Moments, frechet_distance
 from .nearest import K_DENSITY, K, nearest, neighbours, share_nearer
 from .score import inception_score
-from .sources import Drawn, Features, Pictures, Source, extract
+from .sources import VERSIONS, Drawn, Features, Pictures, Source, extract
 
 MOST = 10_000
 """Images of each set whose neighbours are compared, and that the detector gets."""
@@ -74,7 +72,7 @@ def _copying(sets: Sets) -> dict[str, float]:
 
 
 def _agreement(sets: Sets) -> dict[str, float]:
-    if sets.wanted is None or sets.drawn.logits is None:
+    if sets.wanted is None:
         return {}
     return {"agreement": (sets.drawn.logits.argmax(1) == sets.wanted).double().mean().item()}
 
@@ -155,26 +153,28 @@ def _rows(
     options: dict,
 ) -> Iterator[Row]:
     real = extract(Pictures(data, name="the data"), network, **options)
-    moments = Moments.of(real.features)
-    unseen = None
-    if held_out is not None and "copying" in measures and sources:
-        images = Pictures(held_out, min(len(held_out), MOST, max(source.n for source in sources)), HELD_OUT)
-        unseen = nearest(real.features, extract(images, network, **options).features)
+    moments, unseen, distances = Moments.of(real.features), None, None
+    if held_out is not None and sources:
+        most = Pictures(held_out, min(len(held_out), max(source.n for source in sources)), HELD_OUT)
+        unseen = extract(most, network, **options)
+        if "copying" in measures:
+            distances = nearest(real.features, unseen.features[:MOST])
+
+    def row(images: Source, drawn: Features, distances: Tensor | None) -> Row:
+        named = images.wanted is not None and images.classes == data.classes
+        known = network.classes and drawn.logits is not None and named and drawn.logits.shape[1] == len(data.classes)
+        sets, values = Sets(real, moments, distances, drawn, images.wanted if known else None), {}
+        for name in measures:
+            values |= MEASURES[name](sets)
+        seconds = drawn.seconds / images.n if isinstance(images, Drawn) else None
+        return Row(images.name, images.steps, images.n, drawn.features.shape[1], values, seconds)
+
     floors = set()
     for source in sources:
-        floor = []
-        if held_out is not None and source.n <= len(held_out) and source.n not in floors:
+        if unseen is not None and source.n <= len(held_out) and source.n not in floors:
             floors.add(source.n)
-            floor = [Pictures(held_out, source.n, HELD_OUT)]
-        for images in (*floor, source):
-            drawn = extract(images, network, **options)
-            wanted = images.wanted if network.classes else None
-            sets = Sets(real, moments, None if images in floor else unseen, drawn, wanted)
-            values = {}
-            for name in measures:
-                values |= MEASURES[name](sets)
-            seconds = drawn.seconds / images.n if isinstance(images, Drawn) else None
-            yield Row(images.name, images.steps, images.n, drawn.features.shape[1], values, seconds)
+            yield row(Pictures(held_out, source.n, HELD_OUT), unseen.first(source.n), None)
+        yield row(source, extract(source, network, **options), distances)
 
 
 def protocol(data: Dataset, network: FeatureNetwork, held_out: Dataset | None = None) -> dict[str, dict]:
@@ -186,5 +186,5 @@ def protocol(data: Dataset, network: FeatureNetwork, held_out: Dataset | None = 
         "neighbours": {"k": K, "k_density": K_DENSITY, "images of each set": f"as many as samples, {MOST} at most"},
         "score": {"splits": SPLITS},
         "detector": {"kind": "logistic regression", "weight decay": DECAY, "halves": "one is fitted to, one tried"},
-        "versions": {"diffkern": __version__, "torch": torch.__version__},
+        "versions": VERSIONS,
     }

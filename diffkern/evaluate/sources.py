@@ -5,12 +5,14 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..arguments import check_guided, guidance_of
 from ..data import Dataset
 from ..guidance import Guidance
@@ -24,6 +26,7 @@ from ..sampling import sample
 from .feature_network import FeatureNetwork, digest_of
 from .loss import in_proportion, labels_of
 
+VERSIONS = {"diffkern": __version__, "torch": torch.__version__}
 BLOCK = 500  # images whose features are made, and kept in a cache, at a time
 
 
@@ -36,7 +39,7 @@ class Pictures:
         if self.n > len(data):
             raise ValueError(f"n: expected at most {len(data)}, got {n}")
         self.order = in_proportion(data.labels, len(data))[: self.n]
-        self.wanted = None if data.labels is None else data.labels[self.order]
+        self.wanted, self.classes = None if data.labels is None else data.labels[self.order], data.classes
         self.shape = data.shape
 
     @property
@@ -87,7 +90,7 @@ class Drawn:
         self.batch_size, self.dtype = min(n, checked_count("batch_size", batch_size)), dtype  # a batch is filled up
         self.shape = model.shape if model.codec is None else None
         self.labels, self.wanted = labels_like(like, model, self.n)
-        self._like = None if self.wanted is None else like.fingerprint
+        self._like, self.classes = (None, None) if self.wanted is None else (like.fingerprint, like.classes)
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
         SAMPLERS[sampler].trace(model.schedule.grid(steps), model.prediction)
@@ -118,10 +121,12 @@ class Drawn:
     def identity(self) -> dict[str, Any]:
         """What the images are a function of, their number aside. TypeError where nobody can tell."""
         found = {name: value for name, value in self.description.items() if name not in ("images", "seeds")}
-        for name in ("weights", "guidance"):
-            if found[name] is None:
-                raise TypeError(f"cache: expected a model and a guidance that can be told from others, got no {name}")
-        model = {name: repr(getattr(self.model, name)) for name in ("schedule", "prediction", "classes", "spacing")}
+        unknown = [name for name in ("weights", "guidance") if found[name] is None] + ["codec"] * bool(self.model.codec)
+        if unknown:
+            raise TypeError(f"cache: expected a model that can be told from others, got one of unknown {unknown[0]}")
+        model = {
+            field.name: repr(getattr(self.model, field.name)) for field in fields(Model) if field.name != "network"
+        }
         return {**found, **model, "labels": self._like, "device": self.model.device.type}
 
     def blocks(self, first: int = 0) -> Iterator[tuple[Tensor, float]]:
@@ -163,13 +168,21 @@ def labels_in_turn(model: Model, n: int) -> Tensor | None:
     return None if model.classes is None else torch.arange(n, dtype=torch.int64, device="cpu") % len(model.classes)
 
 
+@dataclass(frozen=True, eq=False)
 class Features:
     """The features [n, D] and logits [n, K] (or None) of a source's images, float32; and the seconds to draw them."""
 
-    def __init__(self, blocks: list[Mapping[str, Tensor]], seconds: float):
-        self.features = torch.cat([block["features"] for block in blocks])
-        self.logits = torch.cat([block["logits"] for block in blocks]) if "logits" in blocks[0] else None
-        self.seconds = seconds
+    features: Tensor
+    logits: Tensor | None
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, blocks: list[Mapping[str, Tensor]], seconds: float) -> "Features":
+        joined = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+        return cls(joined["features"], joined.get("logits"), seconds)
+
+    def first(self, n: int) -> "Features":
+        return Features(self.features[:n], None if self.logits is None else self.logits[:n])
 
 
 def extract(
@@ -199,11 +212,11 @@ def extract(
             blocks.append(block)
             seconds, done = seconds + took, done + len(images)
             bar.update(len(images))
-    return Features(blocks, seconds)
+    return Features.of(blocks, seconds)
 
 
 def _key(source: Source, network: FeatureNetwork) -> str:
     if network.digest is None:
         raise TypeError(f"cache: expected a feature network with weights, by which to tell it, got {network.name}")
-    known = {"images": source.identity, "network": [network.digest, network.resize]}
+    known = {"images": source.identity, "network": [network.digest, network.resize], "versions": VERSIONS}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
