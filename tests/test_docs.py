@@ -113,3 +113,11 @@ def test_every_command_s_examples_have_its_options():
         for line in filter(None, map(str.strip, (module.EXAMPLES or "").splitlines())):
             _, arguments = re.split(r"(?:^| -m )diffkern ", line)
             assert cli._parse(shlex.split(arguments, comments=True)).run
+
+
+def test_pages_name_files_and_tests_that_there_are():
+    """A page says which test holds a system: as ``tests/test_run.py`` or ``tests/test_run.py::test_...``."""
+    for name, page in PAGES.items():
+        for path, test in re.findall(r"(tests/\w+\.py)(?:::(\w+))?", page.read_text()):
+            assert (ROOT / path).exists(), f"{name}: {path}"
+            assert f"def {test}" in (ROOT / path).read_text(), f"{name}: {path}::{test}"
