@@ -17,7 +17,7 @@ from ..progress import bar as progress_bar
 from ..runtime import Run
 from ..runtime.loop import call
 from ..training.noising import Noising
-from ..training.objectives import DSM, Levels, Objective, simple
+from ..training.objectives import Objective, eps, simple, x0
 
 LOSS_STREAM = 5
 """The Philox stream of an image's noise seed, and of its t, in :func:`held_out_loss` and ``noisy_accuracy``."""
@@ -146,10 +146,7 @@ def image_seeds(w: np.ndarray) -> Tensor:
 def _objectives(prediction: str) -> dict[str, Objective]:
     """What is compared, by name: the error of the output is weighted to be that of eps and of x_0."""
 
-    def one(at: Levels) -> np.ndarray:
-        return np.ones_like(at.alpha)
-
-    return {"eps": Objective(prediction, DSM()), "x0": Objective(prediction, one), prediction: simple(prediction)}
+    return {"eps": eps(prediction), "x0": x0(prediction), prediction: simple(prediction)}
 
 
 def _parts(process: Process, buckets: int) -> tuple[tuple[float, float], ...]:
