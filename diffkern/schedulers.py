@@ -344,7 +344,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     def _levels(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma of each sample, to multiply with ``like``."""
-        told = torch.as_tensor(timesteps).flatten().tolist()
+        told = timesteps.flatten().tolist() if isinstance(timesteps, Tensor) else [timesteps]
         points = [self.process.point(self._time(value)) for value in told]
         shape = (-1, *[1] * (like.ndim - 1))
         alpha = torch.tensor([point.alpha for point in points], dtype=torch.float64, device="cpu")
@@ -368,7 +368,7 @@ def _process(config: Any) -> Process:
         return RectifiedFlow(c_noise_scale=1000)
     T, kind = config.num_train_timesteps, config.beta_schedule
     if config.trained_betas is not None:
-        schedule = Schedule(torch.as_tensor(config.trained_betas, dtype=torch.float64))
+        schedule = Schedule(torch.as_tensor(config.trained_betas, dtype=torch.float64, device="cpu"))
     elif kind in BETAS:
         schedule = BETAS[kind](T, config.beta_start, config.beta_end)
     else:
