@@ -41,8 +41,21 @@ def _server() -> subprocess.Popen:
 
 
 SERVER = """
-import json, os, sys, tempfile
+import json, os, sys, tempfile, traceback
 import torch
+
+def run(program):
+    try:
+        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+    except SystemExit as leaving:
+        if not isinstance(leaving.code, str):
+            return leaving.code or 0
+        print(leaving.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 for line in sys.stdin:
     streams = [tempfile.TemporaryFile("w+") for _ in range(2)]
@@ -50,10 +63,9 @@ for line in sys.stdin:
     if not child:
         for number, stream in enumerate(streams, 1):
             os.dup2(stream.fileno(), number)
-        break
+        returncode = run(json.loads(line))
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(returncode)  # the interpreter would take a second to take torch down
     returncode = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(json.dumps([returncode, *(stream.seek(0) or stream.read() for stream in streams)]), flush=True)
-else:
-    sys.exit()
-exec(compile(json.loads(line), "<program>", "exec"), {"__name__": "__main__"})
 """
