@@ -510,7 +510,7 @@ def rows_of_pixels(folder):
     return "rows.pt"
 
 
-def write_pictures(folder, n, seed):
+def write_noise(folder, n, seed):
     for label in ("a", "b"):
         os.makedirs(f"{folder}/{label}")
         for i in range(n):
@@ -521,7 +521,7 @@ def write_pictures(folder, n, seed):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_evaluate_measures_a_folder_of_images_and_a_model_by_any_features(folder, rows_of_pixels, capsys):
     for seed, name in enumerate(("real", "others", "mine")):
-        write_pictures(name, 6, seed)
+        write_noise(name, 6, seed)
     command = ["evaluate", "--data", "real", "--validation", "others", "--features", rows_of_pixels, *QUIET]
     assert main([*command, "--model", "mine", "--json", "e.json", "--cache", "kept"]) == 0
     out = capsys.readouterr().out
