@@ -20,13 +20,14 @@ from .codec import Codec
 from .conditions import Condition
 from .constraints import Quantile, limit_of
 from .engine import Engine
-from .io import pipelines
+from .io import foreign, pipelines
 from .io.description import FORMAT, check_model
 from .io.files import CHECKPOINT, compare, fill, read, restore, state, write
 from .networks import UNet
 from .networks.blueprint import Blueprint
 from .prediction import PREDICTIONS
 from .process import Process
+from .progress import tell
 from .samplers import LEARNED, VARIANCES
 from .schedule import SPACINGS, from_config
 
@@ -226,17 +227,32 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in MODELS.glob("*.safetensors"))
 
 
-def load(name: str | os.PathLike, device: torch.device | str | None = None, *, into: Model | None = None) -> Model:
-    """Load a shipped model by its name, a file of :func:`save`, or the averaged model of a run's checkpoint or folder.
+def load(
+    name: str | os.PathLike, device: torch.device | str | None = None, *, into: Model | None = None, **options: Any
+) -> Model:
+    """Load a shipped model by its name, a file of :func:`save`, the averaged model of a run's checkpoint or folder, or
+    a checkpoint of another library (docs/checkpoints.md), of which stderr gets a line that says what it is.
 
     into  a ``Model`` as the one that was saved, whose network gets the weights, in place: needed where that is no
           ``UNet``, and where there are a process of one's own, conditions or a codec, because a file holds no code
+    options  of another library's checkpoint, which it does not hold itself: ``num_heads=4``
 
-    Weights are float32, whatever the file holds, and the network is in eval mode; that of ``into`` keeps its dtypes.
-    Raises FileNotFoundError for a name or path that is not there, ValueError for a file that is no model, and for a
-    name that is both a shipped model and a path.
+    No code of a file is run: pickles are read with ``weights_only=True``. Weights are float32, whatever the file holds,
+    and the network is in eval mode; that of ``into`` keeps its dtypes. Raises FileNotFoundError for a name or path that
+    is not there, ValueError for a file that is no model, and for a name that is both a shipped model and a path;
+    TypeError for options that the checkpoint's family has not.
     """
     path, device = find(name), checked_device(device)
+    if foreign.is_foreign(path):
+        if into is not None:
+            raise TypeError("into: expected None with a checkpoint of another library, got a Model")
+        arguments, found = foreign.read(path, options)
+        tell(found)
+        model = Model(**arguments, name=path.stem)
+        model.network.to(device)
+        return model
+    if options:
+        raise TypeError(f"load: expected no options of a file of diffkern, got {', '.join(options)}")
     description, tensors = read(path)
     model = build(description, tensors, path, device=device, into=into)
     model.network.eval().requires_grad_(False)
@@ -261,7 +277,7 @@ def find(name: str | os.PathLike) -> Path:
         raise FileNotFoundError(
             f"model: expected a shipped model ({names}) or an existing file, got {os.fspath(name)!r}"
         )
-    if not path.is_dir():
+    if not path.is_dir() or foreign.is_foreign(path):
         return path
     if not (path / CHECKPOINT).exists():
         raise ValueError(f"{path}: expected a file, got a directory without {CHECKPOINT}")

@@ -50,7 +50,7 @@ class Engine(nn.Module):
         return self.network.config
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x_t: [N, C, H, W]; t: [N] int64; labels: [N] int64 or None. As ``UNet.forward``."""
+        """x_t: [N, C, H, W]; t: [N] int64 or float; labels: [N] int64 or None. As ``UNet.forward``."""
         if self._may_run(x_t):
             self.network.check(x_t, t, labels)
             compiled, recorded = _compiled.setdefault(self.network, _Compiled()), torch.is_grad_enabled()
@@ -94,7 +94,7 @@ class _Compiled:
             self._watch = Watch(network)
             self._packed: dict[Any, PackedConv] = {}
             self._recordings: dict[tuple[torch.Size, torch.dtype, int | None], Recording] = {}
-            self._rows: dict[tuple[int, int], Tensor] = {}  # (t, label) -> the condition of every residual block
+            self._rows: dict[tuple[float, int], Tensor] = {}  # (t, label) -> the condition of every residual block
         return self._watch.native and self._watch.kinds <= KNOWN and self._watch.does_as_written()
 
     def learns(self) -> bool:
@@ -146,8 +146,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _condition(network: UNet, t: int, label: int) -> Tensor:
+def _condition(network: UNet, t: int | float, label: int) -> Tensor:
     """One row, alone: torch's product for a batch is not that for each of its rows, bit for bit."""
-    t, label = (torch.tensor([value], dtype=torch.int64, device="cpu") for value in (t, label))
+    t = torch.tensor([t], dtype=torch.int64 if isinstance(t, int) else torch.float32, device="cpu")
+    label = torch.tensor([label], dtype=torch.int64, device="cpu")
     emb = F.silu(network.embedding(t, None if network.config["num_classes"] is None else label))
     return torch.cat([block.time_emb_proj(emb)[0] for block in resblocks(network)])

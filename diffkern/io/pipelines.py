@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..constraints import Quantile
 from ..networks import UNet, from_diffusers
-from ..networks.diffusers import check_same
+from ..networks.diffusers import DEFAULTS, check_same
 from ..schedule import Schedule
 
 PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -68,7 +68,7 @@ def settings(scheduler: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
     told = [f"sample() does what it is set to if given {', '.join(told)}"] if told else []
     told += [f"sample() has nothing for {_listed(other)}"] if other else []
     if told:
-        warnings.warn(f"scheduler: {'; '.join(told)}", stacklevel=4)
+        warnings.warn(f"scheduler: {'; '.join(told)}", stacklevel=5)
     kept: dict[str, Any] = {}
     if "clip_sample" not in ignore:
         kept["clip"] = _clip(set_to["clip_sample"], config) if "thresholding" not in ignore else set_to["clip_sample"]
@@ -114,7 +114,17 @@ def read(pipeline: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
     for name, part in getattr(pipeline, "components", {}).items():
         if name not in ("unet", "scheduler") and part is not None:
             raise TypeError(f"{expected} and nothing else, got {type(part).__name__} as {name} too")
-    kind, size = scheduler.config.get("prediction_type"), unet.config.sample_size
+    told = told_by(unet.config, scheduler, ignore)
+    network = from_diffusers(unet)
+    check_same(network, unet)
+    return dict(network=_in_float32(network), **told)
+
+
+def told_by(config: Mapping[str, Any], scheduler: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
+    """The same without the network, from the config of its ``UNet2DModel``."""
+    if not hasattr(scheduler, "betas"):
+        raise ValueError(f"scheduler: expected one with betas, got {type(scheduler).__name__}")
+    kind, size = scheduler.config.get("prediction_type"), config.get("sample_size")
     if kind not in PREDICTION_TYPES:
         got = repr(kind) if kind else f"a {type(scheduler).__name__}, which has none"
         raise ValueError(f"prediction_type: expected one of {', '.join(PREDICTION_TYPES)}, got {got}")
@@ -123,11 +133,9 @@ def read(pipeline: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
     kept = settings(scheduler, ignore)
     schedule = Schedule(scheduler.betas)
     _check_alpha_bar(schedule, scheduler)
-    network = from_diffusers(unet)
-    check_same(network, unet)
     height, width = (size, size) if isinstance(size, int) else size
-    shape = unet.config.in_channels, height, width
-    return dict(network=_in_float32(network), schedule=schedule, prediction=PREDICTION_TYPES[kind], shape=shape, **kept)
+    shape = config.get("in_channels", DEFAULTS["in_channels"]), height, width
+    return dict(schedule=schedule, prediction=PREDICTION_TYPES[kind], shape=shape, **kept)
 
 
 def _check_alpha_bar(schedule: Schedule, scheduler: Any) -> None:

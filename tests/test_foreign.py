@@ -1,0 +1,212 @@
+"""Checkpoints of other libraries: what their own code makes of an input, and what is said of others."""
+
+import json
+
+import foreign
+import pytest
+import torch
+from foreign import error_of, fixture, normals, random_weights
+from tiny import one_thread  # noqa: F401
+from torch import Tensor
+
+from diffkern.model import Model, load, save
+from diffkern.networks import UNet
+from diffkern.sampling import sample
+from diffkern.schedule import Schedule
+
+PARITY = 1e-5
+
+
+def output(model: Model, said: dict) -> Tensor:
+    """Of the model's network, for the input that the library's own network got."""
+    given = {k: normals(101, tuple(v)) if len(v) == 4 else torch.tensor(v) for k, v in said["given"].items()}
+    labels = given.pop("y", None)
+    x = normals(100, (2, 3, said["size"], said["size"]))
+    with torch.no_grad():
+        return model.network(x, torch.tensor(said["t"]), labels, **given)
+
+
+OPENAI = dict(image_size=8, noise_schedule="linear")
+CASES = {
+    "openai": OPENAI | dict(num_heads=4),
+    "openai_adm": OPENAI | dict(num_head_channels=16, use_new_attention_order=True),
+    "openai_upsampler": OPENAI | dict(num_heads=2, small_size=4),
+    "pytorch_ddpm": dict(img_size=8),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_output_is_that_of_the_library_s_own_code(name, tmp_path, capsys):
+    said = fixture(name)
+    torch.save({"ema_model": random_weights(said["shapes"])}, tmp_path / f"{name}.pt")
+    model = load(tmp_path / f"{name}.pt", **CASES[name])
+    assert error_of(output(model, said), said["out"]) < PARITY
+    line, rest = capsys.readouterr().err.split("\n")
+    assert line.startswith(f"{tmp_path / name}.pt: ") and "parameters, predicts" in line and rest == ""
+    if isinstance(model.network, UNet):
+        save(model, tmp_path / "ours.safetensors")
+        assert torch.equal(output(load(tmp_path / "ours.safetensors"), said), output(model, said))
+
+
+def weights_of(name: str) -> dict[str, Tensor]:
+    return random_weights(fixture(name)["shapes"])
+
+
+def test_a_file_of_ddpm_has_its_process_and_its_size(tmp_path):
+    weights = weights_of("pytorch_ddpm")
+    other = {name: tensor + 1 for name, tensor in weights.items()}
+    torch.save({"net_model": other, "ema_model": weights, "x_T": torch.zeros(64, 3, 8, 8)}, tmp_path / "ckpt.pt")
+    model = load(tmp_path / "ckpt.pt")
+    assert torch.equal(model.network.conv_in.weight, weights["head.weight"])
+    assert (model.schedule, model.shape) == (Schedule.linear(20), (3, 8, 8))
+    assert (model.variance, model.clip, model.prediction) == ("fixed_large", False, "eps")
+    assert sample(model, 1, steps=2, progress=False).isfinite().all()
+
+
+def test_files_of_openai_are_known_by_name(tmp_path):
+    torch.save(weights_of("openai_adm"), tmp_path / "64x64_diffusion.pt")
+    model = load(tmp_path / "64x64_diffusion.pt", num_head_channels=16)
+    assert (model.shape, model.schedule, model.learned_variance) == ((3, 64, 64), Schedule.cosine(1000), True)
+    assert (model.num_classes, model.null_class) == (5, False)
+    torch.save(weights_of("openai"), tmp_path / "x.pt")
+    told = OPENAI | dict(num_heads=4, diffusion_steps=4000)
+    with pytest.raises(ValueError, match=r"x\.pt: rescale_timesteps: expected it as an option, .* got none"):
+        load(tmp_path / "x.pt", **told)
+    slow, fast = (load(tmp_path / "x.pt", **told, rescale_timesteps=r).network for r in (True, False))
+    x = normals(1, (1, 3, 8, 8))
+    assert torch.equal(slow(x, torch.tensor([400])), fast(x, torch.tensor([100])))
+
+
+def test_an_upsampler_gets_the_small_image(tmp_path):
+    torch.save(weights_of("openai_upsampler"), tmp_path / "x.pt")
+    model = load(tmp_path / "x.pt", **CASES["openai_upsampler"])
+    small = torch.zeros(2, 3, 4, 4)
+    images = sample(model, 2, low_res=small, steps=2, progress=False)
+    assert images.shape == (2, 3, 8, 8)
+    assert not torch.equal(images, sample(model, 2, low_res=small + 0.5, steps=2, progress=False))
+
+
+ERRORS = {
+    "no heads": ("openai", OPENAI, "num_heads: expected it or num_head_channels as an option, .* got neither"),
+    "no size": (
+        "openai",
+        dict(num_heads=4),
+        "image_size: expected it as an option, which no tensor shows .*, got none",
+    ),
+    "no x_T": ("pytorch_ddpm", {}, "img_size: expected the images' size as an option"),
+    "another option": ("pytorch_ddpm", dict(heads=4), "load: expected options of w86763777/pytorch-ddpm .*, got heads"),
+    "another value": ("pytorch_ddpm", dict(img_size=8, mean_type="v"), "mean_type: expected one of epsilon.*, got 'v'"),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "message"), ERRORS.values(), ids=ERRORS)
+def test_options_that_are_missing_or_unknown_raise(name, options, message, tmp_path):
+    torch.save(weights_of(name), tmp_path / "x.pt")
+    with pytest.raises((TypeError, ValueError), match=message):
+        load(tmp_path / "x.pt", **options)
+
+
+FILES = {
+    "unknown": ({"a.weight": torch.zeros(1)}, "expected a checkpoint of .*, got 1 tensors: a.weight"),
+    "latent": ({"model.diffusion_model.x": torch.zeros(1)}, "got what looks like a latent diffusion model"),
+    "code": ({"x": foreign.record}, "expected a pickle of tensors alone, got .*: diffkern convert reads more kinds"),
+    "unet alone": ({"time_embedding.linear_1.weight": torch.zeros(4, 4)}, "expected config.json beside a UNet2DModel"),
+    "part": ({"time_embed.0.weight": torch.zeros(4, 4)}, "got a classifier of noisy images"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), FILES.values(), ids=FILES)
+def test_a_file_that_is_no_model_says_what_it_looks_like(content, message, tmp_path):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "x.pt")
+
+
+def test_a_tensor_more_or_less_than_the_network_has_raises(tmp_path):
+    weights = weights_of("openai")
+    for changed in (
+        weights | {"extra.weight": torch.zeros(1)},
+        {k: w for k, w in weights.items() if k != "out.2.bias"},
+    ):
+        torch.save(changed, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match="x.pt: .*expected the tensors of a U"):
+            load(tmp_path / "x.pt", **CASES["openai"])
+
+
+# --- diffusers' folders ---
+
+SMALL = dict(
+    sample_size=8,
+    in_channels=3,
+    block_out_channels=(32, 48),
+    layers_per_block=1,
+    norm_num_groups=8,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+)
+CONFIGS = {
+    "ours": ({}, UNet),
+    "groups": (dict(attn_norm_num_groups=4, resnet_time_scale_shift="scale_shift"), UNet),
+    "fourier": (dict(time_embedding_type="fourier", class_embed_type="timestep"), None),
+    "learned": (dict(time_embedding_type="learned", num_train_timesteps=1000), None),
+    "identity": (dict(class_embed_type="identity", act_fn="gelu"), None),
+    "classes": (dict(num_class_embeds=3, center_input_sample=True, dropout=0.1), None),
+}
+
+
+def unet2d(**options):
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNet2DModel(**SMALL | options)
+    shapes = {key: list(tensor.shape) for key, tensor in unet.state_dict().items()}
+    unet.load_state_dict(random_weights(shapes))
+    return diffusers, unet.eval()
+
+
+@pytest.mark.parametrize(("options", "kind"), CONFIGS.values(), ids=CONFIGS)
+def test_a_folder_of_diffusers_is_what_it_computes(options, kind, tmp_path):
+    diffusers, unet = unet2d(**options)
+    scheduler = diffusers.DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
+    x, t = normals(1, (2, 3, 8, 8)), torch.tensor([3, 900])
+    labels = torch.tensor([1, 2]) if "num_class_embeds" in options or "timestep" in options.values() else None
+    embedding = normals(2, (2, 128)) if "identity" in options.values() else None
+    expected = unet(x, t, embedding if labels is None else labels).sample
+    for path in (tmp_path, tmp_path / "unet", tmp_path / "unet" / "diffusion_pytorch_model.safetensors"):
+        model = load(path)
+        given = {} if embedding is None else {"class_embedding": embedding}
+        out = model.network(x, t, labels, **given)
+        assert (out - expected).abs().max() <= PARITY * expected.abs().max()
+        assert kind is None or isinstance(model.network, kind)
+        assert (model.prediction, model.schedule, model.shape) == ("v", Schedule(scheduler.betas), (3, 8, 8))
+
+
+def test_defaults_of_a_unet2dmodel_are_diffusers_own():
+    import inspect
+
+    import diffusers
+
+    from diffkern.networks.diffusers import DEFAULTS
+
+    options = inspect.signature(diffusers.UNet2DModel.__init__).parameters
+    assert {name: option.default for name, option in options.items() if name != "self"} == DEFAULTS
+
+
+def test_what_a_folder_of_diffusers_may_not_have_is_named(tmp_path):
+    diffusers, unet = unet2d()
+    karras = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    diffusers.DDPMPipeline(unet, karras).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected settings that sample.. follows, got use_karras_sigmas=True"):
+        load(tmp_path)
+    assert load(tmp_path, ignore=["use_karras_sigmas"]).shape == (3, 8, 8)
+    assert load(tmp_path, scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")).shape == (3, 8, 8)
+
+    def config(name, **changes):
+        path = tmp_path / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    config("unet/config.json", another_option=1)
+    with pytest.raises(ValueError, match="expected the options of a UNet2DModel, got also another_option"):
+        load(tmp_path)
+    config("model_index.json", vqvae=["diffusers", "VQModel"])
+    with pytest.raises(ValueError, match="expected a pipeline of a UNet2DModel and a scheduler, got VQModel as vqvae"):
+        load(tmp_path)
