@@ -23,7 +23,7 @@ from .engine import Engine
 from .io import foreign, pipelines
 from .io.description import FORMAT, check_model
 from .io.files import CHECKPOINT, compare, fill, read, restore, state, write
-from .networks import UNet
+from .networks import NETWORKS, UNet
 from .networks.blueprint import Blueprint
 from .prediction import PREDICTIONS
 from .process import Process
@@ -187,12 +187,13 @@ class Model:
 
     def description(self) -> dict[str, Any]:
         """All but the weights, as JSON holds it. Under "own" are the names of what only its maker's code has: a network
-        that is no ``UNet``, a process of a class of one's own, conditions, a codec."""
+        that is none of :data:`diffkern.networks.NETWORKS`, a process of a class of one's own, conditions, a codec."""
         network = unwrapped(self.network)
         if not isinstance(network, nn.Module):
             raise TypeError(f"network: expected a torch.nn.Module to describe, got {type(network).__name__}")
-        ours = isinstance(network, UNet)
-        own = {} if ours else {"network": type(network).__name__}
+        kind = type(network).__name__
+        ours = type(network) is NETWORKS.get(kind)
+        own = {} if ours else {"network": kind}
         if self.schedule.own:
             fields = dataclasses.is_dataclass(self.schedule)
             own["schedule"] = repr(self.schedule) if fields else type(self.schedule).__name__
@@ -209,6 +210,7 @@ class Model:
             "classes": self.classes,
             "prefix": "",
             **{name: value for name, value in kept.items() if value is not None},
+            **({"architecture": kind} if ours and kind != "UNet" else {}),
             **({"own": own} if own else {}),
         }
 
@@ -365,7 +367,7 @@ def _planned(description: dict[str, Any], tensors: int, path: str | os.PathLike)
             listed = ", ".join(f"{name} ({kind})" for name, kind in description["own"].items())
             raise ValueError(f"into: expected a Model that has what the file cannot hold, {listed}, got None")
         with Blueprint():
-            network = UNet(**description["network"]).float()
+            network = NETWORKS[description.get("architecture", "UNet")](**description["network"]).float()
         clip = description.get("clip")
         return Model(
             network=network,

@@ -1,6 +1,8 @@
 """Checkpoints of other libraries: what their own code makes of an input, and what is said of others."""
 
+import dataclasses
 import json
+import math
 
 import foreign
 import pytest
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from diffkern.model import Model, load, save
 from diffkern.networks import UNet
+from diffkern.prediction import head_at
+from diffkern.process import VE
 from diffkern.sampling import sample
 from diffkern.schedule import Schedule
 
@@ -21,9 +25,37 @@ def output(model: Model, said: dict) -> Tensor:
     """Of the model's network, for the input that the library's own network got."""
     given = {k: normals(101, tuple(v)) if len(v) == 4 else torch.tensor(v) for k, v in said["given"].items()}
     labels = given.pop("y", None)
-    x = normals(100, (2, 3, said["size"], said["size"]))
     with torch.no_grad():
-        return model.network(x, torch.tensor(said["t"]), labels, **given)
+        return model.network(normals(100, (2, 3, 8, 8)), told(model, said), labels, **given)
+
+
+def told(model: Model, said: dict) -> Tensor:
+    """Its t: the process has it for a sigma."""
+    t = torch.tensor(said["t"])
+    return t if not isinstance(model.schedule, VE) else (model.schedule.c_noise_scale * 2 * t).log()
+
+
+def denoised(model: Model, said: dict) -> Tensor:
+    """x0_hat by the model's process and prediction, of x = x_0 + sigma eps."""
+    labels, out = torch.tensor(said["given"].get("labels", [-1, -1])), []
+    for x, sigma, label in zip(normals(100, (2, 3, 8, 8)), said["t"], labels, strict=True):
+        process = model.schedule
+        if process.discrete:
+            rho = (process.one_minus_alpha_bar / process.alpha_bar).sqrt()
+            point = process.point(int((rho - sigma).abs().argmin()))
+        else:
+            point = process.at_rho(sigma)
+        c_noise = torch.tensor([point.c_noise], dtype=torch.int64 if process.discrete else torch.float32)
+        # a time step has the sigma that is nearest: the head is of the sigma asked for
+        alpha = 1 / math.hypot(1, sigma) if process.discrete else point.alpha
+        point = dataclasses.replace(point, alpha=alpha, sigma=alpha * sigma)
+        x_t = point.alpha * x[None]
+        given = [label[None]] if model.num_classes else []
+        with torch.no_grad():
+            net = model.network(process.c_in(point) * x_t, c_noise, *given)[:, :3]
+        p_x, p_o = head_at(model.prediction, point, process)
+        out.append(p_x * x_t + p_o * net)
+    return torch.cat(out)
 
 
 OPENAI = dict(image_size=8, noise_schedule="linear")
@@ -32,24 +64,54 @@ CASES = {
     "openai_adm": OPENAI | dict(num_head_channels=16, use_new_attention_order=True),
     "openai_upsampler": OPENAI | dict(num_heads=2, small_size=4),
     "pytorch_ddpm": dict(img_size=8),
+    "edm_adm": dict(precond="edm"),
+    "edm_iddpm": {},
+    "edm_ddpmpp": dict(precond="vp"),
+    "edm_ncsnpp": dict(precond="ve"),
+    "edm2": dict(head_dim=16),
+    "score_sde_ddpmpp": dict(sde="vp", image_size=8),
+    "score_sde_ncsnpp": dict(image_size=8),
+    "score_sde_skip": dict(image_size=8),
+    "lucidrains": dict(image_size=8, objective="pred_v", betas=[0.1, 0.2]),
+    "lucidrains_fourier": dict(image_size=8, objective="pred_v", betas=[0.1, 0.2]),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "edm_iddpm" else n for n in CASES])
 def test_the_output_is_that_of_the_library_s_own_code(name, tmp_path, capsys):
     said = fixture(name)
-    torch.save({"ema_model": random_weights(said["shapes"])}, tmp_path / f"{name}.pt")
+    torch.save({"ema_model": weights_of(name)}, tmp_path / f"{name}.pt")
     model = load(tmp_path / f"{name}.pt", **CASES[name])
-    assert error_of(output(model, said), said["out"]) < PARITY
+    output_of = denoised if name.startswith("edm") else output
+    assert error_of(output_of(model, said), said["out"]) < PARITY
     line, rest = capsys.readouterr().err.split("\n")
     assert line.startswith(f"{tmp_path / name}.pt: ") and "parameters, predicts" in line and rest == ""
-    if isinstance(model.network, UNet):
+    if name != "openai_upsampler":
         save(model, tmp_path / "ours.safetensors")
-        assert torch.equal(output(load(tmp_path / "ours.safetensors"), said), output(model, said))
+        ours = load(tmp_path / "ours.safetensors")
+        assert (ours.schedule, ours.prediction, ours.shape) == (model.schedule, model.prediction, model.shape)
+        assert torch.equal(output_of(ours, said), output_of(model, said))
 
 
 def weights_of(name: str) -> dict[str, Tensor]:
-    return random_weights(fixture(name)["shapes"])
+    said = fixture(name)
+    made = random_weights(said["shapes"])
+    for key, tensor in made.items():
+        if key.endswith("resample_filter"):
+            taps = torch.tensor([1.0, 1.0] if tensor.shape[2] == 2 else [1.0, 3.0, 3.0, 1.0])
+            tensor.copy_(taps.outer(taps) / taps.sum() ** 2)
+        elif key == "sigmas":
+            tensor.copy_(torch.tensor(said.get("sigmas", 1.0)))
+        elif key == "u":  # of iDDPM, by its definition
+            steps = torch.arange(1001, dtype=torch.float64)
+            alpha_bar = (math.pi / 2 * steps / 1000 / 1.008).sin().square()
+            u = 0.0
+            for j in range(1000, 0, -1):
+                ratio = max(float(alpha_bar[j - 1] / alpha_bar[j]), 0.001)
+                u = ((u**2 + 1) / ratio - 1) ** 0.5
+                tensor[j - 1] = u
+            tensor[1000] = 0.0
+    return made
 
 
 def test_a_file_of_ddpm_has_its_process_and_its_size(tmp_path):
@@ -75,6 +137,36 @@ def test_files_of_openai_are_known_by_name(tmp_path):
     slow, fast = (load(tmp_path / "x.pt", **told, rescale_timesteps=r).network for r in (True, False))
     x = normals(1, (1, 3, 8, 8))
     assert torch.equal(slow(x, torch.tensor([400])), fast(x, torch.tensor([100])))
+
+
+def test_the_averaged_weights_of_score_sde_are_a_list(tmp_path):
+    tensors = weights_of("score_sde_ncsnpp")
+    trained = {name: t for name, t in tensors.items() if name not in ("sigmas", "all_modules.0.W")}
+    old = {f"module.{name}": t + 1 if name in trained else t for name, t in tensors.items()}
+    content = {"model": old, "ema": {"decay": 0.999, "num_updates": 3, "shadow_params": [*trained.values()]}}
+    torch.save(content, tmp_path / "checkpoint_8.pth")
+    model = load(tmp_path / "checkpoint_8.pth", image_size=8)
+    said = fixture("score_sde_ncsnpp")
+    assert error_of(output(model, said), said["out"]) < PARITY
+    process = model.schedule  # of data in [-1, 1], twice as far apart as in [0, 1]
+    assert (process.sigma_min, process.sigma_max) == pytest.approx((0.02, 100.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["pred_v", "pred_noise", "pred_x0"])
+def test_the_file_of_a_gaussian_diffusion_shows_its_objective_and_its_betas(objective, tmp_path):
+    """By the names of its buffers, float32, and the weights of its loss."""
+    schedule = Schedule.cosine(1000)
+    snr = schedule.alpha_bar / schedule.one_minus_alpha_bar
+    weight = {"pred_noise": 1 + 0 * snr, "pred_x0": snr, "pred_v": snr / (snr + 1)}[objective]
+    content = {f"ema_model.model.{name}": tensor for name, tensor in weights_of("lucidrains").items()}
+    content |= {f"online_model.model.{name}": tensor + 1 for name, tensor in weights_of("lucidrains").items()}
+    content |= {"ema_model.betas": schedule.betas.float(), "ema_model.loss_weight": weight.float()}
+    torch.save({"step": 1, "ema": content}, tmp_path / "model-1.pt")
+    model = load(tmp_path / "model-1.pt", image_size=8)
+    assert model.prediction == {"pred_v": "v", "pred_noise": "eps", "pred_x0": "x0"}[objective]
+    assert model.schedule == schedule
+    said = fixture("lucidrains")
+    assert error_of(output(model, said), said["out"]) < PARITY
 
 
 def test_an_upsampler_gets_the_small_image(tmp_path):
@@ -107,7 +199,7 @@ def test_options_that_are_missing_or_unknown_raise(name, options, message, tmp_p
 
 
 FILES = {
-    "unknown": ({"a.weight": torch.zeros(1)}, "expected a checkpoint of .*, got 1 tensors: a.weight"),
+    "unknown": ({"a.weight": torch.zeros(1)}, "expected a file written by diffkern, or by .*, got 1 tensors: a.weight"),
     "latent": ({"model.diffusion_model.x": torch.zeros(1)}, "got what looks like a latent diffusion model"),
     "code": ({"x": foreign.record}, "expected a pickle of tensors alone, got .*: diffkern convert reads more kinds"),
     "unet alone": ({"time_embedding.linear_1.weight": torch.zeros(4, 4)}, "expected config.json beside a UNet2DModel"),

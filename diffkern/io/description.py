@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from ..networks import UNet
+from ..networks import NETWORKS
 from ..schedule import KINDS
 
 FORMAT = 1
 
 LARGEST_INT = 2**31  # of a network's options
 LARGEST_COUNT = 2**62  # of steps and examples: their sums stay within int64
+LEAST_TENSORS = 3  # of a residual block
 MOST_LEVELS = 32  # each halves the image
 MOST_STEPS = 2**20  # T of a schedule: a table of 8 MiB
 MOST_VALUES = 2**28  # C * H * W of an image: 1 GiB
@@ -32,6 +33,7 @@ KNOWN = {
     "format",
     *REQUIRED,
     *KEPT,
+    "architecture",
     "own",
     "prefix",
     "training",
@@ -74,28 +76,32 @@ def check_model(description: Mapping[str, Any], tensors: int) -> None:
     if math.prod(shape) > MOST_VALUES:
         raise ValueError(f"shape: expected at most {MOST_VALUES} values an image, got {_shown(shape)}")
     if "network" not in own:
-        _check_network(description["network"], tensors)
+        _check_network(description["network"], tensors, description.get("architecture", "UNet"))
     if "schedule" not in own:
         check_schedule(description["schedule"])
 
 
-def _check_network(network: Any, tensors: int) -> None:
-    options = {name: option.default for name, option in inspect.signature(UNet).parameters.items()}
+def _check_network(network: Any, tensors: int, architecture: Any) -> None:
+    if not isinstance(architecture, str) or architecture not in NETWORKS:
+        raise ValueError(f"architecture: expected one of {', '.join(NETWORKS)}, got {_shown(architecture)}")
+    options = {name: option.default for name, option in inspect.signature(NETWORKS[architecture]).parameters.items()}
     _check_known("network", network, options)
     for name, value in network.items():
         default = options[name]
         if isinstance(default, bool | str):
             good, expected = type(value) is type(default), f"a {type(default).__name__}"
         elif isinstance(default, tuple):
-            good = isinstance(value, list) and len(value) <= MOST_LEVELS and all(map(_is_number, value))
-            expected = f"a list of at most {MOST_LEVELS} ints"
+            flags = bool(default) and isinstance(default[0], bool)
+            fits = all((type(v) is bool if flags else _is_number(v)) for v in value) if type(value) is list else False
+            good, expected = fits and len(value) <= MOST_LEVELS, f"a list of at most {MOST_LEVELS} ints"
         else:
             good, expected = value is None or _is_number(value), f"a number below {LARGEST_INT}"
         if not good:
             raise TypeError(f"{name}: expected {expected}, got {_shown(value)}")
     made = options | network
-    blocks = len(made["channel_mult"]) * (2 * made["blocks"] + 1 if isinstance(made["blocks"], int) else 0)
-    if 8 * blocks > tensors:  # a residual block has at least 8
+    each = made.get("blocks", 2)
+    blocks = len(made["channel_mult"]) * (2 * each + 1 if isinstance(each, int) else 0)
+    if LEAST_TENSORS * blocks > tensors:
         raise ValueError(f"blocks: expected a network of the file's {tensors} tensors, got {blocks} residual blocks")
 
 

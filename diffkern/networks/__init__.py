@@ -13,16 +13,26 @@ from .blocks import (
     timestep_embedding,
 )
 from .diffusers import from_diffusers
+from .edm2 import EDM2UNet
 from .half_unet import HalfUNet
+from .ncsnpp import NCSNpp
+from .rms_unet import RMSUNet
 from .unet import UNet
+
+NETWORKS = {network.__name__: network for network in (UNet, NCSNpp, EDM2UNet, RMSUNet)}
+"""The networks that a file can hold, by its name for them: each is made of its ``config``."""
 
 __all__ = [
     "AttentionBlock",
     "Conv3x3",
     "Downsample",
+    "EDM2UNet",
     "HalfUNet",
     "Level",
     "MidBlock",
+    "NCSNpp",
+    "NETWORKS",
+    "RMSUNet",
     "ResBlock",
     "TimestepEmbedding",
     "UNet",

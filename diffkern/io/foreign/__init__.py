@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import diffusers, openai, pytorch_ddpm
+from . import diffusers, edm, edm2, lucidrains, openai, pytorch_ddpm, score_sde
 from .weights import Weights, is_ours, is_pickle, read_tensors
 
-FAMILIES = (openai, pytorch_ddpm, diffusers)
+FAMILIES = (openai, pytorch_ddpm, lucidrains, edm, edm2, score_sde, diffusers)
 
 LOOKS_LIKE = {
     "model.diffusion_model.": "a latent diffusion model in one file, which diffusers reads",

@@ -79,6 +79,10 @@ class Weights:
         tensors = {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
         return Weights(tensors, self.path, self.all, prefix)
 
+    def beside(self, name: str) -> Any:
+        """What the module that holds this network as ``model`` has under that name, or None."""
+        return self.all.get(f"{self.prefix.removesuffix('model.')}{name}")
+
     def has(self, prefix: str) -> bool:
         """Whether a tensor's name is ``prefix``, or begins with it and a dot."""
         return any(name == prefix or name.startswith(f"{prefix}.") for name in self.tensors)
@@ -110,6 +114,10 @@ Parts = Sequence[tuple[str, str]]
 """(a part of a block of ours, its name in a checkpoint); ("", "") for a block that is one layer."""
 
 
+ATTENTION = ("group_norm", "qkv", "to_q", "to_k", "to_v", "to_out.0")
+"""Parts of an attention block."""
+
+
 def unet_weights(
     weights: Weights,
     places: Places,
@@ -129,6 +137,8 @@ def unet_weights(
     left, made = dict(weights.tensors), {}
     for block, place in places.items():
         for part, name in parts:
+            if ".resnets." in block and part in ATTENTION:  # in the same place as its residual block
+                continue
             source = f"{place}.{name}" if name else place
             for kind in ("weight", "bias"):
                 tensor = left.pop(f"{source}.{kind}", None)
