@@ -20,7 +20,7 @@ from .codec import Codec
 from .conditions import Condition
 from .constraints import Quantile, limit_of
 from .engine import Engine
-from .io import foreign, pipelines
+from .io import foreign, hub, pipelines
 from .io.description import FORMAT, check_model
 from .io.files import CHECKPOINT, compare, fill, read, restore, state, write
 from .networks import NETWORKS, UNet
@@ -146,6 +146,32 @@ class Model:
         Karras sigmas.
         """
         return cls(**pipelines.read(pipeline, ignore), name=name)
+
+    def to_diffusers(self, folder: str | os.PathLike) -> None:
+        """Write a folder from which diffusers loads a ``DDPMPipeline`` of this model, with the same images.
+
+        The scheduler gets the betas, the prediction, and what the model clips, its variance and its spacing. Classes
+        are class embeddings, the null class the last.
+
+        Raises ValueError for a network, a process or a setting that diffusers has not; OSError.
+        """
+        kept = dict(clip=self.clip, variance=self.default_variance, spacing=self.spacing)
+        network, schedule = unwrapped(self.network), self.schedule
+        folder_of = foreign.diffusers.write_folder
+        folder_of(Path(folder), network, shape=self.shape, schedule=schedule, prediction=self.prediction, **kept)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, *, revision: str | None = None, **options: Any) -> "Model":
+        """:func:`load` a local path, or a repository of the Hugging Face Hub by its name (needs ``huggingface_hub``).
+
+        options  as :func:`load` takes them. Files that hold code are not downloaded.
+        """
+        return load(Path(name) if os.path.exists(name) else hub.pull(str(name), revision), **options)
+
+    def push_to_hub(self, name: str, *, private: bool = False, dtype: torch.dtype = torch.float32) -> str:
+        """Upload the model to a repository of the Hugging Face Hub, as the file of :func:`save` (needs
+        ``huggingface_hub``, logged in). Returns its address."""
+        return hub.push(name, lambda path: save(self, path, dtype=dtype), private)
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.network(x_t, t, labels)
@@ -281,9 +307,10 @@ def find(name: str | os.PathLike) -> Path:
         )
     if not path.is_dir() or foreign.is_foreign(path):
         return path
-    if not (path / CHECKPOINT).exists():
-        raise ValueError(f"{path}: expected a file, got a directory without {CHECKPOINT}")
-    return path / CHECKPOINT
+    for file in (path / CHECKPOINT, path / hub.FILE):
+        if file.exists():
+            return file
+    raise ValueError(f"{path}: expected a file, got a directory without {CHECKPOINT}")
 
 
 def checked_device(device: torch.device | str | None) -> torch.device:

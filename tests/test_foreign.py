@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import math
+import os
+import pickle
+import shutil
+import sys
+import types
 
 import foreign
 import pytest
@@ -11,10 +16,11 @@ from foreign import error_of, fixture, normals, random_weights
 from tiny import one_thread  # noqa: F401
 from torch import Tensor
 
+from diffkern.cli import main
 from diffkern.model import Model, load, save
 from diffkern.networks import UNet
 from diffkern.prediction import head_at
-from diffkern.process import VE
+from diffkern.process import VE, VP
 from diffkern.sampling import sample
 from diffkern.schedule import Schedule
 
@@ -302,3 +308,172 @@ def test_what_a_folder_of_diffusers_may_not_have_is_named(tmp_path):
     config("model_index.json", vqvae=["diffusers", "VQModel"])
     with pytest.raises(ValueError, match="expected a pipeline of a UNet2DModel and a scheduler, got VQModel as vqvae"):
         load(tmp_path)
+
+
+def test_a_folder_written_for_diffusers_draws_the_same_images(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    options = dict(channels=32, channel_mult=(1, 1.5), blocks=1, groups=8, heads=2, attention_levels=(), num_classes=2)
+    network = UNet(3, **options, scale_shift=True, resample_blocks=True)
+    network.load_state_dict(random_weights({k: list(t.shape) for k, t in network.state_dict().items()}))
+    model = Model(network.eval(), Schedule.cosine(20), "v", (3, 8, 8), ("a", "b"), clip=False, variance="fixed_large")
+    model.to_diffusers(tmp_path)
+    theirs = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    scheduler.set_timesteps(5)
+    x = x_T = normals(3, (1, 3, 8, 8))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(theirs.unet(x, t, class_labels=torch.tensor([1])).sample, t, x).prev_sample
+    ours = sample(model, sampler="ddim", steps=5, x_T=x_T, labels="b", progress=False)
+    assert (ours - x).abs().max() <= 1e-4 * x.abs().max()
+    again = load(tmp_path)
+    assert (again.prediction, again.clip, again.variance) == ("v", False, "fixed_large")
+    assert torch.allclose(again.schedule.alpha_bar, model.schedule.alpha_bar, rtol=1e-5)  # of float32 betas
+    assert again.num_classes == 3  # the null class is one
+    t, label = torch.tensor([7]), torch.tensor([1])
+    assert torch.allclose(again.network(x_T, t, label), network(x_T, t, label), atol=1e-5)
+    model.to_diffusers(tmp_path)  # over itself, but over nothing else
+    (tmp_path / "model_index.json").unlink()
+    with pytest.raises(ValueError, match="expected an empty folder or one of diffusers, got another"):
+        model.to_diffusers(tmp_path)
+
+
+def small(**changes) -> Model:
+    options = dict(network=UNet(3, channels=8, channel_mult=(1, 2), blocks=1, groups=4), schedule=Schedule.linear(20))
+    return Model(**options | dict(shape=(3, 8, 8)) | changes)
+
+
+REFUSED = {
+    "process": (dict(schedule=VE()), "schedule: expected one of time steps"),
+    "prediction": (dict(prediction="score"), "prediction: expected one of eps, x0, v"),
+    "variance": (dict(variance="diagonal"), "variance: expected one of diffusers' fixed_small"),
+    "spacing": (dict(spacing="quadratic"), "spacing: expected one of trailing, leading, linspace"),
+    "t_scale": (
+        dict(network=UNet(3, channels=8, channel_mult=(1, 2), groups=4, t_scale=0.25)),
+        "t_scale: expected what a UNet2DModel of diffusers has, got 0.25",
+    ),
+    "network": (dict(network=torch.nn.Identity()), "network: expected a UNet, which diffusers has too, got Identity"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_diffusers_has_not_is_not_written(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        small(**changes).to_diffusers(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+# --- the Hub ---
+
+
+def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    class Api:
+        def create_repo(self, name, **options):
+            return f"hub/{name}"
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            shutil.copytree(folder_path, tmp_path / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path / name))
+    model = small()
+    assert model.push_to_hub("me/mine") == "hub/me/mine"
+    for name in ("me/mine", tmp_path / "me" / "mine"):
+        again = Model.from_pretrained(name)
+        assert torch.equal(again.network.conv_in.weight, model.network.conv_in.weight)
+
+
+# --- pickles with code ---
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def module_of(weights: dict[str, Tensor], kind: type = torch.nn.Module) -> torch.nn.Module:
+    """A module with these parameters and buffers, of modules of that kind."""
+    root = kind()
+    for name, tensor in weights.items():
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, kind())
+            module = module._modules[part]
+        module.register_parameter(last, torch.nn.Parameter(tensor, requires_grad=False))
+    return root
+
+
+@pytest.fixture
+def persistent(monkeypatch):
+    """NVIDIA's way: an object is rebuilt by source that its pickle holds. This source ends the process."""
+    library = types.ModuleType("torch_utils.persistence")
+
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("ran")
+
+    _reconstruct_persistent_obj.__module__ = library.__name__
+    _reconstruct_persistent_obj.__qualname__ = _reconstruct_persistent_obj.__name__
+    library._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+
+    class Persistent(torch.nn.Module):
+        def __reduce__(self):
+            kind = getattr(self, "class_name", "Block")
+            meta = dict(type="class", module_src="raise SystemExit", class_name=kind, state=self.__dict__)
+            return _reconstruct_persistent_obj, (meta,)
+
+    return Persistent
+
+
+def test_a_pickle_of_edm_is_converted_without_running_its_code(persistent, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    network = module_of(weights_of("edm_ddpmpp"), persistent)
+    network.class_name, network.beta_min, network.beta_d, network.epsilon_t = "VPPrecond", 0.2, 19.8, 1e-4
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"ema": network, "evil": Evil()}))
+    with pytest.raises(ValueError, match="x.pkl: expected a pickle of tensors alone, got .*: diffkern convert reads"):
+        load("x.pkl")
+    assert main(["convert", "x.pkl", "--out", "x.safetensors"]) == 0
+    assert not (tmp_path / "evil").exists()
+    assert "x.pkl: a pickle that names code, none of which was run: " in capsys.readouterr().err
+    model, said = load("x.safetensors"), fixture("edm_ddpmpp")
+    assert model.schedule == VP(0.2, 20.0, 1e-4) and model.name == "x"
+    model.schedule = VP(t_min=1e-5)  # that of the fixture
+    assert error_of(denoised(model, said), said["out"]) < PARITY
+
+
+def test_a_module_saved_whole_is_converted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(module_of(weights_of("pytorch_ddpm")), "x.pt")
+    assert main(["convert", "x.pt", "--out", "x.safetensors"]) == 2
+    assert "x.pt: img_size: expected the images' size as an option" in capsys.readouterr().err
+    arguments = ["convert", "x.pt", "--out", "x.safetensors", "--option", "img_size=8", "--option"]
+    assert main([*arguments, "mean_type=xstart"]) == 0
+    model = load("x.safetensors")
+    assert (model.prediction, model.shape) == ("x0", (3, 8, 8))
+    assert torch.equal(model.network.conv_in.weight, weights_of("pytorch_ddpm")["head.weight"])
+
+
+class Hidden:
+    """Its pickle makes the tensors only when it is run."""
+
+    def __reduce__(self):
+        return _hidden, (weights_of("pytorch_ddpm"),)
+
+
+def _hidden(weights):
+    return {f"net.{name}": tensor for name, tensor in weights.items()}
+
+
+def test_code_is_run_only_if_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": Hidden()}) + b"")
+    arguments = ["convert", "x.pkl", "--out", "x.safetensors", "--option", "img_size=8"]
+    assert main(arguments) == 2
+    assert "got no tensors" in capsys.readouterr().err
+    assert main([*arguments, "--unsafe-pickle"]) == 0
+    assert "x.pkl: a pickle whose code was run" in capsys.readouterr().err

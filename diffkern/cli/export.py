@@ -1,4 +1,4 @@
-"""``diffkern export``: a checkpoint's averaged weights as a model file."""
+"""``diffkern export``: a checkpoint's averaged weights as a model file, or as a folder of diffusers."""
 
 import argparse
 import dataclasses
@@ -13,18 +13,27 @@ from .options import DTYPES
 from .outputs import check_file
 
 EXAMPLES = """\
-  diffkern export run --out photos.safetensors"""
+  diffkern export run --out photos.safetensors
+  diffkern export run --to diffusers --out photos   a folder that DDPMPipeline.from_pretrained takes"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a run's folder, its checkpoint.safetensors, or another model")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the .safetensors to write")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .safetensors, or folder, to write")
+    parser.add_argument(
+        "--to", choices=("diffkern", "diffusers"), default="diffkern", help="whose format (default: diffkern)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: float16)")
     parser.add_argument("--name", help="the model's name (default: the file's)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     source = find(arguments.checkpoint)
+    if arguments.to == "diffusers":
+        model = load(source)
+        model.to_diffusers(arguments.out)
+        print(f"{arguments.out}: {sum(p.numel() for p in model.network.parameters())} parameters")
+        return 0
     check_file("out", arguments.out, ".safetensors")
     if os.path.exists(arguments.out):
         if os.path.samefile(source, arguments.out):

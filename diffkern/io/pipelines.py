@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..constraints import Quantile
+from ..constraints import Quantile, limit_of
 from ..networks import UNet, from_diffusers
 from ..networks.diffusers import DEFAULTS, check_same
 from ..schedule import Schedule
@@ -99,6 +99,58 @@ def _in_float32(network: UNet) -> UNet:
             if parameter.dtype != torch.float32:
                 setattr(module, name, nn.Parameter(parameter.detach().float(), parameter.requires_grad))
     return network
+
+
+# --- out ---
+
+
+def scheduler_config(
+    schedule: Schedule,
+    prediction: str,
+    *,
+    clip: bool | float | Quantile | None = None,
+    variance: str | None = None,
+    spacing: str | None = None,
+) -> dict[str, Any]:
+    """The config of diffusers' ``DDPMScheduler`` that does what ``sample`` does with a ``Model`` that has these.
+
+    Raises ValueError for what diffusers has not.
+    """
+    names = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule: expected one of time steps, as diffusers' DDPMScheduler has, got {schedule}")
+    if prediction not in names:
+        raise ValueError(f"prediction: expected one of {', '.join(names)}, as diffusers has, got {prediction!r}")
+    if variance not in VARIANCE_TYPES:
+        raise ValueError(f"variance: expected one of diffusers' {', '.join(VARIANCE_TYPES)}, got {variance!r}")
+    if spacing not in (None, *DONE["timestep_spacing"]):
+        raise ValueError(f"spacing: expected one of {', '.join(DONE['timestep_spacing'])}, got {spacing!r}")
+    thresholds = isinstance(clip, Quantile)
+    limit = 1.0 if clip is None else limit_of(clip)
+    return dict(
+        **{"_class_name": "DDPMScheduler", "num_train_timesteps": schedule.T, "prediction_type": names[prediction]},
+        **_betas(schedule),
+        clip_sample=limit is not None and not thresholds,
+        clip_sample_range=1.0 if limit is None else limit,
+        thresholding=thresholds,
+        **({"dynamic_thresholding_ratio": clip.q, "sample_max_value": 1.0} if thresholds else {}),
+        variance_type=VARIANCE_TYPES[variance],
+        timestep_spacing=spacing or "trailing",
+        steps_offset=0,
+    )
+
+
+VARIANCE_TYPES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned": "learned_range"}
+
+
+def _betas(schedule: Schedule) -> dict[str, Any]:
+    config = schedule.config()
+    ends = {name: config[name] for name in ("beta_start", "beta_end") if name in config}
+    if config["kind"] in ("linear", "scaled_linear"):
+        return {"beta_schedule": config["kind"], "trained_betas": None, **ends}
+    if schedule == Schedule.cosine(schedule.T):
+        return {"beta_schedule": "squaredcos_cap_v2", "trained_betas": None}
+    return {"trained_betas": schedule.betas.tolist()}
 
 
 # --- all of it ---

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .blueprint import Blueprint
 from .modes import evaluating
-from .unet import UNet
+from .unet import UNet, widths_of
 
 DIFFUSERS_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 
@@ -95,6 +95,55 @@ def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
         downsample_padding=c.downsample_padding,
         flip_sin_to_cos=c.flip_sin_to_cos,
         freq_shift=c.freq_shift,
+    )
+
+
+def config_of(unet: UNet) -> dict[str, Any]:
+    """The config of diffusers' ``UNet2DModel`` that computes what ours does; its last class is our null class.
+
+    Raises ValueError that names an option of ours which diffusers has not.
+    """
+    c = unet.config
+    widths = widths_of(c["channels"], c["channel_mult"])
+    levels = range(len(widths))
+    attending = {widths[level] for level in c["attention_levels"]} | ({widths[-1]} if c["mid_attention"] else set())
+    head_dims = {width // c["heads"] for width in attending} if c["heads"] else {c["head_dim"]}
+    allowed = {
+        "heads": len(head_dims) < 2,
+        "channel_mult": widths[0] == c["channels"],
+        "embedding_channels": c["embedding_channels"] in (None, c["channels"]),
+        "t_scale": c["t_scale"] == 1,
+    }
+    for name, holds in allowed.items():
+        if not holds:
+            raise ValueError(f"{name}: expected what a UNet2DModel of diffusers has, got {c[name]!r}")
+
+    def kind(level: int, side: str) -> str:
+        if level in c["attention_levels"]:
+            return f"Attn{side}Block2D"
+        return f"Resnet{side}sampleBlock2D" if c["resample_blocks"] else f"{side}Block2D"
+
+    resampling = "resnet" if c["resample_blocks"] else "conv"
+    return DEFAULTS | dict(
+        in_channels=c["in_channels"],
+        out_channels=unet.conv_out.out_channels,
+        freq_shift=c["freq_shift"],
+        flip_sin_to_cos=c["flip_sin_to_cos"],
+        down_block_types=tuple(kind(level, "Down") for level in levels),
+        up_block_types=tuple(kind(level, "Up") for level in reversed(levels)),
+        block_out_channels=tuple(widths),
+        layers_per_block=c["blocks"],
+        downsample_padding=c["downsample_padding"],
+        downsample_type=resampling,
+        upsample_type=resampling,
+        dropout=c["dropout"],
+        attention_head_dim=next(iter(head_dims), None),
+        norm_num_groups=c["groups"],
+        attn_norm_num_groups=c["mid_attention_groups"] or c["groups"],
+        norm_eps=c["norm_eps"],
+        resnet_time_scale_shift="scale_shift" if c["scale_shift"] else "default",
+        num_class_embeds=None if c["num_classes"] is None else c["num_classes"] + c["null_class"],
+        add_attention=c["mid_attention"],
     )
 
 

@@ -33,7 +33,9 @@ LOOKS_LIKE = {
 
 def is_foreign(path: Path) -> bool:
     """Whether another library wrote this: a folder with a config, a pickle, safetensors without a description."""
-    return diffusers.is_folder(path) if path.is_dir() else is_pickle(path) or is_ours(path) is False
+    if path.is_dir():
+        return diffusers.is_folder(path)
+    return path.is_file() and (is_pickle(path) or is_ours(path) is False)  # a pipe would be waited for
 
 
 def read(path: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...conditions import Condition
 from ...networks import UNet
-from ...networks.diffusers import DEFAULTS, options_of
+from ...networks.diffusers import DEFAULTS, config_of, options_of
 from .. import pipelines
+from ..files import write_atomically
 from .weights import Weights, fill, read_tensors
 
 NAME = "diffusers"
@@ -67,6 +69,33 @@ def read_folder(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     embedded = config.get("class_embed_type") == "identity"
     conditions = (Condition("class_embedding", (4 * config["block_out_channels"][0],)),) if embedded else ()
     return dict(network=network, conditions=conditions, **told)
+
+
+def write_folder(folder: Path, network: UNet, *, shape: tuple[int, ...], **kept: Any) -> None:
+    """Write a ``DDPMPipeline`` that diffusers loads: its ``UNet2DModel``, and its scheduler.
+
+    kept  what :func:`diffkern.io.pipelines.scheduler_config` takes
+
+    Raises ValueError for what diffusers has not, and for a folder that holds something else; OSError.
+    """
+    if not isinstance(network, UNet):
+        raise ValueError(f"network: expected a UNet, which diffusers has too, got {type(network).__name__}")
+    config = config_of(network) | {"sample_size": shape[1] if shape[1] == shape[2] else shape[1:]}
+    scheduler = pipelines.scheduler_config(**kept)
+    if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).exists():
+        raise ValueError(f"{folder}: expected an empty folder or one of diffusers, got another")
+    for part in ("unet", "scheduler"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
+    write_atomically(folder / "unet" / WEIGHTS[0], lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    index = {name: ["diffusers", kind] for name, kind in (("scheduler", "DDPMScheduler"), ("unet", "UNet2DModel"))}
+    for name, content in (
+        (f"unet/{CONFIG}", {"_class_name": "UNet2DModel"} | config),
+        (f"scheduler/{SCHEDULER}", scheduler),
+        (INDEX, {"_class_name": "DDPMPipeline"} | index),
+    ):
+        text = json.dumps(content, indent=2) + "\n"
+        write_atomically(folder / name, lambda path, text=text: path.write_text(text))
 
 
 def _check_pipeline(index: Mapping[str, Any]) -> None:

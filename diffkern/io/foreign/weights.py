@@ -1,6 +1,7 @@
 """The tensors of a checkpoint, by name, and the renamings that make them those of a network of ours."""
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,9 @@ def read_tensors(path: Path) -> Any:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of another pickle protocol than torch's: read or refused, here
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (EOFError, pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile) as error:
         line, *_ = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
