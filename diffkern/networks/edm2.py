@@ -111,8 +111,8 @@ class EDM2UNet(nn.Module):
         def block(c_in: int, c_out: int, enc: bool, attention: bool = False, mode: str | None = None) -> Block:
             return Block(c_in, c_out, emb_dim, enc=enc, heads=c_out // head_dim if attention else 0, mode=mode)
 
-        self.register_buffer("freqs", torch.zeros(noise_channels, dtype=torch.float32))
-        self.register_buffer("phases", torch.zeros(noise_channels, dtype=torch.float32))
+        self.register_buffer("freqs", torch.zeros(noise_channels, dtype=torch.float32, device="cpu"))
+        self.register_buffer("phases", torch.zeros(noise_channels, dtype=torch.float32, device="cpu"))
         self.emb_noise = nn.Linear(noise_channels, emb_dim, bias=False)
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + 1, emb_dim)  # the last row is the null class

@@ -151,7 +151,7 @@ class NCSNpp(nn.Module):
             return Block(c_in, c_out, emb_dim, **options, attention=attention, resample=resample)
 
         if embedding == "fourier":
-            self.register_buffer("freqs", torch.zeros(channels, dtype=torch.float32))
+            self.register_buffer("freqs", torch.zeros(channels, dtype=torch.float32, device="cpu"))
         self.time_embedding = TimestepEmbedding(features, emb_dim)
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + 1, features)  # the last row is the null class

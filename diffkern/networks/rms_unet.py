@@ -16,7 +16,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.g = nn.Parameter(torch.ones(channels, dtype=torch.float32))
+        self.g = nn.Parameter(torch.ones(channels, dtype=torch.float32, device="cpu"))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=1) * self.g[:, None, None] * len(self.g) ** 0.5
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.linear, inner = heads, linear, heads * head_dim
         self.norm = RMSNorm(channels)
-        self.memory = nn.Parameter(torch.zeros(2, heads, memory, head_dim, dtype=torch.float32))
+        self.memory = nn.Parameter(torch.zeros(2, heads, memory, head_dim, dtype=torch.float32, device="cpu"))
         self.to_qkv = nn.Conv2d(channels, 3 * inner, 1, bias=False)
         self.to_out = nn.Conv2d(inner, channels, 1)
         self.norm_out = RMSNorm(channels) if linear else None
@@ -124,7 +124,7 @@ class RMSUNet(nn.Module):
 
         self.conv_in = nn.Conv2d(in_channels, first, 7, padding=3)
         if frequencies:
-            self.freqs = nn.Parameter(torch.zeros(frequencies, dtype=torch.float32))
+            self.freqs = nn.Parameter(torch.zeros(frequencies, dtype=torch.float32, device="cpu"))
         features = 2 * frequencies + 1 if frequencies else channels
         self.linear_1, self.linear_2 = nn.Linear(features, emb_dim), nn.Linear(emb_dim, emb_dim)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()

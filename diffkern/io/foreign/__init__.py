@@ -72,11 +72,12 @@ def _read(family: Any, make: Any, path: Path, options: Mapping[str, Any]) -> tup
     network = arguments["network"]
     parameters = sum(tensor.numel() for tensor in network.parameters())
     shape = "x".join(map(str, arguments["shape"]))
-    process = type(arguments["schedule"]).__name__
+    process = arguments["schedule"]
+    noise = f"{len(process)} steps" if process.discrete else repr(process)
     kind = type(network).__name__
     return arguments, (
         f"{path}: {family.NAME}: {kind} of {parameters:,} parameters, predicts {arguments['prediction']} "
-        f"of {shape} on a {process}"
+        f"for samples of {shape}, {noise}"
     )
 
 
