@@ -154,6 +154,13 @@ LIBRARIES = {
         openai("SuperResModel", num_heads=2, out_channels=3, resblock_updown=True),
         low_res=[2, 3, 4, 4],
     ),
+    "openai_classifier": Library(
+        "guided-diffusion",
+        openai(
+            **dict(kind="EncoderUNetModel", num_head_channels=64, resblock_updown=True, use_scale_shift_norm=True),
+            **dict(pool="attention", out_channels=7, model_channels=64, channel_mult=(1, 1)),
+        ),
+    ),
     "pytorch_ddpm": Library("pytorch-ddpm", pytorch_ddpm, [3, 17]),
     "edm_adm": Denoiser(
         "edm", edm("EDMPrecond", **ADM, label_dim=5, augment_dim=9),

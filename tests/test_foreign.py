@@ -16,7 +16,10 @@ from foreign import error_of, fixture, normals, random_weights
 from tiny import one_thread  # noqa: F401
 from torch import Tensor
 
+from diffkern.classifier import load_noisy_classifier
 from diffkern.cli import main
+from diffkern.guidance import Guidance
+from diffkern.io.foreign import openai
 from diffkern.model import Model, load, save
 from diffkern.networks import UNet
 from diffkern.prediction import head_at
@@ -173,6 +176,25 @@ def test_the_file_of_a_gaussian_diffusion_shows_its_objective_and_its_betas(obje
     assert model.schedule == schedule
     said = fixture("lucidrains")
     assert error_of(output(model, said), said["out"]) < PARITY
+
+
+def test_a_classifier_of_openai_classifies_as_its_own_code(tmp_path, monkeypatch):
+    said = fixture("openai_classifier")
+    torch.save(weights_of("openai_classifier"), tmp_path / "tiny_classifier.pt")
+    with pytest.raises(ValueError, match="expected a file with a name that openai gave it, got tiny_classifier.pt"):
+        load_noisy_classifier(tmp_path / "tiny_classifier.pt")
+    published = openai.PUBLISHED["64x64_classifier"] | dict(image_size=8)
+    monkeypatch.setitem(openai.PUBLISHED, "tiny_classifier", published)
+    classifier = load_noisy_classifier(tmp_path / "tiny_classifier.pt")
+    with torch.no_grad():
+        logits = classifier(normals(100, (2, 3, 8, 8)), torch.tensor(said["t"]))
+    assert logits.shape == (2, 7) and error_of(logits, said["out"]) < PARITY
+    assert (classifier.schedule, classifier.shape) == (Schedule.cosine(1000), (3, 8, 8))
+    guidance = Guidance(2.0, classifier=tmp_path / "tiny_classifier.pt")
+    network = UNet(3, channels=8, channel_mult=(1, 2), blocks=1, groups=4, num_classes=7)
+    model = small(network=network, schedule=Schedule.cosine(1000))
+    drawn = sample(model, 1, labels=3, guidance=guidance, steps=2, progress=False)
+    assert not torch.equal(drawn, sample(model, 1, steps=2, progress=False))
 
 
 def test_an_upsampler_gets_the_small_image(tmp_path):

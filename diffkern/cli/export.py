@@ -14,7 +14,7 @@ from .outputs import check_file
 
 EXAMPLES = """\
   diffkern export run --out photos.safetensors
-  diffkern export run --to diffusers --out photos   a folder that DDPMPipeline.from_pretrained takes"""
+  diffkern export run --to diffusers --out photos  # for DDPMPipeline.from_pretrained"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -59,6 +59,17 @@ def read_tree(tree: Any, path: Path, options: Mapping[str, Any]) -> tuple[dict[s
     raise ValueError(f"{path}: expected a file written by diffkern, or by {names}, got {_looks(weights)}")
 
 
+def read_classifier(path: Path) -> dict[str, Any]:
+    """The arguments of a ``NoisyClassifier``, of a file that openai published. ValueError for another file."""
+    found = Weights.of(read_tensors(path), path).below(openai.ANCHOR)
+    if found is None or found.has("output_blocks"):
+        raise ValueError(f"{path}: expected a classifier of noisy images, got another file")
+    try:
+        return openai.read_classifier(found)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _read(family: Any, make: Any, path: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     others = sorted(options.keys() - family.OPTIONS.keys())
     if others:

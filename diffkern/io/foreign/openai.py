@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...conditions import Condition
-from ...networks import UNet
+from ...networks import HalfUNet, UNet
 from ...schedule import Schedule
 from .weights import Weights, fill, split_qkv, unet_options, unet_places, unet_weights
 
@@ -40,6 +40,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "512x512_diffusion": dict(image_size=512, **_ADM),
     "64_256_upsampler": dict(image_size=256, small_size=64, noise_schedule="linear", num_heads=4),
     "128_512_upsampler": dict(image_size=512, small_size=128, **_ADM),
+    **{
+        f"{size}x{size}_classifier": dict(image_size=size, num_head_channels=64, noise_schedule=schedule)
+        for size, schedule in ((64, "cosine"), (128, "linear"), (256, "linear"), (512, "linear"))
+    },
     "lsun_bedroom": dict(image_size=256, **_ADM),
     "lsun_cat": dict(image_size=256, **_ADM),
     "lsun_horse": dict(image_size=256, **_ADM),
@@ -98,10 +102,63 @@ class SuperResolution(nn.Module):
         return self.network(torch.cat((x_t, enlarged), dim=1), t, labels)
 
 
+def read_classifier(weights: Weights) -> dict[str, Any]:
+    """The arguments of a ``NoisyClassifier``, of a file that openai published: its name has what no tensor shows."""
+    if weights.path.stem not in PUBLISHED:
+        raise ValueError(f"expected a file with a name that openai gave it, got {weights.path.name}")
+    if not weights.has("out.2.positional_embedding"):
+        raise ValueError("classifier_pool: expected 'attention', got another")
+    options = PUBLISHED[weights.path.stem]
+    heads, head_dim = weights.tensors, options["num_head_channels"]
+    width, tokens = heads["out.2.positional_embedding"].shape
+    size = round((tokens - 1) ** 0.5)
+    downs = 0
+    while options["image_size"] >> downs > size:
+        downs += 1
+    levels = downs + 1
+    blocks = (weights.count("input_blocks") - levels) // levels
+
+    def side(way: str, level: int, j: int) -> tuple[str, str]:
+        place = f"input_blocks.{1 + level * (blocks + 1) + j}"
+        return (f"{place}.0", f"{place}.1") if way == "down" else ("", "")
+
+    def split(tensor: Tensor, block: str) -> tuple[Tensor, Tensor, Tensor]:
+        order = "3hd" if block == "pool" else "h3d"
+        return split_qkv(tensor, len(tensor) // 3 // head_dim, order)
+
+    others = {ours: theirs for ours, theirs in OTHERS.items() if ours not in ("conv_norm_out", "conv_out")}
+    others |= {"norm_out": "out.0", "pool": "out.2"}
+    parts = (*PARTS, ("qkv", "qkv_proj"), ("to_out", "c_proj"))
+    places = {k: v for k, v in unet_places(levels, blocks, side, others).items() if not k.startswith("up_blocks.")}
+    made = unet_weights(weights, places, parts, split, ("out.2.positional_embedding",))
+    made["pool.positions"] = heads["out.2.positional_embedding"].T
+    channels, in_channels = made["conv_in.weight"].shape[:2]
+    widths = [len(made[f"down_blocks.{level}.resnets.0.conv2.weight"]) for level in range(levels)]
+    config = dict(
+        in_channels=in_channels,
+        num_classes=len(made["pool.to_out.weight"]),
+        channels=channels,
+        channel_mult=[w // channels for w in widths],
+        blocks=blocks,
+        attention_levels=[i for i in range(levels) if f"down_blocks.{i}.attentions.0.to_q.weight" in made],
+        groups=32,
+        head_dim=head_dim,
+        scale_shift=len(made["mid_block.resnets.0.time_emb_proj.weight"]) == 2 * width,
+        resample_blocks="down_blocks.0.downsamplers.0.conv1.weight" in made,
+        pool_size=size,
+    )
+    return dict(
+        network=fill(lambda: HalfUNet(**config), made),
+        schedule=_schedule(options["noise_schedule"], 1000),
+        shape=(in_channels, *(options["image_size"],) * 2),
+        classes=tuple(map(str, range(config["num_classes"]))),
+    )
+
+
 def read(weights: Weights, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a ``Model``."""
     if not weights.has("output_blocks"):
-        raise ValueError("expected a U-Net, got a classifier of noisy images")
+        raise ValueError("expected a U-Net, got a classifier of noisy images, which Guidance(classifier=path) takes")
     options = PUBLISHED.get(weights.path.stem, {}) | dict(options)
     last = {i: weights.count(f"output_blocks.{i}") - 1 for i in range(weights.count("output_blocks"))}
     ups = [i for i, sub in last.items() if sub > 0 and not weights.has(f"output_blocks.{i}.{sub}.qkv")]
