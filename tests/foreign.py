@@ -158,7 +158,7 @@ LIBRARIES = {
         "guided-diffusion",
         openai(
             **dict(kind="EncoderUNetModel", num_head_channels=64, resblock_updown=True, use_scale_shift_norm=True),
-            **dict(pool="attention", out_channels=7, model_channels=64, channel_mult=(1, 1)),
+            **dict(pool="attention", out_channels=7, model_channels=128, channel_mult=(0.5, 0.5)),
         ),
     ),
     "pytorch_ddpm": Library("pytorch-ddpm", pytorch_ddpm, [3, 17]),

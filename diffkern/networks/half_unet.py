@@ -45,6 +45,7 @@ class HalfUNet(nn.Module):
         head_dim: int | None = None,
         scale_shift: bool = False,
         resample_blocks: bool = False,
+        embedding_channels: int | None = None,
         pool_size: int | None = None,
     ):
         super().__init__()
@@ -61,7 +62,7 @@ class HalfUNet(nn.Module):
                 ("groups", groups, (1, LARGEST)),
             )
         }
-        others = dict(head_dim=head_dim, pool_size=pool_size)
+        others = dict(head_dim=head_dim, embedding_channels=embedding_channels, pool_size=pool_size)
         self.config |= {k: _checked(k, value, 1, LARGEST) for k, value in others.items() if value is not None}
         self.config |= {
             k: True for k, value in dict(scale_shift=scale_shift, resample_blocks=resample_blocks).items() if value
@@ -69,7 +70,8 @@ class HalfUNet(nn.Module):
         widths = [channels * m for m in channel_mult]
         if channels % 2 or any(width % groups for width in (channels, *widths)):
             raise ValueError(f"channels: expected an even number and widths divisible by {groups} groups, got {widths}")
-        emb_dim, c = 4 * channels, channels
+        emb_channels, c = embedding_channels or channels, channels
+        emb_dim = 4 * emb_channels
 
         def resblock(c_in: int, c_out: int, resample: str | None = None) -> ResBlock:
             norms = dict(groups=groups, eps=1e-5)
@@ -79,7 +81,7 @@ class HalfUNet(nn.Module):
             return AttentionBlock(c, head_dim=head_dim, groups=groups, eps=1e-5)
 
         self.conv_in = Conv3x3(in_channels, channels, 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels, emb_dim)
+        self.time_embedding = TimestepEmbedding(emb_channels, emb_dim)
         self.down_blocks = nn.ModuleList()
         for level, width in enumerate(widths):
             resnets = [resblock(c_in, width) for c_in in [c] + [width] * (blocks - 1)]
@@ -105,7 +107,7 @@ class HalfUNet(nn.Module):
             raise ValueError(
                 f"x_t: expected [N, {channels}, H, W] with H and W divisible by {factor}, got {tuple(x_t.shape)}"
             )
-        emb = self.time_embedding(timestep_embedding(t, self.config["channels"]).to(x_t.dtype))
+        emb = self.time_embedding(timestep_embedding(t, self.time_embedding.linear_1.in_features).to(x_t.dtype))
         x = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))
         for level in self.down_blocks:
             for block in [block for stage in level.stages() for block in stage] + level.resampling():

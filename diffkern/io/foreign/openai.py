@@ -145,6 +145,7 @@ def read_classifier(weights: Weights) -> dict[str, Any]:
         head_dim=head_dim,
         scale_shift=len(made["mid_block.resnets.0.time_emb_proj.weight"]) == 2 * width,
         resample_blocks="down_blocks.0.downsamplers.0.conv1.weight" in made,
+        embedding_channels=made["time_embedding.linear_1.weight"].shape[1],
         pool_size=size,
     )
     return dict(
