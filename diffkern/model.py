@@ -407,6 +407,6 @@ def _planned(description: dict[str, Any], tensors: int, path: str | os.PathLike)
             clip=Quantile(clip["quantile"]) if isinstance(clip, dict) else clip,
             spacing=description.get("spacing"),
         )
-    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         message, *_ = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"{path}: {message[:500]}") from None

@@ -13,6 +13,8 @@ import foreign
 import pytest
 import torch
 from foreign import error_of, fixture, normals, random_weights
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import one_thread  # noqa: F401
 from torch import Tensor
 
@@ -300,6 +302,49 @@ def test_a_folder_of_diffusers_is_what_it_computes(options, kind, tmp_path):
         assert (model.prediction, model.schedule, model.shape) == ("v", Schedule(scheduler.betas), (3, 8, 8))
 
 
+def test_old_names_half_precision_and_parts_are_read(tmp_path):
+    diffusers, unet = unet2d()
+    unet.half().save_pretrained(tmp_path, variant="fp16")
+    scheduler = diffusers.DDPMScheduler()
+    half = load(tmp_path / "diffusion_pytorch_model.fp16.safetensors", scheduler=scheduler).network.state_dict()
+    with pytest.raises(ValueError, match="expected one of diffusion_pytorch_model.safetensors, .* got none"):
+        load(tmp_path, scheduler=scheduler)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = unet.state_dict()
+    for new, name in old.items():
+        tensors = {key.replace(f".{new}.", f".{name}."): tensor for key, tensor in tensors.items()}
+    torch.save(tensors, tmp_path / "diffusion_pytorch_model.bin")
+    by_old_names = load(tmp_path, scheduler=scheduler).network.state_dict()
+    (tmp_path / "diffusion_pytorch_model.bin").unlink()
+    unet.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert (tmp_path / "diffusion_pytorch_model.safetensors.index.json").exists()
+    in_parts = load(tmp_path, scheduler=scheduler).network.state_dict()
+    for name, tensor in unet.state_dict().items():
+        for read in (half, by_old_names, in_parts):
+            assert torch.equal(read[name], tensor.float()) and read[name].dtype == torch.float32
+
+
+def test_a_config_that_makes_no_network_is_refused(tmp_path):
+    torch.save(weights_of("edm2"), tmp_path / "x.pt")
+    save(load(tmp_path / "x.pt", head_dim=16), tmp_path / "ours.safetensors")
+    with safe_open(tmp_path / "ours.safetensors", framework="pt") as file:
+        description = json.loads(file.metadata()["diffkern"])
+    tensors = load_file(tmp_path / "ours.safetensors")
+    config = description["network"]
+    for changes, message in (
+        (dict(architecture="VQModel"), "architecture: expected one of UNet, NCSNpp"),
+        (dict(network=config | dict(head_dim=0)), "ours.safetensors: .*zero"),
+        (dict(network=config | dict(channel_mult=[])), "ours.safetensors: "),
+        (dict(network=config | dict(channel_mult=[1] * 30)), "blocks: expected a network of the file's"),
+        (dict(network=config | dict(channels=None)), "ours.safetensors: "),
+        (dict(network=config | dict(taps=[1, 1])), "network: expected what this version knows, got also 'taps'"),
+    ):
+        metadata = {"diffkern": json.dumps(description | changes)}
+        save_file(tensors, tmp_path / "ours.safetensors", metadata=metadata)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "ours.safetensors")
+
+
 def test_defaults_of_a_unet2dmodel_are_diffusers_own():
     import inspect
 
@@ -339,6 +384,11 @@ def test_a_folder_written_for_diffusers_draws_the_same_images(tmp_path):
     network.load_state_dict(random_weights({k: list(t.shape) for k, t in network.state_dict().items()}))
     model = Model(network.eval(), Schedule.cosine(20), "v", (3, 8, 8), ("a", "b"), clip=False, variance="fixed_large")
     model.to_diffusers(tmp_path)
+    save(model, tmp_path / "ours.safetensors")
+    exported = tmp_path / "exported"
+    assert main(["export", str(tmp_path / "ours.safetensors"), "--to", "diffusers", "--out", str(exported)]) == 0
+    for name in ("model_index.json", "scheduler/scheduler_config.json", "unet/diffusion_pytorch_model.safetensors"):
+        assert (exported / name).read_bytes() == (tmp_path / name).read_bytes()
     theirs = diffusers.DDPMPipeline.from_pretrained(tmp_path)
     scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
     scheduler.set_timesteps(5)

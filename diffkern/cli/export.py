@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", choices=("diffkern", "diffusers"), default="diffkern", help="whose format (default: diffkern)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: float16)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float16", help="of the weights (default: float16; float32 for diffusers)"
+    )
     parser.add_argument("--name", help="the model's name (default: the file's)")
 
 

@@ -43,7 +43,7 @@ def read(path: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
     Raises ValueError for a path of no family, TypeError for options that its family has not.
     """
-    if path.is_dir() or diffusers.is_folder(path.parent) and path.name in diffusers.WEIGHTS:
+    if path.is_dir() or (diffusers.is_folder(path.parent) and path.name.startswith(diffusers.STEM)):
         return _read(diffusers, lambda: diffusers.read_folder(path, options), path, options)
     return read_tree(read_tensors(path), path, options)
 

@@ -3,6 +3,7 @@
 A U-Net that ours can be is ours, with the tensors of the file; any other is diffusers' own class.
 """
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,8 @@ OPTIONS = {
     "ignore": "settings of the scheduler to leave aside",
 }
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+STEM = "diffusion_pytorch_model"  # variants follow: .fp16
+WEIGHTS = (f"{STEM}.safetensors", f"{STEM}.bin")
 SHARDS = f"{WEIGHTS[0]}.index.json"
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Of attention, in files of diffusers before 0.18."""
@@ -154,7 +156,8 @@ def _scheduler(folders: list[Path]) -> Any:
             kind = getattr(diffusers, str(config.get("_class_name")), None)
             if not hasattr(kind, "from_config"):
                 raise ValueError(f"expected a scheduler of diffusers, got {config.get('_class_name')}")
-            return kind.from_config(config)
+            known = inspect.signature(kind.__init__).parameters  # from_config imports every scheduler: seconds
+            return kind(**{name: value for name, value in config.items() if name in known})
     raise ValueError(f"scheduler: expected {SCHEDULER} in the folder, or it as an option, got none")
 
 
