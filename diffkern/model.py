@@ -203,11 +203,12 @@ class Model:
     def label(self, text: str) -> int:
         """The class of that name, upper or lower case, or else of that number; -1, the null class, of "none"."""
         classes = self.classes or ()
-        by_number = {str(label): label for label in range(-1, len(classes))}
+        by_number = {str(label): label for label in range(-1, self.num_classes or 0)}
         by_name = {name.lower(): label for label, name in enumerate(classes)} | {"none": -1}
         known = by_number | by_name  # a name that is a number is meant as a name
         if text.lower() not in known:
             numbered = ", ".join(f"{label} {name}" for label, name in enumerate(classes))
+            numbered = numbered or f"the numbers below {self.num_classes or 0}"
             raise ValueError(f"labels: expected none or one of {numbered}, got {text!r}")
         return known[text.lower()]
 

@@ -140,7 +140,9 @@ def test_files_of_openai_are_known_by_name(tmp_path):
     torch.save(weights_of("openai_adm"), tmp_path / "64x64_diffusion.pt")
     model = load(tmp_path / "64x64_diffusion.pt", num_head_channels=16)
     assert (model.shape, model.schedule, model.learned_variance) == ((3, 64, 64), Schedule.cosine(1000), True)
-    assert (model.num_classes, model.null_class) == (5, False)
+    assert (model.num_classes, model.null_class, model.label("4")) == (5, False, 4)
+    with pytest.raises(ValueError, match="labels: expected none or one of the numbers below 5, got '5'"):
+        model.label("5")
     torch.save(weights_of("openai"), tmp_path / "x.pt")
     told = OPENAI | dict(num_heads=4, diffusion_steps=4000)
     with pytest.raises(ValueError, match=r"x\.pt: rescale_timesteps: expected it as an option, .* got none"):
@@ -197,6 +199,28 @@ def test_a_classifier_of_openai_classifies_as_its_own_code(tmp_path, monkeypatch
     model = small(network=network, schedule=Schedule.cosine(1000))
     drawn = sample(model, 1, labels=3, guidance=guidance, steps=2, progress=False)
     assert not torch.equal(drawn, sample(model, 1, steps=2, progress=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["pred_v", "pred_noise", "pred_x0"])
+def test_the_package_of_lucidrains_itself_agrees(objective, tmp_path):
+    package = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+    network = package.Unet(dim=16, dim_mults=(1, 2, 3), attn_heads=2, attn_dim_head=8)
+    network.load_state_dict(random_weights({k: list(t.shape) for k, t in network.state_dict().items()}))
+    diffusion = package.GaussianDiffusion(network.eval(), image_size=8, timesteps=100, objective=objective)
+    torch.save(diffusion.state_dict(), tmp_path / "x.pt")
+    model, x, t = load(tmp_path / "x.pt", image_size=8), normals(1, (2, 3, 8, 8)), torch.tensor([3, 70])
+    assert torch.allclose(model.schedule.betas.float(), diffusion.betas)
+    with torch.no_grad():
+        expected = network(x, t)
+        assert (model.network(x, t) - expected).abs().max() <= PARITY * expected.abs().max()
+        p_x, p_o = (
+            torch.tensor([head_at(model.prediction, model.schedule.point(int(s)), model.schedule)[i] for s in t])
+            for i in range(2)
+        )
+        x0_hat = (p_x.view(-1, 1, 1, 1) * x + p_o.view(-1, 1, 1, 1) * expected).float()
+        theirs = diffusion.model_predictions(x, t).pred_x_start
+    assert (x0_hat - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
 def test_an_upsampler_gets_the_small_image(tmp_path):
