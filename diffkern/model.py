@@ -23,7 +23,7 @@ from .engine import Engine
 from .io import foreign, hub, pipelines
 from .io.description import FORMAT, check_model
 from .io.files import CHECKPOINT, compare, fill, read, restore, state, write
-from .networks import NETWORKS, UNet
+from .networks import ARCHITECTURES, UNet
 from .networks.blueprint import Blueprint
 from .prediction import PREDICTIONS
 from .process import Process
@@ -203,24 +203,22 @@ class Model:
     def label(self, text: str) -> int:
         """The class of that name, upper or lower case, or else of that number; -1, the null class, of "none"."""
         classes = self.classes or ()
-        by_number = {str(label): label for label in range(-1, self.num_classes or 0)}
+        by_number = {str(label): label for label in range(-1, len(classes))}
         by_name = {name.lower(): label for label, name in enumerate(classes)} | {"none": -1}
         known = by_number | by_name  # a name that is a number is meant as a name
         if text.lower() not in known:
             numbered = ", ".join(f"{label} {name}" for label, name in enumerate(classes))
-            numbered = numbered or f"the numbers below {self.num_classes or 0}"
             raise ValueError(f"labels: expected none or one of {numbered}, got {text!r}")
         return known[text.lower()]
 
     def description(self) -> dict[str, Any]:
         """All but the weights, as JSON holds it. Under "own" are the names of what only its maker's code has: a network
-        that is none of :data:`diffkern.networks.NETWORKS`, a process of a class of one's own, conditions, a codec."""
+        that is none of ``networks.ARCHITECTURES``, a process of a class of one's own, conditions, a codec."""
         network = unwrapped(self.network)
         if not isinstance(network, nn.Module):
             raise TypeError(f"network: expected a torch.nn.Module to describe, got {type(network).__name__}")
-        kind = type(network).__name__
-        ours = type(network) is NETWORKS.get(kind)
-        own = {} if ours else {"network": kind}
+        ours = _describes(network)
+        own = {} if ours else {"network": type(network).__name__}
         if self.schedule.own:
             fields = dataclasses.is_dataclass(self.schedule)
             own["schedule"] = repr(self.schedule) if fields else type(self.schedule).__name__
@@ -237,9 +235,14 @@ class Model:
             "classes": self.classes,
             "prefix": "",
             **{name: value for name, value in kept.items() if value is not None},
-            **({"architecture": kind} if ours and kind != "UNet" else {}),
+            **({"architecture": type(network).__name__} if ours and not isinstance(network, UNet) else {}),
             **({"own": own} if own else {}),
         }
+
+
+def _describes(network: Any) -> bool:
+    """Whether a file can hold all of a network: its architecture and options, and weights."""
+    return ARCHITECTURES.get(type(network).__name__) is type(network)
 
 
 def _parameters(network: Any) -> Iterator[Tensor]:
@@ -395,7 +398,7 @@ def _planned(description: dict[str, Any], tensors: int, path: str | os.PathLike)
             listed = ", ".join(f"{name} ({kind})" for name, kind in description["own"].items())
             raise ValueError(f"into: expected a Model that has what the file cannot hold, {listed}, got None")
         with Blueprint():
-            network = NETWORKS[description.get("architecture", "UNet")](**description["network"]).float()
+            network = ARCHITECTURES[description.get("architecture", "UNet")](**description["network"]).float()
         clip = description.get("clip")
         return Model(
             network=network,

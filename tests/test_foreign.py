@@ -141,7 +141,7 @@ def test_files_of_openai_are_known_by_name(tmp_path):
     model = load(tmp_path / "64x64_diffusion.pt", num_head_channels=16)
     assert (model.shape, model.schedule, model.learned_variance) == ((3, 64, 64), Schedule.cosine(1000), True)
     assert (model.num_classes, model.null_class, model.label("4")) == (5, False, 4)
-    with pytest.raises(ValueError, match="labels: expected none or one of the numbers below 5, got '5'"):
+    with pytest.raises(ValueError, match="labels: expected none or one of 0 0, 1 1, 2 2, 3 3, 4 4, got '5'"):
         model.label("5")
     torch.save(weights_of("openai"), tmp_path / "x.pt")
     told = OPENAI | dict(num_heads=4, diffusion_steps=4000)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from ..networks import NETWORKS
+from ..networks import ARCHITECTURES
 from ..schedule import KINDS
 
 FORMAT = 1
@@ -82,9 +82,11 @@ def check_model(description: Mapping[str, Any], tensors: int) -> None:
 
 
 def _check_network(network: Any, tensors: int, architecture: Any) -> None:
-    if not isinstance(architecture, str) or architecture not in NETWORKS:
-        raise ValueError(f"architecture: expected one of {', '.join(NETWORKS)}, got {_shown(architecture)}")
-    options = {name: option.default for name, option in inspect.signature(NETWORKS[architecture]).parameters.items()}
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {_shown(architecture)}")
+    options = {
+        name: option.default for name, option in inspect.signature(ARCHITECTURES[architecture]).parameters.items()
+    }
     _check_known("network", network, options)
     for name, value in network.items():
         default = options[name]

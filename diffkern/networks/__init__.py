@@ -19,10 +19,11 @@ from .ncsnpp import NCSNpp
 from .rms_unet import RMSUNet
 from .unet import UNet
 
-NETWORKS = {network.__name__: network for network in (UNet, NCSNpp, EDM2UNet, RMSUNet)}
-"""The networks that a file can hold, by its name for them: each is made of its ``config``."""
+ARCHITECTURES = {"UNet": UNet, "NCSNpp": NCSNpp, "EDM2UNet": EDM2UNet, "RMSUNet": RMSUNet}
+"""The networks that a model file can describe, by name; each has a ``config`` of its options."""
 
 __all__ = [
+    "ARCHITECTURES",
     "AttentionBlock",
     "Conv3x3",
     "Downsample",
@@ -31,7 +32,6 @@ __all__ = [
     "Level",
     "MidBlock",
     "NCSNpp",
-    "NETWORKS",
     "RMSUNet",
     "ResBlock",
     "TimestepEmbedding",

@@ -81,6 +81,9 @@ def _read(family: Any, make: Any, path: Path, options: Mapping[str, Any]) -> tup
         text = f"no tensor {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{os.fspath(path)}: {text} (a checkpoint of {family.NAME})") from None
     network = arguments["network"]
+    classes = _classes(network)
+    if classes is not None:  # which have no names, but numbers
+        arguments["classes"] = tuple(map(str, range(classes)))
     parameters = sum(tensor.numel() for tensor in network.parameters())
     shape = "x".join(map(str, arguments["shape"]))
     process = arguments["schedule"]
@@ -90,6 +93,12 @@ def _read(family: Any, make: Any, path: Path, options: Mapping[str, Any]) -> tup
         f"{path}: {family.NAME}: {kind} of {parameters:,} parameters, predicts {arguments['prediction']} "
         f"for samples of {shape}, {noise}"
     )
+
+
+def _classes(network: Any) -> int | None:
+    """How many classes a network has; None where it has none."""
+    config = getattr(getattr(network, "network", network), "config", {})
+    return config.get("num_classes", config.get("num_class_embeds"))
 
 
 def _looks(weights: Weights) -> str:

@@ -58,13 +58,11 @@ def read(weights: Weights, options: Mapping[str, Any]) -> dict[str, Any]:
     process, prediction = _process(precond, options, weights)
     read_network = _adm if weights.has("out_conv") else _song
     network, channels = read_network(weights, sizes, sign=-1.0 if precond == "ve" else 1.0)
-    classes = network.config["num_classes"]
     return dict(
         network=network,
         schedule=process,
         prediction=prediction,
         shape=(channels, sizes[0], sizes[0]),
-        classes=None if classes is None else tuple(map(str, range(classes))),
     )
 
 
@@ -134,7 +132,8 @@ def _adm(weights: Weights, sizes: list[int], sign: float) -> tuple[UNet, int]:
     return fill(lambda: UNet(**config), made), channels
 
 
-SONG = {"taps_2": (1, 1), "taps_4": (1, 3, 3, 1)}
+TAPS = {2: (1, 1), 4: (1, 3, 3, 1)}
+"""Filters between resolutions, by their length."""
 
 
 def _song(weights: Weights, sizes: list[int], sign: float) -> tuple[NCSNpp, int]:
@@ -161,7 +160,7 @@ def _song(weights: Weights, sizes: list[int], sign: float) -> tuple[NCSNpp, int]
     known |= {"map_label.weight", "map_label.bias"}
     made = song_names(unet_weights(weights, places, PARTS, split, tuple(known)))
     config = song_options(made, len(sizes), blocks) | dict(
-        taps=SONG[f"taps_{max(filters, default=2)}"],
+        taps=TAPS[max(filters, default=2)],
         encoder="residual" if weights.has(f"{down[last]}_aux_residual") else "plain",
     )
     if weights.has(f"{down[last]}_aux_skip"):

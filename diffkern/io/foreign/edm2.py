@@ -69,7 +69,6 @@ def read(weights: Weights, options: Mapping[str, Any]) -> dict[str, Any]:
         schedule=EDM(options.get("sigma_data", 0.5)),
         prediction="edm",
         shape=(with_ones - 1, sizes[0], sizes[0]),
-        classes=None if labels is None else tuple(map(str, range(len(labels) - 1))),
         clip=False if with_ones - 1 == 4 else None,
     )
 

@@ -3,6 +3,7 @@
 Options have the names of their command lines' flags. Files that openai published are known by their names.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,13 +110,10 @@ def read_classifier(weights: Weights) -> dict[str, Any]:
     if not weights.has("out.2.positional_embedding"):
         raise ValueError("classifier_pool: expected 'attention', got another")
     options = PUBLISHED[weights.path.stem]
-    heads, head_dim = weights.tensors, options["num_head_channels"]
-    width, tokens = heads["out.2.positional_embedding"].shape
-    size = round((tokens - 1) ** 0.5)
-    downs = 0
-    while options["image_size"] >> downs > size:
-        downs += 1
-    levels = downs + 1
+    head_dim, positions = options["num_head_channels"], weights.tensors["out.2.positional_embedding"]
+    width, tokens = positions.shape
+    size = math.isqrt(tokens - 1)
+    levels = (options["image_size"] // size).bit_length()  # each but the last halves
     blocks = (weights.count("input_blocks") - levels) // levels
 
     def side(way: str, level: int, j: int) -> tuple[str, str]:
@@ -131,7 +129,7 @@ def read_classifier(weights: Weights) -> dict[str, Any]:
     parts = (*PARTS, ("qkv", "qkv_proj"), ("to_out", "c_proj"))
     places = {k: v for k, v in unet_places(levels, blocks, side, others).items() if not k.startswith("up_blocks.")}
     made = unet_weights(weights, places, parts, split, ("out.2.positional_embedding",))
-    made["pool.positions"] = heads["out.2.positional_embedding"].T
+    made["pool.positions"] = positions.T
     channels, in_channels = made["conv_in.weight"].shape[:2]
     widths = [len(made[f"down_blocks.{level}.resnets.0.conv2.weight"]) for level in range(levels)]
     config = dict(
