@@ -20,7 +20,7 @@ NAME = "openai/guided-diffusion"
 ANCHOR = "time_embed.0.weight"
 OPTIONS = {
     "image_size": "of the images (large_size of an upsampler)",
-    "small_size": "of an upsampler's low_res",
+    "small_size": "of an upsampler's low_res; 0 of no upsampler, where half the channels may be one",
     "num_heads": "attention heads at every level",
     "num_head_channels": "or channels of a head",
     "use_new_attention_order": "whether q, k and v are split before heads (False)",
@@ -188,27 +188,23 @@ def read(weights: Weights, options: Mapping[str, Any]) -> dict[str, Any]:
     T = options.get("diffusion_steps", 1000)
     if T != 1000 and _needed(options, "rescale_timesteps"):
         config["t_scale"] = 1000 / T
-    channels = config["out_channels"] if config["out_channels"] in (1, 3) else config["out_channels"] // 2
-    if config["out_channels"] == 2 * channels:
-        config |= dict(out_channels=channels, learned_variance=True)
-    network = fill(lambda: UNet(**config), made)
-    size = _needed(options, "image_size")
-    conditions = ()
-    if config["in_channels"] == 2 * channels:
+    channels, out_channels = config["in_channels"], config["out_channels"]
+    if channels % 2 == 0 and out_channels in (channels // 2, channels):  # is x_t half of it?
         small = _needed(options, "small_size")
+        channels //= 2 if small else 1
+    learned = out_channels == 2 * channels
+    network = fill(lambda: UNet(**config | dict(out_channels=channels, learned_variance=learned)), made)
+    size, conditions = _needed(options, "image_size"), ()
+    if channels < config["in_channels"]:
         network = SuperResolution(network)
         conditions = (Condition("low_res", (channels, small, small)),)
-    variance = None
-    if config.get("learned_variance"):
-        variance = "learned" if conditions else None
-    elif not options.get("sigma_small"):
-        variance = "fixed_large"
+    fixed = None if options.get("sigma_small") else "fixed_large"
     return dict(
         network=network,
         schedule=_schedule(_needed(options, "noise_schedule"), T),
         prediction="x0" if options.get("predict_xstart") else "eps",
         shape=(channels, size, size),
-        variance=variance,
+        variance="learned" if learned else fixed,
         conditions=conditions,
     )
 
