@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import images, ops, parallel
 from ..data import Batch, Dataset, Items, as_dataset, epoch_order
-from ..engine import Engine
+from ..engine import is_optimized
 from ..io.description import check_model, checked_state
 from ..io.files import CHECKPOINT, restore, state, write
 from ..model import Model, build, checked_device
@@ -80,7 +80,7 @@ class Trainer:
         device: torch.device | str | None = None,
         validation: Any = None,
     ):
-        if not isinstance(model.network, nn.Module) or isinstance(model.network, Engine):
+        if not isinstance(model.network, nn.Module) or is_optimized(model.network):
             name = type(model.network).__name__
             raise TypeError(f"network: expected a torch.nn.Module that can be trained, got {name}")
         config = _settled(config, model)

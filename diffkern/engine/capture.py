@@ -1,0 +1,364 @@
+"""What a network computes: its ``forward`` runs once, and every function of torch that it calls becomes a node.
+
+    network, inputs -> Capture: a ``torch.fx.Graph`` whose nodes know their shape and dtype
+
+The run is a real one, on the inputs of the call, by ``torch.overrides.TorchFunctionMode``. So it sees whatever Python
+does: processors, patched methods, options. It takes no compiler, and gives a result that the recording is held against.
+Whatever the mode cannot follow raises :class:`NotCaptured`: numbers that Python reads, tensors of unknown origin,
+random numbers, weights that are written to, modules that change themselves.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ..ops import transforms
+from .number import Number, NumberRead, plain
+
+
+class NotCaptured(Exception):
+    """A network, or a call of it, that no graph describes. Says why."""
+
+
+SEEN = frozenset(
+    "shape dtype device layout ndim requires_grad is_leaf size dim stride numel nelement element_size itemsize nbytes "
+    "is_contiguous is_floating_point is_complex is_signed is_cuda is_cpu is_mps is_meta is_sparse is_sparse_csr "
+    "is_quantized is_nested is_mkldnn is_xpu is_xla is_ipu is_vulkan is_hpu is_maia is_mtia is_inference is_conj is_neg "
+    "get_device storage_offset _version grad grad_fn __len__ __hash__ type dense_dim sparse_dim is_same_size is_tensor "
+    "result_type can_cast _log_api_usage_once names has_names __format_shape__".split()
+)
+"""Functions that tell no number of a tensor."""
+
+SHAPED_BY_NUMBERS = frozenset(
+    "nonzero argwhere unique unique_consecutive masked_select bincount histc one_hot repeat_interleave".split()
+)
+"""Functions whose result has a shape that the numbers decide."""
+
+
+def name_of(function: Any) -> str:
+    """``add`` for ``torch.add``, ``Tensor.__add__``, ``operator.add`` and the method's name; ``shape`` for its getter."""
+    if isinstance(function, str):
+        return function
+    if isinstance(function, Written):
+        return "written"
+    name = getattr(function, "__name__", type(function).__name__)
+    if name == "__get__":
+        return function.__self__.__name__
+    return FUNCTION_OF.get(name, name)
+
+
+FUNCTION_OF = {
+    "__add__": "add", "__radd__": "add", "__mul__": "mul", "__rmul__": "mul", "__sub__": "sub", "__truediv__": "div",
+    "true_divide": "div", "truediv": "div", "multiply": "mul", "subtract": "sub", "divide": "div", "concat": "cat",
+    "concatenate": "cat", "__matmul__": "matmul", "__getitem__": "getitem", "__pow__": "pow", "__neg__": "neg",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A function that writes to one of its tensors, as one that returns what is written, in memory of its own."""
+
+    function: Callable[..., Any]
+    position: int  # of that tensor among all tensors of the arguments
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        leaves[places[self.position]] = copied = leaves[places[self.position]].clone()
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        self.function(*args, **kwargs)
+        return copied
+
+    @property
+    def __name__(self) -> str:
+        return "written"
+
+
+@dataclasses.dataclass
+class Capture:
+    """What a call computes.
+
+    graph    its nodes have ``meta["shape"]`` and ``meta["dtype"]``. Weights and constants are ``get_attr`` nodes, inputs
+             ``placeholder`` nodes, one a tensor or number of the call
+    tensors  by the target of a ``get_attr`` node
+    weights  the targets of those that are the network's own, whose numbers may change
+    output   the structure of the result, for ``tree_unflatten``
+    leaves   its leaves: a node, or what is there at every call
+    result   the result of the run
+    """
+
+    graph: fx.Graph
+    tensors: dict[str, Tensor]
+    weights: set[str]
+    output: Any
+    leaves: list[Any]
+    result: Any
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+
+def capture(run: Callable[..., Any], args: tuple, kwargs: dict[str, Any], owned: Sequence[Tensor]) -> Capture:
+    """Run ``run(*args, **kwargs)`` and note what it computes. NotCaptured if no graph tells.
+
+    owned  the network's tensors: parameters, buffers, and those among its attributes
+    """
+    recorder = _Recorder(owned)
+    args, kwargs = mapped(recorder.input, (args, kwargs))
+    state = torch.get_rng_state()
+    try:
+        with transforms.capturing(), recorder:
+            result = run(*args, **kwargs)
+    except Exception as error:
+        torch.set_rng_state(state)
+        if recorder.refused or isinstance(error, NumberRead):
+            raise NotCaptured(recorder.refused or str(error)) from None
+        raise NotCaptured(f"its forward raises {type(error).__name__}") from error
+    if recorder.refused:  # and the network went on
+        raise NotCaptured(recorder.refused)
+    if not torch.equal(state, torch.get_rng_state()):
+        torch.set_rng_state(state)
+        raise NotCaptured("it draws random numbers")
+    return recorder.finish(result)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, owned: Sequence[Tensor]):
+        super().__init__()
+        self.graph, self.refused = fx.Graph(), ""
+        self.tensors: dict[str, Tensor] = {}
+        self.weights: set[str] = set()
+        self._owned = {id(tensor): tensor for tensor in owned}
+        self._known: dict[int, tuple[weakref.ref, fx.Node]] = {}
+        self._numbers: dict[int, tuple[Any, fx.Node]] = {}
+
+    # --- what is known ---
+
+    def input(self, leaf: Any) -> Any:
+        """An input as the network gets it: a tensor of its own, or a number that refuses to be read."""
+        if isinstance(leaf, torch.nn.Parameter):
+            self._owned[id(leaf)] = leaf
+            return leaf
+        if isinstance(leaf, Tensor):
+            leaf = leaf.clone()
+            self._bind(leaf, self._placeholder(tuple(leaf.shape), leaf.dtype))
+        elif type(leaf) in (int, float):
+            node = self._placeholder((), type(leaf))
+            leaf = Number.of(leaf)
+            self._numbers[id(leaf)] = leaf, node
+        return leaf
+
+    def _placeholder(self, shape: tuple[int, ...], dtype: Any) -> fx.Node:
+        return _described(self.graph.placeholder(f"input_{len(self.graph.nodes)}"), shape, dtype)
+
+    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
+        self._known[id(tensor)] = weakref.ref(tensor), node
+
+    def _find(self, tensor: Tensor) -> fx.Node | None:
+        reference, node = self._known.get(id(tensor), (None, None))
+        if node is not None and reference() is tensor:
+            return node
+        if id(tensor) in self._owned:
+            node = self._attribute(tensor)
+            self.weights.add(node.target)
+            return node
+        return None
+
+    def _attribute(self, tensor: Tensor) -> fx.Node:
+        name = f"tensor_{len(self.tensors)}"
+        self.tensors[name] = tensor
+        node = _described(self.graph.create_node("get_attr", name), tuple(tensor.shape), tensor.dtype)
+        self._bind(tensor, node)
+        return node
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        return node.op == "get_attr" and node.target not in self.weights
+
+    def refuse(self, why: str) -> NotCaptured:
+        self.refused = self.refused or why
+        return NotCaptured(why)
+
+    # --- what is called ---
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if kwargs.get("inplace") is True:
+            kwargs = {**kwargs, "inplace": False}
+        name = name_of(function)
+        if name in SEEN:
+            return function(*args, **kwargs)
+        operands = list(_tensors((args, kwargs)))
+        if not operands and name == "_set_grad_enabled":
+            return function(*args, **kwargs)
+        if name == "requires_grad_" or (name in ("backward", "grad") and operands):
+            raise self.refuse(f"it differentiates: {name}")
+        numbers = {id(leaf): leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Number)}
+        versions = [None if tensor.is_inference() else tensor._version for tensor in operands]
+        result = function(*_plain(args), **_plain(kwargs)) if numbers else function(*args, **kwargs)
+        written = [i for i, tensor in enumerate(operands) if versions[i] not in (None, _version(tensor))]
+        results = [result] if isinstance(result, Tensor) else result if isinstance(result, (tuple, list)) else []
+        made = [tensor for tensor in results if isinstance(tensor, Tensor)]
+        if written:
+            self._write(function, args, kwargs, operands, written)
+            if not all(any(tensor is operand for operand in operands) for tensor in made):
+                raise self.refuse(f"it writes and returns something else: {name}")
+            return result
+        if not made:
+            if numbers or any(not self._constant_operand(tensor) for tensor in operands):
+                raise self.refuse(f"its forward reads numbers of a tensor: {name}")
+            return result
+        if name in SHAPED_BY_NUMBERS or (name == "getitem" and _masks(args[1])):
+            raise self.refuse(f"numbers decide a shape: {name}")
+        if any(tensor.layout != torch.strided or tensor.is_complex() for tensor in made):
+            raise self.refuse(f"a tensor is sparse or complex: {name}")
+        if isinstance(result, Tensor) and any(result is operand for operand in operands):
+            return result  # it did nothing
+        if not numbers and all(self._constant_operand(tensor) for tensor in operands):
+            for tensor in made:
+                self._attribute(tensor)
+            return result
+        node = self._call(function, args, kwargs)
+        if isinstance(result, Tensor):
+            self._bind(result, _described(node, tuple(result.shape), result.dtype))
+            return result
+        node.meta["shape"] = node.meta["dtype"] = None
+        for i, tensor in enumerate(results):
+            if isinstance(tensor, Tensor):
+                item = self.graph.call_function(_item, (node, i))
+                self._bind(tensor, _described(item, tuple(tensor.shape), tensor.dtype))
+            elif tensor is not None:
+                raise self.refuse(f"a result has other things than tensors: {name}")
+        return result
+
+    def _constant_operand(self, tensor: Tensor) -> bool:
+        node = self._find(tensor)
+        return node is not None and self._is_constant(node)
+
+    def _call(self, function: Callable, args: Any, kwargs: Any) -> fx.Node:
+        def node_of(leaf: Any) -> Any:
+            if isinstance(leaf, Number):
+                return self._numbers[id(leaf)][1]
+            if isinstance(leaf, Tensor):
+                node = self._find(leaf)
+                if node is None:
+                    raise self.refuse(f"a tensor comes from elsewhere, to {name_of(function)}")
+                return node
+            if isinstance(leaf, torch.Generator):
+                raise self.refuse("it draws random numbers")
+            return leaf
+
+        args, kwargs = mapped(node_of, args), mapped(node_of, kwargs)
+        return self.graph.call_function(function, tuple(args), kwargs)
+
+    def _write(self, function: Callable, args: Any, kwargs: Any, operands: list[Tensor], written: list[int]) -> None:
+        """A function wrote to a tensor: from here on, that is another value."""
+        name, tensor = name_of(function), operands[written[0]]
+        node = self._find(tensor)
+        if node is None or any(operands[i] is not tensor for i in written):
+            raise self.refuse(f"it writes to a tensor from elsewhere: {name}")
+        if node.op == "placeholder" or node.target in self.weights:
+            raise self.refuse(f"it writes to an input or a weight: {name}")
+        others = (reference() for reference, known in list(self._known.values()) if known is not node)
+        address = tensor.untyped_storage().data_ptr()
+        if any(other is not None and other.untyped_storage().data_ptr() == address for other in others):
+            raise self.refuse(f"it writes to memory that two tensors share: {name}")
+        if all(self._constant_operand(operand) for operand in operands):
+            if node.users:
+                raise self.refuse(f"it writes to a constant that was used: {name}")
+            return  # to be read later, with its numbers of then
+        functional = getattr(Tensor, name[:-1], None) if name.endswith("_") and not name.endswith("__") else None
+        same = all(operand.dtype == tensor.dtype and operand.ndim <= tensor.ndim for operand in operands)
+        if functional is not None and written == [0] and same and name in ("add_", "mul_", "sub_", "div_"):
+            new = self._call(functional, args, kwargs)
+        else:
+            new = self._call(Written(function, written[0]), args, kwargs)
+        self._bind(tensor, _described(new, tuple(tensor.shape), tensor.dtype))
+
+    # --- the result ---
+
+    def finish(self, result: Any) -> Capture:
+        leaves, spec = pytree.tree_flatten(result)
+        found = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                node = self._find(leaf)
+                if node is None:
+                    raise NotCaptured("a tensor of its result comes from elsewhere")
+                found.append(node)
+            elif leaf is None or type(leaf) in (bool, str, int, float):
+                found.append(leaf)
+            else:
+                raise NotCaptured(f"its result holds a {type(leaf).__name__}")
+        nodes = [leaf for leaf in found if isinstance(leaf, fx.Node)]
+        if not nodes:
+            raise NotCaptured("its result holds no tensor")
+        self.graph.output(tuple(nodes))
+        sweep(self.graph)
+        return Capture(self.graph, self.tensors, self.weights, spec, found, result)
+
+
+def _item(results: Sequence[Any], index: int) -> Any:
+    return results[index]
+
+
+_item.__name__ = "item_of"
+
+
+def sweep(graph: fx.Graph) -> None:
+    """Take out what nothing uses, but for inputs."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+
+
+def _described(node: fx.Node, shape: tuple[int, ...], dtype: Any) -> fx.Node:
+    node.meta["shape"], node.meta["dtype"] = shape, dtype
+    return node
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _leaves(item)
+    elif isinstance(tree, dict):
+        yield from _leaves(list(tree.values()))
+    elif isinstance(tree, slice):
+        yield from _leaves((tree.start, tree.stop, tree.step))
+    else:
+        yield tree
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in _leaves(tree) if isinstance(leaf, Tensor))
+
+
+def mapped(of: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with ``of`` of each leaf, in order."""
+    if isinstance(tree, (tuple, list)):
+        items = [mapped(of, item) for item in tree]
+        return tuple(items) if isinstance(tree, tuple) else items
+    if isinstance(tree, dict):
+        return {key: mapped(of, value) for key, value in tree.items()}
+    if isinstance(tree, slice):
+        return slice(*(mapped(of, part) for part in (tree.start, tree.stop, tree.step)))
+    return of(tree)
+
+
+def _plain(tree: Any) -> Any:
+    return mapped(plain, tree)
+
+
+def _masks(index: Any) -> bool:
+    """Does an index choose by True and False?"""
+    return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in _tensors(index))
