@@ -1,5 +1,5 @@
 """Networks by native kernels, from their graphs, for inference on a CPU."""
 
-from .optimize import dtype_of, is_optimized, optimize, unwrapped
+from .optimized import dtype_of, is_optimized, optimize, unwrapped
 
 __all__ = ["dtype_of", "is_optimized", "optimize", "unwrapped"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..ops import transforms
 from .capture import NotCaptured
@@ -87,12 +88,12 @@ def _twin(network: nn.Module, dtype: torch.dtype) -> nn.Module:
         names |= dict(__doc__=kind.__doc__, forward=functools.wraps(kind.forward)(Optimized.forward))
         _classes[kind] = type(kind)(kind.__name__, (Optimized, kind), names)
     twin = _classes[kind].__new__(_classes[kind])
-    object.__setattr__(twin, "_diffkern", _Runner(network, dtype))
+    object.__setattr__(twin, "_diffkern", Runner(network, dtype))
     object.__setattr__(twin, "__dict__", network.__dict__)
     return twin
 
 
-class _Runner:
+class Runner:
     """The ``forward`` of an optimized network."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype):
@@ -104,11 +105,12 @@ class _Runner:
         try:
             return self.recorded(args, kwargs)
         except NotCaptured as why:
-            if why.args[0] and not self._told:
-                self._told = True
-                kind = type(self.network).__name__
-                warnings.warn(f"diffkern: {kind} runs as it is, since no recording serves it: {why}", stacklevel=4)
-        return self.plainly(args, kwargs)
+            result, reason = self.plainly(args, kwargs), str(why)  # which raises for wrong inputs
+        if reason and not self._told:
+            self._told = True
+            kind = type(self.network).__name__
+            warnings.warn(f"diffkern: {kind} runs as it is, since no recording serves it: {reason}", stacklevel=4)
+        return result
 
     def plainly(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """By the network itself; for bfloat16, under autocast."""
@@ -117,7 +119,7 @@ class _Runner:
             return forward(*args, **kwargs)
         with torch.autocast("cpu", self.dtype):
             result = forward(*args, **kwargs)
-        return result.float() if isinstance(result, Tensor) else result
+        return pytree.tree_map_only(Tensor, lambda leaf: leaf.float() if leaf.dtype == self.dtype else leaf, result)
 
     def recorded(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """By a recording. NotCaptured, with the reason if it is one to tell, where there is none."""
