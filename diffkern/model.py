@@ -300,7 +300,11 @@ def _check_options(network: UNet, planned: UNet) -> None:
     modules = dict(planned.named_modules())
     for name, module in network.named_modules():
         for option, expected in vars(modules[name]).items():
-            if option == "training" or option.startswith("_") or not isinstance(expected, (bool, int, float, str, tuple)):
+            if (
+                option == "training"
+                or option.startswith("_")
+                or not isinstance(expected, (bool, int, float, str, tuple))
+            ):
                 continue
             got = getattr(module, option, None)
             if got != expected:

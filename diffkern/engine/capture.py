@@ -5,7 +5,8 @@
 The run is a real one, on the inputs of the call, by ``torch.overrides.TorchFunctionMode``. So it sees whatever Python
 does: processors, patched methods, options. It takes no compiler, and gives a result that the recording is held against.
 Whatever the mode cannot follow raises :class:`NotCaptured`: numbers that Python reads, tensors of unknown origin,
-random numbers, weights that are written to, modules that change themselves.
+random numbers, weights that are written to. The network still runs to its end, and its result is the call's: whatever
+else it does, it does once.
 """
 
 import dataclasses
@@ -20,29 +21,37 @@ from torch.utils import _pytree as pytree
 
 from ..ops import transforms
 from .number import Number, NumberRead, plain
+from .words import words
 
 
 class NotCaptured(Exception):
-    """A network, or a call of it, that no graph describes. Says why."""
+    """A network, or a call of it, that no graph describes. Says why.
+
+    result  what the run of the network gave, in a tuple, if it came to its end as if nobody had noted it; else None
+    """
+
+    def __init__(self, why: str, result: tuple[Any] | None = None):
+        super().__init__(why)
+        self.result = result
 
 
-SEEN = frozenset(
-    "shape dtype device layout ndim requires_grad is_leaf size dim stride numel nelement element_size itemsize nbytes "
-    "is_contiguous is_floating_point is_complex is_signed is_cuda is_cpu is_mps is_meta is_sparse is_sparse_csr "
-    "is_quantized is_nested is_mkldnn is_xpu is_xla is_ipu is_vulkan is_hpu is_maia is_mtia is_inference is_conj is_neg "
-    "get_device storage_offset _version grad grad_fn __len__ __hash__ type dense_dim sparse_dim is_same_size is_tensor "
-    "result_type can_cast _log_api_usage_once names has_names __format_shape__".split()
+SEEN = words(
+    "shape dtype device layout ndim requires_grad is_leaf size dim stride numel nelement element_size itemsize",
+    "nbytes is_contiguous is_floating_point is_complex is_signed is_cuda is_cpu is_mps is_meta is_sparse",
+    "is_sparse_csr is_quantized is_nested is_mkldnn is_xpu is_xla is_ipu is_vulkan is_hpu is_maia is_mtia",
+    "is_inference is_conj is_neg get_device storage_offset _version grad grad_fn __len__ __hash__ type dense_dim",
+    "sparse_dim is_same_size is_tensor result_type can_cast _log_api_usage_once names has_names __format_shape__",
 )
 """Functions that tell no number of a tensor."""
 
-SHAPED_BY_NUMBERS = frozenset(
-    "nonzero argwhere unique unique_consecutive masked_select bincount histc one_hot repeat_interleave".split()
+SHAPED_BY_NUMBERS = words(
+    "nonzero argwhere unique unique_consecutive masked_select bincount histc one_hot repeat_interleave",
 )
 """Functions whose result has a shape that the numbers decide."""
 
 
 def name_of(function: Any) -> str:
-    """``add`` for ``torch.add``, ``Tensor.__add__``, ``operator.add`` and the method's name; ``shape`` for its getter."""
+    """``add`` for ``torch.add``, ``Tensor.__add__``, ``operator.add`` and the method; ``shape`` for its getter."""
     if isinstance(function, str):
         return function
     if isinstance(function, Written):
@@ -51,6 +60,11 @@ def name_of(function: Any) -> str:
     if name == "__get__":
         return function.__self__.__name__
     return FUNCTION_OF.get(name, name)
+
+
+def called(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call a node's target: a function, or a method by its name."""
+    return getattr(args[0], function)(*args[1:], **kwargs) if isinstance(function, str) else function(*args, **kwargs)
 
 
 FUNCTION_OF = {
@@ -84,8 +98,8 @@ class Written:
 class Capture:
     """What a call computes.
 
-    graph    its nodes have ``meta["shape"]`` and ``meta["dtype"]``. Weights and constants are ``get_attr`` nodes, inputs
-             ``placeholder`` nodes, one a tensor or number of the call
+    graph    its nodes have ``meta["shape"]`` and ``meta["dtype"]``. Weights and constants are ``get_attr`` nodes,
+             inputs ``placeholder`` nodes, one a tensor or number of the call
     tensors  by the target of a ``get_attr`` node
     weights  the targets of those that are the network's own, whose numbers may change
     output   the structure of the result, for ``tree_unflatten``
@@ -121,12 +135,21 @@ def capture(run: Callable[..., Any], args: tuple, kwargs: dict[str, Any], owned:
         if recorder.refused or isinstance(error, NumberRead):
             raise NotCaptured(recorder.refused or str(error)) from None
         raise NotCaptured(f"its forward raises {type(error).__name__}") from error
-    if recorder.refused:  # and the network went on
-        raise NotCaptured(recorder.refused)
+    ran = None if recorder.holds_numbers else (result,)
     if not torch.equal(state, torch.get_rng_state()):
-        torch.set_rng_state(state)
-        raise NotCaptured("it draws random numbers")
-    return recorder.finish(result)
+        recorder.refuse("it draws random numbers")
+    if recorder.refused:
+        if ran is None:
+            torch.set_rng_state(state)
+        raise NotCaptured(recorder.refused, ran)
+    try:
+        return recorder.finish(result)
+    except NotCaptured as why:
+        raise NotCaptured(str(why), ran) from None
+
+
+class _Aborted(NotCaptured):
+    """The run must not go on: the network must run on the caller's own tensors."""
 
 
 class _Recorder(TorchFunctionMode):
@@ -181,6 +204,10 @@ class _Recorder(TorchFunctionMode):
     def _is_constant(self, node: fx.Node) -> bool:
         return node.op == "get_attr" and node.target not in self.weights
 
+    @property
+    def holds_numbers(self) -> bool:
+        return bool(self._numbers)
+
     def refuse(self, why: str) -> NotCaptured:
         self.refused = self.refused or why
         return NotCaptured(why)
@@ -192,16 +219,35 @@ class _Recorder(TorchFunctionMode):
         if kwargs.get("inplace") is True:
             kwargs = {**kwargs, "inplace": False}
         name = name_of(function)
-        if name in SEEN:
+        if name in SEEN or self.refused:
             return function(*args, **kwargs)
         operands = list(_tensors((args, kwargs)))
-        if not operands and name == "_set_grad_enabled":
-            return function(*args, **kwargs)
         if name == "requires_grad_" or (name in ("backward", "grad") and operands):
-            raise self.refuse(f"it differentiates: {name}")
+            self.refuse(f"it differentiates: {name}")
+            raise _Aborted(self.refused)
         numbers = {id(leaf): leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Number)}
         versions = [None if tensor.is_inference() else tensor._version for tensor in operands]
         result = function(*_plain(args), **_plain(kwargs)) if numbers else function(*args, **kwargs)
+        try:
+            self._note(function, args, kwargs, operands, versions, bool(numbers), result)
+        except _Aborted:
+            raise
+        except NotCaptured:
+            pass  # the run goes on, unnoted
+        return result
+
+    def _note(
+        self,
+        function: Callable,
+        args: Any,
+        kwargs: Any,
+        operands: list[Tensor],
+        versions: list[int | None],
+        numbers: bool,
+        result: Any,
+    ) -> None:
+        """Add a call to the graph."""
+        name = name_of(function)
         written = [i for i, tensor in enumerate(operands) if versions[i] not in (None, _version(tensor))]
         results = [result] if isinstance(result, Tensor) else result if isinstance(result, (tuple, list)) else []
         made = [tensor for tensor in results if isinstance(tensor, Tensor)]
@@ -209,25 +255,25 @@ class _Recorder(TorchFunctionMode):
             self._write(function, args, kwargs, operands, written)
             if not all(any(tensor is operand for operand in operands) for tensor in made):
                 raise self.refuse(f"it writes and returns something else: {name}")
-            return result
+            return
         if not made:
             if numbers or any(not self._constant_operand(tensor) for tensor in operands):
                 raise self.refuse(f"its forward reads numbers of a tensor: {name}")
-            return result
+            return
         if name in SHAPED_BY_NUMBERS or (name == "getitem" and _masks(args[1])):
             raise self.refuse(f"numbers decide a shape: {name}")
         if any(tensor.layout != torch.strided or tensor.is_complex() for tensor in made):
             raise self.refuse(f"a tensor is sparse or complex: {name}")
         if isinstance(result, Tensor) and any(result is operand for operand in operands):
-            return result  # it did nothing
+            return  # it did nothing
         if not numbers and all(self._constant_operand(tensor) for tensor in operands):
             for tensor in made:
                 self._attribute(tensor)
-            return result
+            return
         node = self._call(function, args, kwargs)
         if isinstance(result, Tensor):
             self._bind(result, _described(node, tuple(result.shape), result.dtype))
-            return result
+            return
         node.meta["shape"] = node.meta["dtype"] = None
         for i, tensor in enumerate(results):
             if isinstance(tensor, Tensor):
@@ -235,7 +281,6 @@ class _Recorder(TorchFunctionMode):
                 self._bind(tensor, _described(item, tuple(tensor.shape), tensor.dtype))
             elif tensor is not None:
                 raise self.refuse(f"a result has other things than tensors: {name}")
-        return result
 
     def _constant_operand(self, tensor: Tensor) -> bool:
         node = self._find(tensor)
@@ -263,8 +308,11 @@ class _Recorder(TorchFunctionMode):
         node = self._find(tensor)
         if node is None or any(operands[i] is not tensor for i in written):
             raise self.refuse(f"it writes to a tensor from elsewhere: {name}")
-        if node.op == "placeholder" or node.target in self.weights:
-            raise self.refuse(f"it writes to an input or a weight: {name}")
+        if node.op == "placeholder":  # of ours: the caller's is as it was
+            self.refuse(f"it writes to an input: {name}")
+            raise _Aborted(self.refused)
+        if node.target in self.weights:
+            raise self.refuse(f"it writes to a weight: {name}")
         others = (reference() for reference, known in list(self._known.values()) if known is not node)
         address = tensor.untyped_storage().data_ptr()
         if any(other is not None and other.untyped_storage().data_ptr() == address for other in others):

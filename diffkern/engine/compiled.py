@@ -1,6 +1,6 @@
 """A network's recordings: which calls they serve, and whether they still hold.
 
-    call -> signature -> Case: a capture, rewritten, planned and recorded, with the conditions of its samples
+call -> signature -> Case: a capture, rewritten, planned and recorded, with the conditions of its samples
 """
 
 import os
@@ -43,22 +43,44 @@ def signature(tree: Any, leaves: list[Any]) -> Any:
 
 
 class Case:
-    """A network's call, for one signature: what runs it, or ``why_not``."""
+    """A network's call, for one signature: what runs it, or ``why_not``.
+
+    steady  says whether the network's modules are as they were
+    first   the network's own result, in a tuple, where its only run so far gave one and no recording is to be had
+    """
 
     def __init__(
-        self, run: Callable[..., Any], args: tuple, kwargs: dict, tensors: list[Tensor], dtype: torch.dtype, store: Store
+        self,
+        run: Callable[..., Any],
+        args: tuple,
+        kwargs: dict,
+        tensors: list[Tensor],
+        dtype: torch.dtype,
+        store: Store,
+        steady: Callable[[], bool],
     ):
-        self.why_not, self.dtype, self.terms, self.store = "", dtype, terms_of(dtype), store
+        self.why_not, self.dtype, self.terms, self.store, self.steady = "", dtype, terms_of(dtype), store, steady
+        self.first: tuple[Any] | None = None
         try:
             self._build(run, args, kwargs, tensors)
-        except (NotCaptured, NotImplementedError) as error:
-            self.why_not = str(error)
+        except NotCaptured as why:
+            self.why_not = str(why)
+            self.first = why.result if dtype == torch.float32 and why.result and _is_finite(why.result) else None
 
     def _build(self, run: Callable[..., Any], args: tuple, kwargs: dict, tensors: list[Tensor]) -> None:
         leaves: list[Any] = []
         signature((args, kwargs), leaves)
         self._owned = tensors
         captured = capture(run, args, kwargs, tensors)
+        ran = None if any(type(leaf) in (int, float) for leaf in leaves) else (captured.result,)
+        if not self.steady():
+            raise NotCaptured(CHANGES, ran)
+        try:
+            self._record(run, args, kwargs, leaves, captured)
+        except (NotCaptured, NotImplementedError) as why:
+            raise NotCaptured(str(why), ran) from None
+
+    def _record(self, run: Callable[..., Any], args: tuple, kwargs: dict, leaves: list[Any], captured: Capture) -> None:
         self._rewrite(captured)
         self.graph, self.output = captured.graph, captured
         if not any(rules.is_ours(node, *rules.OURS) for node in self.graph.nodes):
@@ -75,7 +97,9 @@ class Case:
             return self._of_one(run, args, kwargs, samples) if batch else None
 
         self.conditions = conditions(self.graph, static, small, samples, alone)
-        self.plan = Plan(self.graph, static, [*(node for _, node in main), *self.read], self.store, self.dtype, self.terms)
+        self.plan = Plan(
+            self.graph, static, [*(node for _, node in main), *self.read], self.store, self.dtype, self.terms
+        )
         self.recording = self.plan.record()
         self._check(run, args, kwargs, leaves, captured.result)
         captured.result = None
@@ -121,7 +145,10 @@ class Case:
         inputs, count = self.recording.inputs, len(self._places)
         for buffer, place in zip(inputs, self._places, strict=False):
             buffer.copy_(leaves[place])
-        if self.read and not self.conditions.fill(inputs[count:], leaves):
+        try:
+            if self.read and not self.conditions.fill(inputs[count:], leaves):
+                return None
+        except (IndexError, RuntimeError):  # a class that there is not: the network says so
             return None
         return self.recording.run()
 
@@ -147,10 +174,20 @@ def _small(captured: Capture) -> Small:
     return Small([node for _, node in found], [i for i, _ in found])
 
 
+def _is_finite(tree: Any) -> bool:
+    leaves = (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+    return all(bool(leaf.isfinite().all()) for leaf in leaves)
+
+
+CHANGES = "its forward changes its modules"
+RESTLESS = 3  # captures in which a network changed its own modules: after these it always runs itself
+
+
 class Compiled:
     """All that is made of a network. It never holds the network."""
 
     def __init__(self) -> None:
+        self._changes = 0
         self.lock = threading.Lock()
         self.cases: dict[Any, Case] = {}
         self._modules: Modules | None = None
@@ -158,6 +195,8 @@ class Compiled:
 
     def update(self, network: nn.Module, exact: bool) -> str:
         """Forget what is out of date. Returns why the network must run itself, or ""."""
+        if self._changes >= RESTLESS:
+            return CHANGES
         if self._modules is None or self._modules.changed():
             self._modules, self._numbers = Modules(network), None
         if self._numbers is None or self._numbers.changed(exact):
@@ -176,12 +215,16 @@ class Compiled:
         if case is None:
             while len(self.cases) >= KEPT_RECORDINGS:
                 del self.cases[next(iter(self.cases))]
-            case = Case(run, args, kwargs, self._modules.tensors, dtype, self._store)
-            if self._modules.changed() or self._numbers.changed():
-                case.why_not = "its forward changes its modules"
-                self._modules = None
+            case = Case(run, args, kwargs, self._modules.tensors, dtype, self._store, self._steady)
         self.cases[key] = case
         return case
+
+    def _steady(self) -> bool:
+        """Are the modules as they were before they ran?"""
+        if self._modules.changed() or self._numbers.changed():
+            self._changes += 1
+            return False
+        return True
 
 
 _compiled: weakref.WeakKeyDictionary[nn.Module, Compiled] = weakref.WeakKeyDictionary()

@@ -2,8 +2,8 @@
 
     values of the small inputs of a sample -> one row: what the main nodes read of them
 
-Torch's product for a batch is not that for each of its rows, bit for bit. Rows come from the graph of one sample, so that
-a sample's bits do not depend on its batch.
+Torch's product for a batch is not that for each of its rows, bit for bit. Rows come from the graph of one sample, so
+that a sample's bits do not depend on its batch.
 """
 
 import dataclasses
@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, fx
 
 from . import rules
-from .capture import name_of
+from .capture import called, name_of
+from .words import words
 
 KEPT_ROWS = 4096
 
-ROWWISE = rules.VIEWS | frozenset(
-    "add sub mul div neg __rsub__ rsub __rtruediv__ pow exp log sin cos sqrt rsqrt abs sigmoid tanh silu gelu relu mish "
-    "softplus elu leaky_relu clamp clamp_min clamp_max linear embedding to float double long int type type_as expand "
-    "expand_as repeat getitem chunk split select narrow cat stack pad where eq ne lt le gt ge __and__ __or__ "
-    "__invert__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not zeros_like ones_like full_like "
-    "layer_norm item_of tensor as_tensor broadcast_to contiguous clone detach square reciprocal log1p expm1 one_hot".split()
+ROWWISE = rules.VIEWS | words(
+    "add sub mul div neg __rsub__ rsub __rtruediv__ pow exp log sin cos sqrt rsqrt abs sigmoid tanh silu gelu",
+    "relu mish softplus elu leaky_relu clamp clamp_min clamp_max linear embedding to float double long int type",
+    "type_as expand expand_as repeat getitem chunk split select narrow cat stack pad where eq ne lt le gt ge",
+    "__and__ __or__ __invert__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or logical_not",
+    "bitwise_and bitwise_or bitwise_not zeros_like ones_like full_like layer_norm item_of tensor as_tensor",
+    "broadcast_to contiguous clone detach square reciprocal log1p expm1 one_hot",
 )
 """Functions that take the samples of a batch apart."""
 
@@ -46,10 +48,7 @@ def evaluate(graph: fx.Graph, role: str, values: dict[fx.Node, Any]) -> None:
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and node.meta["role"] == role:
             args, kwargs = (fx.node.map_arg(tree, values.__getitem__) for tree in (node.args, node.kwargs))
-            function = node.target
-            values[node] = (
-                getattr(args[0], function)(*args[1:], **kwargs) if isinstance(function, str) else function(*args, **kwargs)
-            )
+            values[node] = called(node.target, args, kwargs)
 
 
 @dataclasses.dataclass
@@ -112,7 +111,9 @@ class Rows:
         rows = [self._kept[key] for key in keys]
         same = all(row is rows[0] for row in rows)
         rows = rows[0].expand(self.samples, -1) if same else torch.stack(rows)
-        torch.split_with_sizes_copy(rows, self._widths, dim=1, out=[buffer.view(self.samples, -1) for buffer in buffers])
+        torch.split_with_sizes_copy(
+            rows, self._widths, dim=1, out=[buffer.view(self.samples, -1) for buffer in buffers]
+        )
         return True
 
     def _add(self, key: Any, i: int, leaves: Sequence[Any]) -> bool:

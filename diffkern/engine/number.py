@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from .words import words
+
 
 class NumberRead(TypeError):
     """Python computed with a number: what a graph would hold is one value of it."""
@@ -23,11 +25,11 @@ def _refused(self: Any, *others: Any) -> Any:
     raise NumberRead("its forward computes with a number that it gets")
 
 
-READING = (
-    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod divmod rdivmod pow rpow neg pos abs lt le gt "
-    "ge eq ne bool int float index round trunc floor ceil lshift rlshift rshift rrshift and rand or ror xor rxor invert "
-    "complex hash"
-).split()
+READING = words(
+    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod divmod rdivmod pow rpow neg pos abs",
+    "lt le gt ge eq ne bool int float index round trunc floor ceil lshift rlshift rshift rrshift and rand or ror",
+    "xor rxor invert complex hash",
+)
 _reading = {f"__{name}__": _refused for name in READING}
 _Int = type("int", (Number, int), _reading)
 _Float = type("float", (Number, float), _reading)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..ops import transforms
 from .capture import NotCaptured
-from .compiled import compiled, signature
+from .compiled import CHANGES, compiled, signature
 
 _classes: "weakref.WeakKeyDictionary[type, type]" = weakref.WeakKeyDictionary()
 
@@ -105,7 +105,10 @@ class Runner:
         try:
             return self.recorded(args, kwargs)
         except NotCaptured as why:
-            result, reason = self.plainly(args, kwargs), str(why)  # which raises for wrong inputs
+            reason = str(why)
+            result = (
+                self.plainly(args, kwargs) if why.result is None else why.result[0]
+            )  # which raises for wrong inputs
         if reason and not self._told:
             self._told = True
             kind = type(self.network).__name__
@@ -125,40 +128,44 @@ class Runner:
         """By a recording. NotCaptured, with the reason if it is one to tell, where there is none."""
         leaves: list[Any] = []
         key = signature((args, kwargs), leaves)
-        if not _may_run(leaves):
+        if why_not_now(leaves):
             raise NotCaptured("")
         network, grad = self.network, torch.is_grad_enabled()
         one = compiled(network)
         with one.lock, torch.inference_mode(False), torch.no_grad():
             first, self._first = self._first, False
-            if one.update(network, first) or (grad and one.learns):
-                raise NotCaptured("")
+            why_not = one.update(network, first)
+            if why_not or (grad and one.learns):
+                raise NotCaptured(CHANGES if why_not == CHANGES else "")
             run = functools.partial(type(network).forward, network)
             case = one.case(key, run, args, kwargs, self.dtype)
             if case.why_not:
-                raise NotCaptured("" if case.why_not in QUIET else case.why_not)
+                first, case.first = case.first, None
+                raise NotCaptured("" if case.why_not in QUIET else case.why_not, first)
             try:
                 return case.run(leaves)
             except NotCaptured:
                 raise NotCaptured("") from None
 
 
-QUIET = frozenset(("no kernel of ours is of use to it", "it draws random numbers"))
-"""Reasons that are no news."""
+QUIET = frozenset(("no kernel of ours is of use to it", "it draws random numbers", CHANGES))
+"""Reasons that are no news. A first call may set modules up; if they go on changing, that is told."""
 
 
-def _may_run(leaves: list[Any]) -> bool:
-    """Are these inputs on the CPU, with no gradient to record, and nobody who watches?"""
+def why_not_now(leaves: list[Any]) -> str:
+    """Why a call with these inputs is the network's own matter, or ""."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if torch.is_autocast_enabled("cpu") or not transforms.unseen(*tensors):
-        return False
-    gradient = torch.is_grad_enabled()
-    return bool(tensors) and all(
-        tensor.device.type == "cpu"
-        and tensor.layout == torch.strided
-        and tensor.numel() > 0
-        and not (gradient and tensor.requires_grad)
-        and (not tensor.is_floating_point() or tensor.dtype == torch.float32 or tensor.ndim <= 1)
-        for tensor in tensors
-    )
-
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if not transforms.unseen(*tensors):
+        return "torch transforms, traces or watches what runs"
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            return "an input is not a dense tensor on the CPU"
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            return "an input requires a gradient"
+        if tensor.is_floating_point() and tensor.dtype != torch.float32 and tensor.ndim > 1:
+            return f"an input is of {tensor.dtype}"
+        if tensor.numel() == 0:
+            return "an input is empty"
+    return "" if tensors else "no input is a tensor"

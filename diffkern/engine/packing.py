@@ -1,6 +1,6 @@
 """Which kernel a convolution takes, and its weight as that kernel reads it.
 
-    Problem -> plan_conv -> the way to pack the weight -> Store, where every recording of a network finds it
+Problem -> plan_conv -> the way to pack the weight -> Store, where every recording of a network finds it
 """
 
 import dataclasses

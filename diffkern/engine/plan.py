@@ -1,8 +1,8 @@
 """A rewritten graph as steps on planned memory, and those recorded.
 
-    graph -> steps           what is computed from what, by which kernel       (Plan)
-    steps -> memory          offsets, by lifetimes                             (Memory)
-    steps -> calls           our kernels' as programs, torch's by ``out=``     (Plan.record)
+graph -> steps           what is computed from what, by which kernel       (Plan)
+steps -> memory          offsets, by lifetimes                             (Memory)
+steps -> calls           our kernels' as programs, torch's by ``out=``     (Plan.record)
 """
 
 import dataclasses
@@ -18,16 +18,19 @@ from .capture import name_of
 from .memory import Memory, storage_of
 from .packing import Problem, Store, plan_conv
 from .torch_calls import into
+from .words import words
 
 _ops = torch.ops.diffkern
 
-ALIASES = rules.VIEWS | frozenset(
-    "narrow chunk split tensor_split unbind select getitem expand expand_as broadcast_to unfold diagonal view_as "
-    "reshape_as item_of detach data alias mT mH real".split()
+ALIASES = rules.VIEWS | words(
+    "narrow chunk split tensor_split unbind select getitem expand expand_as broadcast_to unfold diagonal view_as",
+    "reshape_as item_of detach data alias mT mH real",
 )
 """Functions whose result may lie in the memory of their first argument."""
 
-RESHAPES = frozenset("view reshape flatten unflatten view_as reshape_as".split())
+RESHAPES = words(
+    "view reshape flatten unflatten view_as reshape_as",
+)
 
 
 @dataclasses.dataclass
@@ -65,7 +68,9 @@ class Plan:
         self.values: dict[fx.Node, Any] = {}
         self._casts: dict[tuple[int, Any], Tensor] = {}
         for node in inputs:
-            self.values[node] = self.memory.new(rules.shape(node), node.meta["dtype"], -1, last=node.op == "placeholder")
+            self.values[node] = self.memory.new(
+                rules.shape(node), node.meta["dtype"], -1, last=node.op == "placeholder"
+            )
         *nodes, output = graph.nodes
         self._outputs = {node for node in output.all_input_nodes}
         for node in nodes:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from .capture import name_of, sweep
+from .words import words
 
 Node = fx.Node
 
@@ -34,8 +35,8 @@ def attention(q, k, v, scale):
 
 OURS = (conv, norm, attention)
 
-VIEWS = frozenset(
-    "view reshape transpose permute flatten unflatten unsqueeze squeeze swapaxes swapdims movedim moveaxis mT T t".split()
+VIEWS = words(
+    "view reshape transpose permute flatten unflatten unsqueeze squeeze swapaxes swapdims movedim moveaxis mT T t",
 )
 """Functions that only say anew how elements are counted, so that they can be turned back."""
 
@@ -132,6 +133,13 @@ def _pair(value: Any) -> tuple[int, int]:
 # --- rules ---
 
 
+NO_OPS = words(
+    "contiguous clone detach data to float type_as alias identity expand view reshape flatten",
+    "dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout",  # no random one: they are not captured
+)
+"""Functions that give their input back, if its shape and dtype are those of the result."""
+
+
 def no_ops(graph: fx.Graph) -> None:
     """What gives its input back: dropout in eval mode, ``x / 1``, ``contiguous``, ``clone``, ``detach``."""
     for node in list(graph.nodes):
@@ -140,15 +148,10 @@ def no_ops(graph: fx.Graph) -> None:
         x, name = node.args[0], name_of(node.target)
         if not is_tensor(node) or (shape(x), x.meta["dtype"]) != (shape(node), node.meta["dtype"]):
             continue
-        by_one = name in ("mul", "div") and len(node.args) == 2 and node.args[1] == 1 and not node.kwargs
-        if by_one and isinstance(node.args[1], (int, float)):
+        number = node.args[1] if len(node.args) == 2 and not node.kwargs else None
+        by_one = name in ("mul", "div") and isinstance(number, (int, float)) and number == 1
+        if by_one or name in NO_OPS:
             replace(node, x)
-        elif name in ("contiguous", "clone", "detach", "data", "to", "float", "type_as", "alias", "identity", "expand"):
-            replace(node, x)
-        elif name in ("view", "reshape", "flatten"):
-            replace(node, x)
-        elif name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout"):
-            replace(node, x)  # a graph with a random one was not captured
 
 
 def group_norms(graph: fx.Graph) -> None:
@@ -398,9 +401,9 @@ def side_by_side(graph: fx.Graph) -> None:
     groups: dict[Any, list[Node]] = {}
     for node in ours(graph, conv):
         x, skip, weights, biases, add, residual, *_ = node.args
-        if len(shape(weights[0])) == 2 and (skip, add, residual) == (None, None, None):
-            if is_ours(chain(node)[1], attention):
-                groups.setdefault((x, biases is None), []).append(node)
+        linear = len(shape(weights[0])) == 2 and (skip, add, residual) == (None, None, None)
+        if linear and is_ours(chain(node)[1], attention):
+            groups.setdefault((x, biases is None), []).append(node)
     for (x, bare), nodes in groups.items():
         if len(nodes) == 1:
             continue

@@ -6,17 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture import name_of
+from .capture import called, name_of
+from .words import words
 
 _aten = torch.ops.aten
 
-WITH_OUT = {name: getattr(torch, name) for name in (
-    "add sub mul div neg exp log sqrt rsqrt sigmoid tanh sin cos abs square maximum minimum reciprocal softmax cat stack "
-    "matmul bmm baddbmm addmm"
-).split()}  # fmt: skip
-WITH_OUT |= {name: getattr(_aten, name).out for name in (
-    "silu gelu relu mish elu hardswish leaky_relu softplus avg_pool2d"
-).split()}  # fmt: skip
+WITH_OUT = {
+    name: getattr(torch, name)
+    for name in words(
+        "add sub mul div neg exp log sqrt rsqrt sigmoid tanh sin cos abs square maximum minimum reciprocal softmax",
+        "cat stack matmul bmm baddbmm addmm",
+    )
+} | {
+    name: getattr(_aten, name).out for name in words("silu gelu relu mish elu hardswish leaky_relu softplus avg_pool2d")
+}
 
 
 def into(step: Any, y: Tensor, operands: Sequence[Tensor]) -> Callable[[], Any]:
@@ -41,7 +44,7 @@ def into(step: Any, y: Tensor, operands: Sequence[Tensor]) -> Callable[[], Any]:
             return with_out
 
     def compute() -> None:
-        result = getattr(args[0], function)(*args[1:], **kwargs) if isinstance(function, str) else function(*args, **kwargs)
+        result = called(function, args, kwargs)
         result = result if step.item is None else result[step.item]
         if result.shape != y.shape:
             raise RuntimeError(f"{name}: expected a result of shape {tuple(y.shape)}, got {tuple(result.shape)}")

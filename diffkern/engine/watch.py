@@ -115,8 +115,8 @@ class Modules:
 
 
 class Numbers:
-    """The numbers of tensors. Torch counts what it writes to one; fused optimizers, ``.data`` and NumPy write behind its
-    back: hence the numbers themselves, all of them if exact, else 16 of each tensor.
+    """The numbers of tensors. Torch counts what it writes to one; fused optimizers, ``.data`` and NumPy write behind
+    its back: hence the numbers themselves, all of them if exact, else 16 of each tensor.
 
     why_not  why no kernel can read them, or ""
     """

@@ -69,7 +69,7 @@ def capturing() -> Iterator[None]:
 
 
 def recorded() -> bool:
-    """Is what runs recorded: to be compiled, traced or captured, or by a dispatch mode (fake tensors, FLOP counters)?"""
+    """Is what runs recorded: compiled, traced, captured, or by a dispatch mode (fake tensors, FLOP counters)?"""
     by_torch = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
     return _mode.capturing or by_torch
 

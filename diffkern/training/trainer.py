@@ -81,7 +81,7 @@ class Trainer:
         validation: Any = None,
     ):
         if not isinstance(model.network, nn.Module) or is_optimized(model.network):
-            name = type(model.network).__name__
+            name = type(model.network).__name__ + (" that was optimized" if is_optimized(model.network) else "")
             raise TypeError(f"network: expected a torch.nn.Module that can be trained, got {name}")
         config = _settled(config, model)
         device = torch.empty(0, dtype=torch.uint8, device=checked_device(device)).device  # with its index
