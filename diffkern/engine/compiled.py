@@ -61,6 +61,7 @@ class Case:
     ):
         self.why_not, self.dtype, self.terms, self.store, self.steady = "", dtype, terms_of(dtype), store, steady
         self.first: tuple[Any] | None = None
+        self._ready: list[Tensor] | None = None  # the results of the call that this was made for
         try:
             self._build(run, args, kwargs, tensors)
         except NotCaptured as why:
@@ -100,8 +101,16 @@ class Case:
         self.plan = Plan(
             self.graph, static, [*(node for _, node in main), *self.read], self.store, self.dtype, self.terms
         )
-        self.recording = self.plan.record()
-        self._check(run, args, kwargs, leaves, captured.result)
+        filled: list[bool] = []
+        self.recording = self.plan.record(lambda inputs: filled.append(self._fill(inputs, leaves)))
+        if filled == [True]:
+            self._ready = self.recording.results()
+            self._compare(self._ready, captured.result)
+        if any(type(leaf) is float for leaf in leaves):  # which Python's functions may have read without a trace
+            args, kwargs = mapped(lambda leaf: leaf + 1 if type(leaf) is float else leaf, (args, kwargs))
+            leaves = []
+            signature((args, kwargs), leaves)
+            self._compare(self._results(leaves), run(*args, **kwargs))
         captured.result = None
 
     def _rewrite(self, captured: Capture) -> None:
@@ -120,41 +129,32 @@ class Case:
         self._rewrite(captured)
         return captured.graph, _static(captured), _small(captured)
 
-    def _check(self, run: Callable, args: tuple, kwargs: dict, leaves: list[Any], result: Any) -> None:
-        """NotCaptured unless the recording gives what the network gives; with other numbers too, if it gets any."""
-        self._compare(leaves, result)
-        if any(type(leaf) is float for leaf in leaves):  # which Python's functions read without a trace
-            other = mapped(lambda leaf: leaf + 1 if type(leaf) is float else leaf, (args, kwargs))
-            leaves = []
-            signature(other, leaves)
-            self._compare(leaves, run(*other[0], **other[1]))
-
-    def _compare(self, leaves: list[Any], expected: Any) -> None:
+    def _compare(self, results: list[Tensor] | None, expected: Any) -> None:
+        """NotCaptured unless the recording gives what the network gives."""
         expected = [leaf for leaf in pytree.tree_leaves(expected) if isinstance(leaf, Tensor)]
-        if not all(leaf.isfinite().all() for leaf in expected):
+        if results is None or not all(leaf.isfinite().all() for leaf in expected):
             return
-        results = self._results(leaves)
-        if results is None:
-            raise NotCaptured("its conditions are not finite")
         for got, leaf in zip(results, expected, strict=True):
             scale = leaf.abs().max().clamp(min=1e-30) if leaf.numel() else 1.0
             if leaf.numel() and not (got - leaf).abs().max() <= AGREES[self.terms] * scale:
                 raise NotCaptured("its recording gives another result")
 
-    def _results(self, leaves: list[Any]) -> list[Tensor] | None:
-        inputs, count = self.recording.inputs, len(self._places)
+    def _fill(self, inputs: list[Tensor], leaves: list[Any]) -> bool:
+        """Put the inputs and their conditions into the plan's memory. Returns whether there are such conditions."""
         for buffer, place in zip(inputs, self._places, strict=False):
             buffer.copy_(leaves[place])
         try:
-            if self.read and not self.conditions.fill(inputs[count:], leaves):
-                return None
+            return not self.read or self.conditions.fill(inputs[len(self._places) :], leaves)
         except (IndexError, RuntimeError):  # a class that there is not: the network says so
-            return None
-        return self.recording.run()
+            return False
+
+    def _results(self, leaves: list[Any]) -> list[Tensor] | None:
+        return self.recording.run() if self._fill(self.recording.inputs, leaves) else None
 
     def run(self, leaves: list[Any]) -> Any:
         """The result; NotCaptured where these inputs are the network's own matter."""
-        results = self._results(leaves)
+        ready, self._ready = self._ready, None
+        results = ready or self._results(leaves)
         if results is None:
             raise NotCaptured("its conditions are not finite")
         results = iter(results)

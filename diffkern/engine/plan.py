@@ -83,11 +83,12 @@ class Plan:
 
     # --- recording ---
 
-    def record(self) -> "Recording":
-        """Run every step once, in its place in memory, and keep the calls."""
+    def record(self, fill: Callable[[list[Tensor]], Any]) -> "Recording":
+        """Run every step once, in its place in memory, on the inputs that ``fill`` puts there, and keep the calls."""
         self.memory.place()
         tensor, calls = self.memory.tensor, []
         inputs = [tensor(value).zero_() for value in self._inputs]
+        fill(inputs)
         program: _C.Program | None = None
         for step in self.steps:
             y, operands = tensor(step.y), [None if value is None else tensor(value) for value in step.inputs]
@@ -346,6 +347,10 @@ class Recording:
         """Compute from what lies in the inputs. Returns tensors of the caller's own."""
         for call in self.calls:
             call()
+        return self.results()
+
+    def results(self) -> list[Tensor]:
+        """What was computed last."""
         return [output.clone(memory_format=torch.contiguous_format) for output in self.outputs]
 
 
