@@ -2,13 +2,14 @@
 
     network, inputs -> Capture: a ``torch.fx.Graph`` whose nodes know their shape and dtype
 
-The run is a real one, on the inputs of the call, by ``torch.overrides.TorchFunctionMode``. So it sees whatever Python
-does: processors, patched methods, options. It takes no compiler, and gives a result that the recording is held against.
-Whatever the mode cannot follow raises :class:`NotCaptured`: numbers that Python reads, tensors of unknown origin,
-random numbers, weights that are written to. The network still runs to its end, and its result is the call's: whatever
-else it does, it does once.
+The run is a real one, on the memory of the call's inputs, by ``torch.overrides.TorchFunctionMode``. So it sees whatever
+Python does: processors, patched methods, options. It takes no compiler, and gives a result that the recording is held
+against. Whatever the mode cannot follow raises :class:`NotCaptured`: numbers that Python reads, tensors of unknown
+origin, random numbers, inputs and weights that are written to. The network still runs to its end, and its result is the
+call's: whatever else it does, it does once.
 """
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +21,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..ops import transforms
-from .number import Number, NumberRead, plain
+from .number import Number, plain
 from .words import words
 
 
 class NotCaptured(Exception):
     """A network, or a call of it, that no graph describes. Says why.
 
-    result  what the run of the network gave, in a tuple, if it came to its end as if nobody had noted it; else None
+    result  what the run of the network gave, in a tuple; None if it did not come to its end
     """
 
     def __init__(self, why: str, result: tuple[Any] | None = None):
@@ -56,7 +57,7 @@ def name_of(function: Any) -> str:
         return function
     if isinstance(function, Written):
         return "written"
-    name = getattr(function, "__name__", type(function).__name__)
+    name = getattr(function, "__name__", type(function).__name__).removesuffix(".default")
     if name == "__get__":
         return function.__self__.__name__
     return FUNCTION_OF.get(name, name)
@@ -132,24 +133,15 @@ def capture(run: Callable[..., Any], args: tuple, kwargs: dict[str, Any], owned:
             result = run(*args, **kwargs)
     except Exception as error:
         torch.set_rng_state(state)
-        if recorder.refused or isinstance(error, NumberRead):
-            raise NotCaptured(recorder.refused or str(error)) from None
-        raise NotCaptured(f"its forward raises {type(error).__name__}") from error
-    ran = None if recorder.holds_numbers else (result,)
+        raise NotCaptured(recorder.refused or f"its forward raises {type(error).__name__}") from error
     if not torch.equal(state, torch.get_rng_state()):
         recorder.refuse("it draws random numbers")
-    if recorder.refused:
-        if ran is None:
-            torch.set_rng_state(state)
-        raise NotCaptured(recorder.refused, ran)
     try:
+        if recorder.refused:
+            raise NotCaptured(recorder.refused)
         return recorder.finish(result)
     except NotCaptured as why:
-        raise NotCaptured(str(why), ran) from None
-
-
-class _Aborted(NotCaptured):
-    """The run must not go on: the network must run on the caller's own tensors."""
+        raise NotCaptured(str(why), (pytree.tree_map(recorder.given, result),)) from None
 
 
 class _Recorder(TorchFunctionMode):
@@ -161,22 +153,28 @@ class _Recorder(TorchFunctionMode):
         self._owned = {id(tensor): tensor for tensor in owned}
         self._known: dict[int, tuple[weakref.ref, fx.Node]] = {}
         self._numbers: dict[int, tuple[Any, fx.Node]] = {}
+        self._inputs: dict[int, tuple[Tensor, Tensor]] = {}  # what the network gets, and what the caller gave
 
     # --- what is known ---
 
     def input(self, leaf: Any) -> Any:
-        """An input as the network gets it: a tensor of its own, or a number that refuses to be read."""
+        """An input as the network gets it: another tensor of the same memory, or a number that says when it is read."""
         if isinstance(leaf, torch.nn.Parameter):
             self._owned[id(leaf)] = leaf
             return leaf
         if isinstance(leaf, Tensor):
-            leaf = leaf.clone()
+            given, leaf = leaf, leaf.detach()
+            self._inputs[id(leaf)] = leaf, given
             self._bind(leaf, self._placeholder(tuple(leaf.shape), leaf.dtype))
         elif type(leaf) in (int, float):
             node = self._placeholder((), type(leaf))
-            leaf = Number.of(leaf)
+            leaf = Number.of(leaf, lambda: self.refuse("its forward computes with a number that it gets"))
             self._numbers[id(leaf)] = leaf, node
         return leaf
+
+    def given(self, leaf: Any) -> Any:
+        """What the caller gave, of what the network got; anything else as it is."""
+        return self._inputs[id(leaf)][1] if id(leaf) in self._inputs else plain(leaf)
 
     def _placeholder(self, shape: tuple[int, ...], dtype: Any) -> fx.Node:
         return _described(self.graph.placeholder(f"input_{len(self.graph.nodes)}"), shape, dtype)
@@ -204,10 +202,6 @@ class _Recorder(TorchFunctionMode):
     def _is_constant(self, node: fx.Node) -> bool:
         return node.op == "get_attr" and node.target not in self.weights
 
-    @property
-    def holds_numbers(self) -> bool:
-        return bool(self._numbers)
-
     def refuse(self, why: str) -> NotCaptured:
         self.refused = self.refused or why
         return NotCaptured(why)
@@ -219,21 +213,18 @@ class _Recorder(TorchFunctionMode):
         if kwargs.get("inplace") is True:
             kwargs = {**kwargs, "inplace": False}
         name = name_of(function)
-        if name in SEEN or self.refused:
+        if name in SEEN:
             return function(*args, **kwargs)
+        if self.refused:
+            return function(*_plain(args), **_plain(kwargs))
         operands = list(_tensors((args, kwargs)))
         if name == "requires_grad_" or (name in ("backward", "grad") and operands):
             self.refuse(f"it differentiates: {name}")
-            raise _Aborted(self.refused)
         numbers = {id(leaf): leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Number)}
         versions = [None if tensor.is_inference() else tensor._version for tensor in operands]
         result = function(*_plain(args), **_plain(kwargs)) if numbers else function(*args, **kwargs)
-        try:
+        with contextlib.suppress(NotCaptured):  # the run goes on, unnoted
             self._note(function, args, kwargs, operands, versions, bool(numbers), result)
-        except _Aborted:
-            raise
-        except NotCaptured:
-            pass  # the run goes on, unnoted
         return result
 
     def _note(
@@ -308,9 +299,8 @@ class _Recorder(TorchFunctionMode):
         node = self._find(tensor)
         if node is None or any(operands[i] is not tensor for i in written):
             raise self.refuse(f"it writes to a tensor from elsewhere: {name}")
-        if node.op == "placeholder":  # of ours: the caller's is as it was
-            self.refuse(f"it writes to an input: {name}")
-            raise _Aborted(self.refused)
+        if node.op == "placeholder":
+            raise self.refuse(f"it writes to an input: {name}")
         if node.target in self.weights:
             raise self.refuse(f"it writes to a weight: {name}")
         others = (reference() for reference, known in list(self._known.values()) if known is not node)

@@ -3,6 +3,8 @@
 call -> signature -> Case: a capture, rewritten, planned and recorded, with the conditions of its samples
 """
 
+import collections
+import functools
 import os
 import threading
 import weakref
@@ -66,20 +68,22 @@ class Case:
             self._build(run, args, kwargs, tensors)
         except NotCaptured as why:
             self.why_not = str(why)
-            self.first = why.result if dtype == torch.float32 and why.result and _is_finite(why.result) else None
+            self.first = why.result if why.result and _is_finite(why.result) else None
 
     def _build(self, run: Callable[..., Any], args: tuple, kwargs: dict, tensors: list[Tensor]) -> None:
         leaves: list[Any] = []
         signature((args, kwargs), leaves)
         self._owned = tensors
-        captured = capture(run, args, kwargs, tensors)
-        ran = None if any(type(leaf) in (int, float) for leaf in leaves) else (captured.result,)
-        if not self.steady():
-            raise NotCaptured(CHANGES, ran)
+        try:
+            captured = capture(run, args, kwargs, tensors)
+        finally:
+            steady = self.steady()
+        if not steady:
+            raise NotCaptured(CHANGES, (captured.result,))
         try:
             self._record(run, args, kwargs, leaves, captured)
         except (NotCaptured, NotImplementedError) as why:
-            raise NotCaptured(str(why), ran) from None
+            raise NotCaptured(str(why), (captured.result,)) from None
 
     def _record(self, run: Callable[..., Any], args: tuple, kwargs: dict, leaves: list[Any], captured: Capture) -> None:
         self._rewrite(captured)
@@ -106,12 +110,21 @@ class Case:
         if filled == [True]:
             self._ready = self.recording.results()
             self._compare(self._ready, captured.result)
-        if any(type(leaf) is float for leaf in leaves):  # which Python's functions may have read without a trace
-            args, kwargs = mapped(lambda leaf: leaf + 1 if type(leaf) is float else leaf, (args, kwargs))
-            leaves = []
-            signature((args, kwargs), leaves)
-            self._compare(self._results(leaves), run(*args, **kwargs))
+        if any(type(leaf) in (int, float) for leaf in leaves):
+            self._compare_numbers(run, args, kwargs)
         captured.result = None
+
+    def _compare_numbers(self, run: Callable[..., Any], args: tuple, kwargs: dict) -> None:
+        """NotCaptured if other numbers give what the network does not. Functions of C, such as the index of a list and
+        ``math.sin``, read one without a trace, and the recording would hold its value."""
+        args, kwargs = mapped(_another, (args, kwargs))
+        leaves: list[Any] = []
+        signature((args, kwargs), leaves)
+        try:
+            expected = run(*args, **kwargs)
+        except Exception as error:
+            raise NotCaptured(f"for another number, its forward raises {type(error).__name__}") from None
+        self._compare(self._results(leaves), expected)
 
     def _rewrite(self, captured: Capture) -> None:
         rules.rewrite(captured.graph)
@@ -162,6 +175,11 @@ class Case:
         return pytree.tree_unflatten(found, self.output.output)
 
 
+def _another(leaf: Any) -> Any:
+    """Another number, in the range of indices where the first one is; anything else as it is."""
+    return leaf + (-1 if leaf > 0 else 1) if type(leaf) in (int, float) else leaf
+
+
 def _static(captured: Capture) -> dict[fx.Node, Any]:
     nodes = (node for node in captured.graph.nodes if node.op == "get_attr")
     values: dict[fx.Node, Any] = {node: captured.tensors[node.target] for node in nodes}
@@ -180,14 +198,15 @@ def _is_finite(tree: Any) -> bool:
 
 
 CHANGES = "its forward changes its modules"
-RESTLESS = 3  # captures in which a network changed its own modules: after these it always runs itself
+RESTLESS = 3  # captures of one signature in which a network changed its own modules: then it runs itself for good
 
 
 class Compiled:
     """All that is made of a network. It never holds the network."""
 
     def __init__(self) -> None:
-        self._changes = 0
+        self._changes: collections.Counter[Any] = collections.Counter()  # captures in which it did, by signature
+        self._restless: set[bool] = set()  # the training flags with which it goes on changing itself
         self.lock = threading.Lock()
         self.cases: dict[Any, Case] = {}
         self._modules: Modules | None = None
@@ -195,7 +214,8 @@ class Compiled:
 
     def update(self, network: nn.Module, exact: bool) -> str:
         """Forget what is out of date. Returns why the network must run itself, or ""."""
-        if self._changes >= RESTLESS:
+        self._training = network.training
+        if self._training in self._restless:
             return CHANGES
         if self._modules is None or self._modules.changed():
             self._modules, self._numbers = Modules(network), None
@@ -215,16 +235,19 @@ class Compiled:
         if case is None:
             while len(self.cases) >= KEPT_RECORDINGS:
                 del self.cases[next(iter(self.cases))]
-            case = Case(run, args, kwargs, self._modules.tensors, dtype, self._store, self._steady)
+            steady = functools.partial(self._steady, key)
+            case = Case(run, args, kwargs, self._modules.tensors, dtype, self._store, steady)
         self.cases[key] = case
         return case
 
-    def _steady(self) -> bool:
+    def _steady(self, key: Any) -> bool:
         """Are the modules as they were before they ran?"""
-        if self._modules.changed() or self._numbers.changed():
-            self._changes += 1
-            return False
-        return True
+        if not (self._modules.changed() or self._numbers.changed()):
+            return True
+        self._changes[self._training, key] += 1
+        if self._changes[self._training, key] == RESTLESS:
+            self._restless.add(self._training)
+        return False
 
 
 _compiled: weakref.WeakKeyDictionary[nn.Module, Compiled] = weakref.WeakKeyDictionary()

@@ -1,28 +1,25 @@
-"""A number that a network gets and may hand to torch, and that Python refuses to look into."""
+"""A number that a network gets and may hand to torch, and that says when Python looks into it."""
 
+from collections.abc import Callable
 from typing import Any
 
 from .words import words
 
 
-class NumberRead(TypeError):
-    """Python computed with a number: what a graph would hold is one value of it."""
-
-
 class Number:
     """An int or a float of a call, while a network is captured.
 
-    It is of the number's own class, so that a network sees which it is. Only ``torch.tensor`` and other functions of
-    torch take it: there the graph knows it. Arithmetic and comparison raise.
+    It is of the number's own class and does what that does. Functions of torch take it as it is: there the graph knows
+    it. Arithmetic and comparison call ``noticed``: what a graph would hold of their results is one value.
     """
 
+    noticed: Callable[[], Any]
+
     @staticmethod
-    def of(value: int | float) -> "Number":
-        return (_Int if type(value) is int else _Float)(value)
-
-
-def _refused(self: Any, *others: Any) -> Any:
-    raise NumberRead("its forward computes with a number that it gets")
+    def of(value: int | float, noticed: Callable[[], Any]) -> "Number":
+        number = (_Int if type(value) is int else _Float)(value)
+        number.noticed = noticed
+        return number
 
 
 READING = words(
@@ -30,9 +27,22 @@ READING = words(
     "lt le gt ge eq ne bool int float index round trunc floor ceil lshift rlshift rshift rrshift and rand or ror",
     "xor rxor invert complex hash",
 )
-_reading = {f"__{name}__": _refused for name in READING}
-_Int = type("int", (Number, int), _reading)
-_Float = type("float", (Number, float), _reading)
+
+
+def _methods(base: type) -> dict[str, Callable[..., Any]]:
+    def noticing(method: Callable[..., Any]) -> Callable[..., Any]:
+        def read(self: Any, *others: Any) -> Any:
+            self.noticed()
+            return method(self, *others)
+
+        return read
+
+    names = [f"__{name}__" for name in READING]
+    return {name: noticing(getattr(base, name)) for name in names if hasattr(base, name)}
+
+
+_Int = type("int", (Number, int), _methods(int))
+_Float = type("float", (Number, float), _methods(float))
 
 
 def plain(value: Any) -> Any:

@@ -106,9 +106,7 @@ class Runner:
             return self.recorded(args, kwargs)
         except NotCaptured as why:
             reason = str(why)
-            result = (
-                self.plainly(args, kwargs) if why.result is None else why.result[0]
-            )  # which raises for wrong inputs
+            result = self.plainly(args, kwargs) if why.result is None else why.result[0]  # or raises, for wrong inputs
         if reason and not self._told:
             self._told = True
             kind = type(self.network).__name__
@@ -131,13 +129,19 @@ class Runner:
         if why_not_now(leaves):
             raise NotCaptured("")
         network, grad = self.network, torch.is_grad_enabled()
+        if grad and next((parameter.requires_grad for parameter in network.parameters()), False):
+            raise NotCaptured("")
         one = compiled(network)
         with one.lock, torch.inference_mode(False), torch.no_grad():
             first, self._first = self._first, False
             why_not = one.update(network, first)
             if why_not or (grad and one.learns):
                 raise NotCaptured(CHANGES if why_not == CHANGES else "")
-            run = functools.partial(type(network).forward, network)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with torch.set_grad_enabled(grad):
+                    return type(network).forward(network, *args, **kwargs)
+
             case = one.case(key, run, args, kwargs, self.dtype)
             if case.why_not:
                 first, case.first = case.first, None
