@@ -333,6 +333,29 @@ def test_a_processor_a_list_and_a_class_that_change_are_noticed(monkeypatch):
     assert_close(fast(X, T), network(X, T))
 
 
+def test_a_tensor_among_attributes_that_gives_way_to_an_equal_one_is_noticed():
+    network = network_of(lambda n, x, t: n.conv(x) * n.factor)
+    network.factor = torch.full((), 2.0)
+    fast = optimize(network)
+    fast(X, T)
+    network.factor = torch.full((), 2.0)
+    fast(X, T)
+    network.factor.mul_(3.0)
+    assert_close(fast(X, T), network(X, T))
+
+
+def test_attributes_that_come_and_go_are_noticed():
+    network = network_of(lambda n, x, t: n.conv(x) * getattr(n, "factor", 1.0) + getattr(n, "shift", 0.0))
+    fast = optimize(network)
+    for change in (
+        lambda: setattr(network, "factor", 2.0), lambda: setattr(network, "shift", 3.0),
+        lambda: delattr(network, "factor"),
+    ):  # fmt: skip
+        fast(X, T)
+        change()
+        assert_close(fast(X, T), network(X, T))
+
+
 def test_global_hooks_are_called():
     network = network_of(lambda n, x, t: n.conv(x))
     fast, calls = optimize(network), []

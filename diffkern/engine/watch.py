@@ -8,6 +8,7 @@ every call, and so are the numbers of the weights. What is not looked at: functi
 import itertools
 import operator
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ _LEAVES = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType
 _IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout)
 _MEMBERS = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_OF_TORCH = frozenset(vars(nn.Module())) - {"training"}  # the attributes that every module has
 
 
 class Modules:
@@ -35,6 +37,8 @@ class Modules:
     def __init__(self, network: nn.Module):
         self.tensors: list[Tensor] = []
         self._tables: list[dict] = []  # of attributes
+        self._getters: list[Callable[[dict], Any]] = []  # of what is looked at in each of them
+        self._held: list[tuple[dict, Any]] = []  # where tensors are among them
         self._lists: list[Any] = []
         self._owners: list[dict] = []  # of members
         self._empty: list[Any] = []
@@ -48,18 +52,24 @@ class Modules:
         """Does a module have another attribute, member, hook or class?"""
         if any(self._empty) or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return True
-        members, values, methods = self._find()
-        if len(members) != len(self._seen[0]) or any(map(operator.is_not, members, self._seen[0])):
-            return True
         try:
-            return values != self._seen[1] or methods != self._seen[2]
-        except Exception:  # values that do not compare
+            members, values = self._find()
+            if len(members) != len(self._seen[0]) or any(map(operator.is_not, members, self._seen[0])):
+                return True
+            return values != self._seen[1]
+        except Exception:  # an attribute is gone, or values do not compare
             return True
 
-    def _find(self) -> tuple[list[Any], list[Any], list[Any]]:
+    def _find(self) -> tuple[list[Any], list[Any]]:
+        """(members, which are compared by what they are; other values)."""
         every = itertools.chain.from_iterable
-        values = [*every(map(dict.values, self._tables)), *every(self._lists), *map(type, self._holders)]
-        return [*every(map(dict.values, self._owners))], values, [*every(table.values() for table in self._classes)]
+        values = [get(table) for get, table in zip(self._getters, self._tables, strict=True)]
+        values += map(len, self._tables)
+        values += every(self._lists)
+        values += map(type, self._holders)
+        values += every(table.values() for table in self._classes)
+        members = [*every(map(dict.values, self._owners)), *(table[key] for table, key in self._held)]
+        return members, values
 
     def _explore(self, network: nn.Module) -> set[type]:
         seen: set[int] = set()
@@ -82,9 +92,9 @@ class Modules:
                 classes.add(type(thing))
                 self._module(thing, stack, root=thing is network)
             elif isinstance(thing, dict):
-                self._table(thing, self._tables, stack)
+                self._attributes(thing, list(thing), stack)
                 if type(thing) is not dict and hasattr(thing, "__dict__"):
-                    self._table(vars(thing), self._tables, stack)
+                    self._attributes(vars(thing), list(vars(thing)), stack)
             elif isinstance(thing, (list, set, tuple, frozenset)):
                 if isinstance(thing, (list, set)):
                     (self._lists if thing else self._empty).append(thing)
@@ -92,7 +102,7 @@ class Modules:
             elif isinstance(getattr(thing, "__dict__", None), dict):
                 classes.add(type(thing))
                 self._holders.append(thing)
-                self._table(vars(thing), self._tables, stack)
+                self._attributes(vars(thing), list(vars(thing)), stack)
         return classes
 
     def _module(self, module: nn.Module, stack: list[Any], *, root: bool) -> None:
@@ -104,14 +114,20 @@ class Modules:
         if not root:
             self._holders.append(module)
             self._empty += [table[name] for name in _HOOKS if not table.get(name) and name in table]
-        self._tables.append(table)
-        stack += [value for name, value in table.items() if not (name in _MEMBERS or name.endswith("_hooks"))]
+        self._attributes(table, [name for name in table if name not in _OF_TORCH], stack)
         for name in _MEMBERS:
-            self._table(table[name], self._owners, stack)
+            (self._owners if table[name] else self._empty).append(table[name])
+            stack += table[name].values()
 
-    def _table(self, table: dict, kind: list[dict], stack: list[Any]) -> None:
-        (kind if table else self._empty).append(table)
-        stack += table.values()
+    def _attributes(self, table: dict, keys: list[Any], stack: list[Any]) -> None:
+        """What is in a table, under these of its keys."""
+        if not keys:
+            self._empty.append(table)
+            return
+        self._tables.append(table)
+        self._getters.append(operator.itemgetter(*keys))
+        self._held += [(table, key) for key in keys if isinstance(table[key], Tensor)]
+        stack += [table[key] for key in keys]
 
 
 class Numbers:
@@ -127,9 +143,12 @@ class Numbers:
         floats = [tensor for tensor in tensors if tensor.is_floating_point()]
         self.why_not = "" if all(map(_native, floats)) else "a weight is not float32 on the CPU, in one piece"
         self._hash = torch.zeros(1, dtype=torch.int64, device="cpu")
-        self._hashing = {} if self.why_not else {exact: self._record(floats, exact) for exact in (False, True)}
         self._places, self._versions = self._find_places(), self._find_versions()
-        self._seen = {exact: self._look(exact) for exact in self._hashing}
+        self._hashing: dict[bool, _C.Program] = {}
+        self._seen: dict[bool, int] = {}
+        for exact in () if self.why_not else (False, True):
+            self._hashing[exact] = self._record(floats, exact)
+            self._seen[exact] = int(self._hash)
 
     def changed(self, exact: bool = False) -> bool:
         if self._find_places() != self._places or self._find_versions() != self._versions:
@@ -148,7 +167,7 @@ class Numbers:
         return [tensor._version for tensor in self._counted]
 
     def _record(self, tensors: list[Tensor], exact: bool) -> _C.Program:
-        """Record a look at the tensors: to run it again converts no list of them."""
+        """Look at the tensors, and record it: to run it again converts no list of them."""
         program = _C.Program()
         with program:
             torch.ops.diffkern.fingerprint(self._hash, tensors, exact)
