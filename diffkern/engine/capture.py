@@ -12,7 +12,7 @@ call's: whatever else it does, it does once.
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -217,14 +217,15 @@ class _Recorder(TorchFunctionMode):
             return function(*args, **kwargs)
         if self.refused:
             return function(*_plain(args), **_plain(kwargs))
-        operands = list(_tensors((args, kwargs)))
+        leaves = _leaves((args, kwargs))
+        operands = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if name == "requires_grad_" or (name in ("backward", "grad") and operands):
             self.refuse(f"it differentiates: {name}")
-        numbers = {id(leaf): leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Number)}
-        versions = [None if tensor.is_inference() else tensor._version for tensor in operands]
+        numbers = bool(self._numbers) and any(isinstance(leaf, Number) for leaf in leaves)
+        versions = [_version(tensor) for tensor in operands]
         result = function(*_plain(args), **_plain(kwargs)) if numbers else function(*args, **kwargs)
         with contextlib.suppress(NotCaptured):  # the run goes on, unnoted
-            self._note(function, args, kwargs, operands, versions, bool(numbers), result)
+            self._note(function, args, kwargs, operands, versions, numbers, result)
         return result
 
     def _note(
@@ -365,20 +366,15 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _leaves(tree: Any) -> Iterator[Any]:
+def _leaves(tree: Any) -> list[Any]:
     if isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from _leaves(item)
-    elif isinstance(tree, dict):
-        yield from _leaves(list(tree.values()))
-    elif isinstance(tree, slice):
-        yield from _leaves((tree.start, tree.stop, tree.step))
-    else:
-        yield tree
+        return [leaf for item in tree for leaf in (_leaves(item) if isinstance(item, _NESTS) else (item,))]
+    if isinstance(tree, dict):
+        return _leaves(list(tree.values()))
+    return _leaves((tree.start, tree.stop, tree.step)) if isinstance(tree, slice) else [tree]
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in _leaves(tree) if isinstance(leaf, Tensor))
+_NESTS = (tuple, list, dict, slice)
 
 
 def mapped(of: Callable[[Any], Any], tree: Any) -> Any:
@@ -399,4 +395,4 @@ def _plain(tree: Any) -> Any:
 
 def _masks(index: Any) -> bool:
     """Does an index choose by True and False?"""
-    return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in _tensors(index))
+    return any(isinstance(leaf, Tensor) and leaf.dtype in (torch.bool, torch.uint8) for leaf in _leaves(index))
