@@ -1,10 +1,13 @@
 """The engine on any network: what is captured, what the rules make of it, and when the network runs itself."""
 
+import copy
 import gc
+import importlib.metadata
 import math
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,6 +146,17 @@ def test_a_rule_makes_these_calls_and_keeps_the_values(name):
     for _ in range(2):  # recorded, then replayed
         assert_close(fast(X, T), expected)
     assert_close(fast(2 * X, T + 1), network(2 * X, T + 1))
+
+
+def test_a_gated_layer_behind_a_layer_norm_takes_no_copy():
+    def gated(n: Net, x: Tensor, t: Tensor) -> Tensor:
+        hidden, gate = F.linear(n.layer(x), torch.cat([n.q.weight, n.k.weight])).chunk(2, dim=-1)
+        return x + n.v(hidden * F.gelu(gate))
+
+    network, x = network_of(gated), torch.randn(2, 5, 8)
+    found = explain(network, x, T)
+    assert (found.ours, found.by_torch) == ({"conv": 2}, {"layer_norm": 1, "gelu": 1, "mul": 1})
+    assert_close(optimize(network)(x, T), network(x, T))
 
 
 # --- when the network itself runs, and once ---
@@ -429,6 +443,32 @@ def test_torch_compile_takes_the_engine_as_a_backend():
     (gradient,) = torch.autograd.grad(compiled(x, T).sum(), x)
     (expected,) = torch.autograd.grad(network(x, T).sum(), x)
     assert_close(gradient, expected)
+
+
+def test_torch_compile_trains_by_the_engine_as_a_backend():
+    def step(network: nn.Module, forward: Callable) -> list[Tensor]:
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        forward(X, T).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():  # by the weights as they are now
+            return [*(weight.grad for weight in network.parameters()), forward(X, T)]
+
+    network = with_random_weights(Net(lambda n, x, t: F.silu(n.norm(n.conv(x)))))
+    for name in ("other", "point", "down", "layer", "q", "k", "v", "wide", "wide_norm", "batch_norm"):
+        delattr(network, name)
+    again = copy.deepcopy(network)
+    expected = step(again, again)
+    for got, right in zip(step(network, torch.compile(network, backend=backend, dynamic=False)), expected, strict=True):
+        assert_close(got, right)
+
+
+def test_the_package_tells_torch_of_its_backend():
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    entry = importlib.metadata.EntryPoint(
+        "diffkern", project["entry-points"]["torch_dynamo_backends"]["diffkern"], "torch_dynamo_backends"
+    )
+    assert entry.load() is backend
 
 
 # --- public networks ---

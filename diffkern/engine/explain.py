@@ -85,7 +85,7 @@ def explain(network: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 
 APART = words(
     "add sub mul div neg exp sqrt rsqrt relu cat stack clone reshape view flatten contiguous permute transpose",
-    "conv norm attention avg_pool2d max_pool2d interpolate pad getitem narrow chunk expand to float",
+    "conv norm attention layer_norm avg_pool2d max_pool2d interpolate pad getitem narrow chunk expand to float",
 )
 """Torch's functions, and copies, that round each element by itself, whatever lies beside it."""
 
