@@ -16,7 +16,7 @@ from tolerances import UNET
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffkern import explain, ops, optimize
+from diffkern import UNet, explain, ops, optimize
 from diffkern.engine import compiled as compiled_module
 from diffkern.engine import diffkern as backend
 from diffkern.engine import unwrapped
@@ -252,11 +252,16 @@ def learns_statistics(n: Net, x: Tensor, t: Tensor) -> Tensor:
     return n.batch_norm(n.conv(x))
 
 
+@pytest.fixture
+def captures(monkeypatch) -> list[int]:
+    """It gets longer with each capture."""
+    capture, found = compiled_module.capture, []
+    monkeypatch.setattr(compiled_module, "capture", lambda *args: (found.append(1), capture(*args))[1])
+    return found
+
+
 @pytest.mark.parametrize("function", [counts, remembers, learns_statistics])
-def test_a_network_that_changes_itself_in_each_call_runs_once_a_call_and_is_captured_three_times(function, monkeypatch):
-    captures: list[int] = []
-    capture = compiled_module.capture
-    monkeypatch.setattr(compiled_module, "capture", lambda *args: (captures.append(1), capture(*args))[1])
+def test_a_network_that_changes_itself_in_each_call_runs_once_a_call_and_is_captured_three_times(function, captures):
     network, fast = network_of(function), optimize(network_of(function))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -293,6 +298,13 @@ def test_inputs_of_a_graph_that_is_returned_are_the_callers():
     fast = optimize(network_of(lambda n, x, t: (n.conv(x).mean().item(), x)))
     with pytest.warns(UserWarning, match="Net runs as it is"):
         assert fast(X, T)[1] is X
+
+
+def test_explain_raises_what_a_network_raises():
+    network = UNet(3, channels=8, channel_mult=(1,), attention_levels=(), groups=4, num_classes=3).eval()
+    x, t, wrong = torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 3])
+    with pytest.raises(ValueError, match="^labels: expected values in -1..2, got 3"):
+        explain(network.requires_grad_(False), x, t, wrong)
 
 
 @pytest.mark.parametrize("t", [3, 2.5])
@@ -430,12 +442,15 @@ def test_packed_weights_go_with_the_recordings_that_use_them():
 # --- torch.compile ---
 
 
-def test_torch_compile_takes_the_engine_as_a_backend():
+def test_torch_compile_takes_the_engine_as_a_backend(captures):
     network = network_of(lambda n, x, t: n.conv(F.silu(n.norm(x))) + x)
     compiled = torch.compile(network, backend=backend, dynamic=False)
     with torch.no_grad():
         got = compiled(X, T)
         assert_close(got, network(X, T))
+        assert not torch.equal(got, network(X, T))
+        assert_close(compiled(2 * X, T), network(2 * X, T))
+        assert len(captures) == 1
         network.conv.weight.mul_(2)
         assert_close(compiled(X, T), network(X, T))
         assert not torch.equal(compiled(X, T), network(X, T))  # other kernels

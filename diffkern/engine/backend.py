@@ -33,6 +33,7 @@ class _Bound(nn.Module):
 def diffkern(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Torch's interface of backends. Where weights learn, and where shapes or numbers are symbols that Python computes
     with (``dynamic=True``), dynamo's graph runs as it is."""
+    graph.code  # noqa: B018  # dynamo's graphs become Python when they are first asked for it: here, not in a capture
     network = _Bound(graph)
     fast = optimize(network)
 

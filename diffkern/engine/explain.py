@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from . import rules
-from .capture import name_of
+from .capture import NotCaptured, name_of
 from .compiled import Case, signature
 from .optimized import dtype_of, unwrapped, why_not_now
 from .packing import Store
@@ -69,8 +69,12 @@ def explain(network: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
             return Explanation(why_not, **nothing)
         run = functools.partial(type(network).forward, network)
         case = Case(run, args, kwargs, modules.tensors, dtype, Store(), lambda: not modules.changed())
-    if case.why_not:
-        return Explanation(case.why_not, **nothing)
+        if case.why_not:
+            return Explanation(case.why_not, **nothing)
+        try:
+            case.run(leaves)
+        except NotCaptured:
+            run(*args, **kwargs)  # it raises, or gives what is not finite
     ours, others = (
         collections.Counter(name_of(step.node.target) for step in case.plan.steps if step.native == native)
         for native in (True, False)
