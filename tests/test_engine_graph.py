@@ -448,9 +448,10 @@ def test_torch_compile_takes_the_engine_as_a_backend(captures):
     with torch.no_grad():
         got = compiled(X, T)
         assert_close(got, network(X, T))
-        assert not torch.equal(got, network(X, T))
+        assert not torch.equal(got, network(X, T))  # other kernels
+        before = len(captures)
         assert_close(compiled(2 * X, T), network(2 * X, T))
-        assert len(captures) == 1
+        assert len(captures) == before
         network.conv.weight.mul_(2)
         assert_close(compiled(X, T), network(X, T))
         assert not torch.equal(compiled(X, T), network(X, T))  # other kernels
