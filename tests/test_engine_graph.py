@@ -394,6 +394,19 @@ def test_global_hooks_are_called():
         handle.remove()
 
 
+def test_a_network_is_recorded_once_its_hooks_are_taken_off():
+    network, runs = network_of(lambda n, x, t: n.conv(x)), []
+    fast, of_all = optimize(network), torch.nn.modules.module.register_module_forward_hook
+    fast(X, T)
+    for register in (network.conv.register_forward_hook, network.conv.register_forward_pre_hook, of_all):
+        handle = register(lambda module, *args: runs.append(1) if module is network.conv else None)
+        assert torch.equal(fast(X, T), network(X, T))
+        handle.remove()
+        assert_close(fast(X, T), network(X, T))
+    assert len(runs) == 6
+    assert [case.why_not for case in _compiled[network].cases.values()] == [""]
+
+
 def test_an_optimized_network_shares_all_and_is_of_its_class():
     network = network_of(lambda n, x, t: n.conv(x))
     fast = optimize(network)

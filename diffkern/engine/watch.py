@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 from .. import _C
 
@@ -42,6 +43,8 @@ class Modules:
         self._lists: list[Any] = []
         self._owners: list[dict] = []  # of members
         self._empty: list[Any] = []
+        self._hooks: list[dict] = []  # dictionaries for hooks, empty ones
+        self._handles = RemovableHandle.next_id
         self.why_not = ""
         classes = self._explore(network)
         self._classes = [vars(one) for one in dict.fromkeys(itertools.chain.from_iterable(c.__mro__ for c in classes))]
@@ -50,7 +53,7 @@ class Modules:
 
     def changed(self) -> bool:
         """Does a module have another attribute, member, hook or class?"""
-        if any(self._empty) or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        if self._hooked() or any(self._empty):
             return True
         try:
             members, values = self._find()
@@ -59,6 +62,14 @@ class Modules:
             return values != self._seen[1]
         except Exception:  # an attribute is gone, or values do not compare
             return True
+
+    def _hooked(self) -> bool:
+        """Were hooks added? Torch numbers them: while there are no new numbers, nobody looks."""
+        if self._handles != RemovableHandle.next_id:
+            if any(self._hooks):
+                return True
+            self._handles = RemovableHandle.next_id
+        return False
 
     def _find(self) -> tuple[list[Any], list[Any]]:
         """(members, which are compared by what they are; other values)."""
@@ -76,8 +87,8 @@ class Modules:
         classes: set[type] = set()
         self._holders: list[Any] = []  # whose class may be set; modules are held by their parents, the root by nobody
         stack: list[Any] = [network]
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            self.why_not = "there are global hooks"
+        for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
+            self._watch_hooks(hooks, "there are global hooks")
         while stack:
             thing = stack.pop()
             if isinstance(thing, (*_IMMUTABLE, *_LEAVES)) or id(thing) in seen:
@@ -107,17 +118,23 @@ class Modules:
 
     def _module(self, module: nn.Module, stack: list[Any], *, root: bool) -> None:
         table = module.__dict__
-        if any(table.get(name) for name in _HOOKS) and not root:
-            self.why_not = f"a {type(module).__name__} has hooks"
         if "forward" in table or "__call__" in table:
             self.why_not = f"a {type(module).__name__} has a forward of its own"
         if not root:
             self._holders.append(module)
-            self._empty += [table[name] for name in _HOOKS if not table.get(name) and name in table]
+            for name in _HOOKS:
+                self._watch_hooks(table[name], f"a {type(module).__name__} has hooks")
         self._attributes(table, [name for name in table if name not in _OF_TORCH], stack)
         for name in _MEMBERS:
             (self._owners if table[name] else self._empty).append(table[name])
             stack += table[name].values()
+
+    def _watch_hooks(self, hooks: dict, why_not: str) -> None:
+        if hooks:
+            self.why_not = why_not
+            self._attributes(hooks, list(hooks), [])
+        else:
+            self._hooks.append(hooks)
 
     def _attributes(self, table: dict, keys: list[Any], stack: list[Any]) -> None:
         """What is in a table, under these of its keys."""
