@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..ops import transforms
+from .functions import SEEN, SHAPED_BY_NUMBERS, Written, item_of, name_of, sweep
 from .number import Number, plain
-from .words import words
+from .trees import leaves_of, mapped, masks
 
 
 class NotCaptured(Exception):
@@ -34,65 +35,6 @@ class NotCaptured(Exception):
     def __init__(self, why: str, result: tuple[Any] | None = None):
         super().__init__(why)
         self.result = result
-
-
-SEEN = words(
-    "shape dtype device layout ndim requires_grad is_leaf size dim stride numel nelement element_size itemsize",
-    "nbytes is_contiguous is_floating_point is_complex is_signed is_cuda is_cpu is_mps is_meta is_sparse",
-    "is_sparse_csr is_quantized is_nested is_mkldnn is_xpu is_xla is_ipu is_vulkan is_hpu is_maia is_mtia",
-    "is_inference is_conj is_neg get_device storage_offset _version grad grad_fn __len__ __hash__ type dense_dim",
-    "sparse_dim is_same_size is_tensor result_type can_cast _log_api_usage_once names has_names __format_shape__",
-)
-"""Functions that tell no number of a tensor."""
-
-SHAPED_BY_NUMBERS = words(
-    "nonzero argwhere unique unique_consecutive masked_select bincount histc one_hot repeat_interleave",
-)
-"""Functions whose result has a shape that the numbers decide."""
-
-
-def name_of(function: Any) -> str:
-    """``add`` for ``torch.add``, ``Tensor.__add__``, ``operator.add`` and the method; ``shape`` for its getter."""
-    if isinstance(function, str):
-        return function
-    if isinstance(function, Written):
-        return "written"
-    name = getattr(function, "__name__", type(function).__name__).removesuffix(".default")
-    if name == "__get__":
-        return function.__self__.__name__
-    return FUNCTION_OF.get(name, name)
-
-
-def called(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Call a node's target: a function, or a method by its name."""
-    return getattr(args[0], function)(*args[1:], **kwargs) if isinstance(function, str) else function(*args, **kwargs)
-
-
-FUNCTION_OF = {
-    "__add__": "add", "__radd__": "add", "__mul__": "mul", "__rmul__": "mul", "__sub__": "sub", "__truediv__": "div",
-    "true_divide": "div", "truediv": "div", "multiply": "mul", "subtract": "sub", "divide": "div", "concat": "cat",
-    "concatenate": "cat", "__matmul__": "matmul", "__getitem__": "getitem", "__pow__": "pow", "__neg__": "neg",
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Written:
-    """A function that writes to one of its tensors, as one that returns what is written, in memory of its own."""
-
-    function: Callable[..., Any]
-    position: int  # of that tensor among all tensors of the arguments
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        leaves[places[self.position]] = copied = leaves[places[self.position]].clone()
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
-        self.function(*args, **kwargs)
-        return copied
-
-    @property
-    def __name__(self) -> str:
-        return "written"
 
 
 @dataclasses.dataclass
@@ -217,7 +159,7 @@ class _Recorder(TorchFunctionMode):
             return function(*args, **kwargs)
         if self.refused:
             return function(*_plain(args), **_plain(kwargs))
-        leaves = _leaves((args, kwargs))
+        leaves = leaves_of((args, kwargs))
         operands = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if name == "requires_grad_" or (name in ("backward", "grad") and operands):
             self.refuse(f"it differentiates: {name}")
@@ -252,7 +194,7 @@ class _Recorder(TorchFunctionMode):
             if numbers or any(not self._constant_operand(tensor) for tensor in operands):
                 raise self.refuse(f"its forward reads numbers of a tensor: {name}")
             return
-        if name in SHAPED_BY_NUMBERS or (name == "getitem" and _masks(args[1])):
+        if name in SHAPED_BY_NUMBERS or (name == "getitem" and masks(args[1])):
             raise self.refuse(f"numbers decide a shape: {name}")
         if any(tensor.layout != torch.strided or tensor.is_complex() for tensor in made):
             raise self.refuse(f"a tensor is sparse or complex: {name}")
@@ -265,14 +207,18 @@ class _Recorder(TorchFunctionMode):
         node = self._call(function, args, kwargs)
         if isinstance(result, Tensor):
             self._bind(result, _described(node, tuple(result.shape), result.dtype))
-            return
-        node.meta["shape"] = node.meta["dtype"] = None
+        else:
+            self._bind_several(results, node)
+
+    def _bind_several(self, results: Sequence[Any], node: fx.Node) -> None:
+        """Each result of a function is a node of its own."""
+        _described(node, None, None)
         for i, tensor in enumerate(results):
             if isinstance(tensor, Tensor):
-                item = self.graph.call_function(_item, (node, i))
+                item = self.graph.call_function(item_of, (node, i))
                 self._bind(tensor, _described(item, tuple(tensor.shape), tensor.dtype))
             elif tensor is not None:
-                raise self.refuse(f"a result has other things than tensors: {name}")
+                raise self.refuse(f"a result has other things than tensors: {name_of(node.target)}")
 
     def _constant_operand(self, tensor: Tensor) -> bool:
         node = self._find(tensor)
@@ -343,21 +289,7 @@ class _Recorder(TorchFunctionMode):
         return Capture(self.graph, self.tensors, self.weights, spec, found, result)
 
 
-def _item(results: Sequence[Any], index: int) -> Any:
-    return results[index]
-
-
-_item.__name__ = "item_of"
-
-
-def sweep(graph: fx.Graph) -> None:
-    """Take out what nothing uses, but for inputs."""
-    for node in reversed(graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output"):
-            graph.erase_node(node)
-
-
-def _described(node: fx.Node, shape: tuple[int, ...], dtype: Any) -> fx.Node:
+def _described(node: fx.Node, shape: tuple[int, ...] | None, dtype: Any) -> fx.Node:
     node.meta["shape"], node.meta["dtype"] = shape, dtype
     return node
 
@@ -366,33 +298,5 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _leaves(tree: Any) -> list[Any]:
-    if isinstance(tree, (tuple, list)):
-        return [leaf for item in tree for leaf in (_leaves(item) if isinstance(item, _NESTS) else (item,))]
-    if isinstance(tree, dict):
-        return _leaves(list(tree.values()))
-    return _leaves((tree.start, tree.stop, tree.step)) if isinstance(tree, slice) else [tree]
-
-
-_NESTS = (tuple, list, dict, slice)
-
-
-def mapped(of: Callable[[Any], Any], tree: Any) -> Any:
-    """``tree`` with ``of`` of each leaf, in order."""
-    if isinstance(tree, (tuple, list)):
-        items = [mapped(of, item) for item in tree]
-        return tuple(items) if isinstance(tree, tuple) else items
-    if isinstance(tree, dict):
-        return {key: mapped(of, value) for key, value in tree.items()}
-    if isinstance(tree, slice):
-        return slice(*(mapped(of, part) for part in (tree.start, tree.stop, tree.step)))
-    return of(tree)
-
-
 def _plain(tree: Any) -> Any:
     return mapped(plain, tree)
-
-
-def _masks(index: Any) -> bool:
-    """Does an index choose by True and False?"""
-    return any(isinstance(leaf, Tensor) and leaf.dtype in (torch.bool, torch.uint8) for leaf in _leaves(index))

@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from . import rules
-from .capture import Capture, NotCaptured, capture, mapped
+from .capture import Capture, NotCaptured, capture
 from .conditions import Rows, Small, conditions, evaluate, frontier
 from .packing import Store, terms_of
 from .plan import Plan
+from .trees import mapped
 from .watch import Modules, Numbers
 
 KEPT_RECORDINGS = 4

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from . import rules
-from .capture import called, name_of
+from .functions import called, name_of
 from .words import words
 
 KEPT_ROWS = 4096

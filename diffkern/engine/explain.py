@@ -10,8 +10,9 @@ import torch
 from torch import fx, nn
 
 from . import rules
-from .capture import NotCaptured, name_of
+from .capture import NotCaptured
 from .compiled import Case, signature
+from .functions import name_of
 from .optimized import dtype_of, unwrapped, why_not_now
 from .packing import Store
 from .watch import Modules, Numbers

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from .. import _C
 from . import rules
-from .capture import name_of
+from .functions import name_of
 from .memory import Memory, storage_of
 from .packing import Problem, Store, plan_conv
 from .torch_calls import into
@@ -245,7 +245,7 @@ class Plan:
             rules.is_ours(user, rules.conv)
             and user.args[0] is node
             and user.args[1] is None
-            and rules._uses(user, node) == 1
+            and rules.uses(user, node) == 1
             and self.problem(user).by_terms
             and (self.terms < 3 if self.problem(user).kernel == 3 else self.terms > 1)
             for user in node.users

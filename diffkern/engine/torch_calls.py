@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture import called, name_of
+from .functions import called, name_of
 from .words import words
 
 _aten = torch.ops.aten
