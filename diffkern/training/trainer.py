@@ -115,7 +115,7 @@ class Trainer:
         average = dict(self.model.network.named_parameters())
         self.average = [average[name] for name in self.trained]
         self.predict = parallel.averaging(self.network)
-        self.optimizer = _optimizer(self.trained.values(), config)
+        self.optimizer = new_optimizer(self.trained.values(), config)
         ahead = config.workers and isinstance(self.dataset, Items)
         self.reader = Reader(self.dataset, config.workers, self._asked, self._after) if ahead else None
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64, device="cpu"))
@@ -457,7 +457,7 @@ def _check(model: Model, config: Config, objective: Objective, data: Dataset | I
         raise ValueError(f"batch_size: expected {expected}, got {config.batch_size}")
 
 
-def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.AdamW:
+def new_optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.AdamW:
     """AdamW whose state exists from the start: restoring it is copying."""
     betas, decay = config.betas, config.weight_decay
     optimizer = torch.optim.AdamW(parameters, config.lr, betas, weight_decay=decay, fused=True)
