@@ -1,0 +1,114 @@
+"""A normalizing flow beside a diffusion model: exact likelihoods in the plane, and what separate modes cost a flow.
+
+    flow       ln p(x) = ln N(f(x); 0, I) + ln |det df/dx|                                    (Dinh et al. 2017)
+    diffusion  ln p(x) by the probability-flow ODE, with the exact divergence                 (Song et al. 2021b, eq. 39)
+
+Both are trained on points of three densities whose entropy is known. The table has the negative log-likelihood of other
+points, and the mean of ln truth - ln model there: the Kullback-Leibler divergence from the truth.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..flows import Flow, RealNVP
+from ..flows.architectures import MLP
+from ..likelihood import nll
+from ..model import Model
+from ..networks.defaults import float32_on
+from ..process import EDM
+from ..progress import bar as progress_bar
+from ..training import Config
+from ..training.draws import draw
+from ..training.flow import train_flow
+from ..training.noising import Noising
+from ..training.objectives import OBJECTIVES
+from ..training.trainer import new_optimizer
+from . import Figure, Panel
+from .densities import DENSITIES, Density
+
+COLUMNS = ("data", "model", "nll, nats", "KL to the truth, nats", "bits a dimension")
+POINTS = 100_000  # to train on
+SIDE = 100  # of the densities' grids; the diffusion's has a quarter of the points
+
+
+class Denoiser(nn.Module):
+    """(x [N, 2], c_noise [N]) -> [N, 2], zero at first."""
+
+    def __init__(self, width: int = 128, depth: int = 3, waves: int = 3):
+        super().__init__()
+        self.layers = MLP(3, 2, width, depth, waves)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.layers(torch.cat((x, t[:, None]), 1))
+
+
+def flow_of(x: Tensor, steps: int, progress: bool = False) -> Flow:
+    """A RealNVP of points x [K, 2]."""
+    flow = RealNVP((2,), couplings=12, width=64, depth=2, waves=2, permutation="reverse", name="flow")
+    config = Config(steps=steps, batch_size=256, lr=4e-3, lr_schedule="cosine", warmup=steps // 20)
+    return train_flow(flow, x, config, progress=progress)
+
+
+def diffusion_of(x: Tensor, steps: int, progress: bool = False) -> Model:
+    """A diffusion model of points x [K, 2], preconditioned and trained as by Karras et al. 2022."""
+    config = Config(steps=steps, batch_size=512, lr=4e-3, lr_schedule="cosine", warmup=steps // 20)
+    with torch.random.fork_rng(devices=[]), float32_on("cpu"):
+        torch.default_generator.manual_seed(config.seed)
+        network = Denoiser()
+    process, objective = EDM(sigma_data=x.square().mean().sqrt().item()), OBJECTIVES["edm"](prediction="edm")
+    noising = Noising(objective, process, "fixed_small", torch.device("cpu"))
+    optimizer = new_optimizer(network.parameters(), config)
+    with progress_bar(steps, "diffusion", "step", progress) as bar:
+        for step in range(steps):
+            examples = torch.arange(step * 512, (step + 1) * 512, dtype=torch.int64, device="cpu")
+            draws, x_0 = draw(examples.numpy(), config.seed, process, 0.0, objective.t), x[examples % len(x)]
+            at = noising.at(draws.t)
+            out = network(ops.q_sample(x_0, at.step, draws.seeds, at.q_table, address=at.address), at.t)
+            optimizer.zero_grad()
+            noising.loss(out, x_0, draws.seeds, at).mean().backward()
+            nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate(step)
+            optimizer.step()
+            bar.update()
+    return Model(network, process, "edm", (2,), name="diffusion", clip=False)
+
+
+def log_prob(model: Model, x: Tensor, tol: float) -> Tensor:
+    """ln p of a diffusion model by its ODE, float64 [N]."""
+    found = nll(model, x, "ode", levels=None, tol=tol, probes=None, batch_size=len(x), progress=False)
+    return -found.bits * (x.shape[1] * math.log(2))
+
+
+def figure(steps: int = 2000, n: int = 2000, progress: bool = True) -> Figure:
+    """That many steps of training for each model, and n points to measure and to draw."""
+    rows, panels = [], []
+    for name, make in DENSITIES.items():
+        density = make()
+        x, seen = density.draw(n, 1), density.draw(POINTS, 0)
+        truth = density.log_prob(x)
+        flow, model = flow_of(seen, steps, progress), diffusion_of(seen, steps, progress)
+        with torch.no_grad():
+            found = {"truth": truth, "flow": flow.log_prob(x).double(), "diffusion": log_prob(model, x, 1e-5)}
+            z = flow.encode(x)
+            grids = {
+                "data": density.log_prob(density.grid(SIDE)),
+                "flow": flow.log_prob(density.grid(SIDE).float()),
+                "diffusion": log_prob(model, density.grid(SIDE // 2).float(), 1e-3),
+            }
+        for who, log_p in found.items():
+            nats = -log_p.mean().item()
+            rows.append((name, who, nats, (truth - log_p).mean().item(), nats / (2 * math.log(2))))
+        panels += [_plane(f"{name}: {who}", log_p, density) for who, log_p in grids.items()]
+        axes = dict(xlim=(-3.5, 3.5), ylim=(-3.5, 3.5), aspect="equal")
+        panels.insert(-1, Panel(f"{name}: z of the flow", points={"": z}, axes=axes))
+    return Figure(COLUMNS, rows, panels, across=4)
+
+
+def _plane(title: str, log_p: Tensor, density: Density) -> Panel:
+    side, limit = math.isqrt(len(log_p)), density.limit
+    axes = dict(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    return Panel(title, log_p.exp().view(side, side), (-limit, limit, -limit, limit), axes=axes)
