@@ -172,6 +172,24 @@ def test_a_trainer_that_refuses_leaves_the_network_as_it_was():
         assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
+def test_a_resumption_that_is_refused_leaves_the_network_as_it_was(tmp_path):
+    run = Trainer(model(), PLAIN, Config(**CONFIG))
+    take(run, 2)
+    run.save(tmp_path / CHECKPOINT)
+    mine = model()
+    mine.network.eval().requires_grad_(False)
+    before = {key: tensor.clone() for key, tensor in mine.network.state_dict().items()}
+    refused = (dict(seed=1), dict(steps=1), dict(flip=True), dict(batch_size=3, accumulate=2), dict(snapshot_every=1))
+    for changes in refused:
+        with pytest.raises(ValueError, match="expected"):
+            Trainer.resume(tmp_path / CHECKPOINT, PLAIN, into=mine, **changes)
+    with pytest.raises(ValueError, match="data: expected items of shape"):
+        Trainer.resume(tmp_path / CHECKPOINT, torch.zeros(4, 2), into=mine)
+    assert_equal(mine.network.state_dict(), before)
+    assert not any(module.training for module in mine.network.modules())
+    assert not any(parameter.requires_grad for parameter in mine.network.parameters())
+
+
 class Halves(nn.Module):
     """The mean of two numbers, and a variance of each."""
 
@@ -391,9 +409,7 @@ def test_the_held_out_loss_is_the_averaged_networks_on_the_same_draws_each_time(
     lines = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
     assert [(line[0], line[4] != "") for line in lines] == [("2", False), ("4", True), ("6", True)]
     assert float(lines[-1][4]) == pytest.approx(run.validate(), abs=1e-6)
-    small = replace(run.config, batch_size=2)
-    again = Trainer.resume(tmp_path / CHECKPOINT, PLAIN, into=model(), validation=held_out)
-    again.config = small
+    again = Trainer.resume(tmp_path / CHECKPOINT, PLAIN, into=model(), validation=held_out, batch_size=2)
     assert again.validate() == pytest.approx(run.validate(), rel=1e-5)  # whatever the batch
     assert take(again, 1) == take(Trainer.resume(tmp_path / CHECKPOINT, PLAIN, into=model(), batch_size=2), 1)
 
