@@ -85,10 +85,8 @@ def changed(config: Config, changes: Mapping[str, Any], model: Model, steps: int
             raise ValueError(f"{name}: expected that of {path}, {stored}, got {wanted}")
     new = replace(config, **{**changes, "network": config.network, "schedule": config.schedule})
     if bool(new.snapshot_every) != bool(config.snapshot_every):
-        expected = (
-            f"an int >= 1, for {path} has averages" if config.snapshot_every else f"0, for {path} has no averages"
-        )
-        raise ValueError(f"snapshot_every: expected {expected} to take snapshots of, got {new.snapshot_every}")
+        expected = "an int >= 1" if config.snapshot_every else "0"
+        raise ValueError(f"snapshot_every: expected {expected}, as {path} has, got {new.snapshot_every}")
     if "steps" in changes and new.steps < steps:
         raise ValueError(f"steps: expected at least the {steps} that {path} has taken, got {new.steps}")
     return new

@@ -10,6 +10,7 @@ from .. import images, parallel
 from ..io.files import CHECKPOINT
 from ..progress import bar as progress_bar
 from . import runs
+from .ema import drop_later_snapshots
 from .plot import loss_plot
 from .runs import Log
 
@@ -47,6 +48,7 @@ class Files:
     def __init__(self, trainer: "Trainer", out: Path):
         self.trainer, self.out = trainer, out
         self.log = Log(out / runs.LOG, trainer.steps, trainer.unlogged)
+        drop_later_snapshots(out, trainer.steps)
         self.saved: int | None = None  # the step of the last checkpoint
 
     def after_step(self, loss: float, bar, *, save: bool) -> None:
@@ -57,6 +59,8 @@ class Files:
             self._write_line(bar)
         if config.keep_every and steps % config.keep_every == 0:
             self.trainer.save(self.out / f"checkpoint-{steps:07d}.safetensors")
+        if config.snapshot_every and steps % config.snapshot_every == 0:
+            self.trainer.powers.write_snapshot(self.out, steps)
         if save or steps % config.checkpoint_every == 0:
             self._write_checkpoint()
         if self._has_grids() and steps % config.sample_every == 0:

@@ -23,6 +23,7 @@ from . import loop
 from .batches import Batches, Given
 from .checkpoint import read_checkpoint
 from .config import Config
+from .ema import PowerAverages, ema_decay
 from .fitting import Fitted, changed, fitted, settled
 from .runs import Unlogged
 from .times import Importance
@@ -30,11 +31,6 @@ from .times import Importance
 
 class Diverged(RuntimeError):
     """The loss or its gradient is NaN or infinite; the state is the one before that step."""
-
-
-def ema_decay(decay: float, step: int) -> float:
-    """Of the average after ``step`` steps: the first steps must not keep the random start."""
-    return min(decay, (1 + step) / (10 + step))
 
 
 class Trainer:
@@ -80,6 +76,7 @@ class Trainer:
         self.model = replace(run.model, network=copy.deepcopy(self.network).eval().requires_grad_(False))
         average = dict(self.model.network.named_parameters())
         self.average = [average[name] for name in self.trained]
+        self.powers = PowerAverages(run.config.ema_profiles if run.config.snapshot_every else (), self.trained)
         self.predict = parallel.averaging(self.network)
         self.optimizer = _optimizer(self.trained.values(), run.config)
         self.batches = Batches(self.model, self.dataset, run.config, clock, self.importance or run.objective.t)
@@ -140,6 +137,7 @@ class Trainer:
             **{f"ema.{name}": tensor for name, tensor in state(self.model.network).items()},
             **{f"exp_avg.{name}": self.optimizer.state[p]["exp_avg"] for name, p in self.trained.items()},
             **{f"exp_avg_sq.{name}": self.optimizer.state[p]["exp_avg_sq"] for name, p in self.trained.items()},
+            **self.powers.tensors(),
             **{f"importance.{name}": tensor for name, tensor in importance.items()},
         }
 
@@ -228,6 +226,7 @@ class Trainer:
     def _update_averages(self) -> None:
         trained, decay = list(self.trained.values()), ema_decay(self.config.ema, self.steps)
         torch._foreach_lerp_(self.average, trained, 1 - decay)  # ema <- decay ema + (1 - decay) theta
+        self.powers.update(self.steps)
         for mine, theirs in zip(self.model.network.buffers(), self.network.buffers(), strict=True):
             mine.copy_(theirs)  # such as the statistics of BatchNorm, which are averages themselves
 
@@ -258,7 +257,8 @@ class Trainer:
 
     def run(self, out: str | os.PathLike, *, progress: bool = True, lock: bool = True) -> signal.Signals | None:
         """Train up to ``config.steps``, into the directory ``out``: checkpoint.safetensors, log.csv, loss.png,
-        samples-*.png of images, and checkpoint-*.safetensors with ``keep_every``.
+        samples-*.png of images, checkpoint-*.safetensors with ``keep_every``, and ema-*.safetensors with
+        ``snapshot_every``.
 
         The first of several processes writes. SIGINT, SIGTERM and SIGHUP, to any of them, end the run after the step at
         hand, with a checkpoint, and are returned; None means finished. SIGUSR1 has it write a checkpoint and go on.
