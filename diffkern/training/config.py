@@ -81,6 +81,7 @@ class Config:
     validate_every: int = option(1000, "steps between measurements of the loss on held-out data")
     sample_every: int = option(5000, "steps between sample grids (0: none)")
     log_every: int = option(100, "steps between the lines of log.csv")
+    tensorboard: bool = option(False, "write the log and the sample grids for TensorBoard, too")
     network: dict = option({}, "arguments of diffkern.unet.UNet")
     schedule: dict = option(Schedule.linear(1000).config(), "config() of a diffkern.Schedule or another process")
 
@@ -104,7 +105,7 @@ class Config:
         self._set_pair("ema_profiles", f"two numbers in (0, {WIDEST}]", lambda value: 0 < value <= WIDEST)
         if self.ema_profiles[0] == self.ema_profiles[1]:
             raise ValueError(f"ema_profiles: expected two numbers that differ, got {self.ema_profiles}")
-        for name in ("flip", "bf16"):
+        for name in ("flip", "bf16", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.lr_schedule not in LR_SCHEDULES:

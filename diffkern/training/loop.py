@@ -10,6 +10,7 @@ from .. import images, parallel
 from ..io.files import CHECKPOINT
 from ..progress import bar as progress_bar
 from . import runs
+from .board import FOLDER, Board
 from .ema import drop_later_snapshots
 from .plot import loss_plot
 from .runs import Log
@@ -27,6 +28,7 @@ def run(trainer: "Trainer", out: str | os.PathLike, *, progress: bool, lock: boo
             if lock:
                 stack.enter_context(runs.locked(out))
             files = Files(trainer, out)
+            stack.callback(files.close)
         total, done = (steps * config.batch_size for steps in (config.steps, trainer.steps))
         bar = stack.enter_context(progress_bar(total, "training", "img", progress and files is not None, initial=done))
         received = stack.enter_context(runs.signals())
@@ -49,6 +51,7 @@ class Files:
         self.trainer, self.out = trainer, out
         self.log = Log(out / runs.LOG, trainer.steps, trainer.unlogged)
         drop_later_snapshots(out, trainer.steps)
+        self.board = Board(out / FOLDER, trainer.steps) if trainer.config.tensorboard else None
         self.saved: int | None = None  # the step of the last checkpoint
 
     def after_step(self, loss: float, bar, *, save: bool) -> None:
@@ -64,7 +67,11 @@ class Files:
         if save or steps % config.checkpoint_every == 0:
             self._write_checkpoint()
         if self._has_grids() and steps % config.sample_every == 0:
-            images.save_png(self.trainer.grid(), self.out / f"samples-{steps:07d}.png", {"step": steps})
+            self._write_grid()
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
 
     def finish(self) -> None:
         """Write the checkpoint of the last step, unless it is there."""
@@ -76,8 +83,16 @@ class Files:
         config, steps = self.trainer.config, self.trainer.steps
         held_out = self.trainer.validate() if self._validates() else None
         said = {} if held_out is None else {"validation": f"{held_out:.4f}"}
-        loss = self.log.write(steps, config.learning_rate(steps - 1), config.batch_size, held_out)
-        bar.report(step=steps, loss=f"{loss:.4f}", **said)
+        numbers = self.log.write(steps, config.learning_rate(steps - 1), config.batch_size, held_out)
+        bar.report(step=steps, loss=f"{numbers['loss']:.4f}", **said)
+        if self.board is not None:
+            self.board.add_line(steps, numbers)
+
+    def _write_grid(self) -> None:
+        steps, grid = self.trainer.steps, self.trainer.grid()
+        images.save_png(grid, self.out / f"samples-{steps:07d}.png", {"step": steps})
+        if self.board is not None:
+            self.board.add_grid(steps, grid)
 
     def _write_checkpoint(self) -> None:
         """The checkpoint, and the picture of the log."""
