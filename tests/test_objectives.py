@@ -13,7 +13,7 @@ from diffkern import ops
 from diffkern.ops import LOSS_COLUMNS
 from diffkern.schedule import Schedule
 from diffkern.training import objectives, times
-from diffkern.training.objectives import P2, EDMWeight, Flow, Likelihood, MinSNR, Objective
+from diffkern.training.objectives import P2, ErrorOf, Likelihood, MinSNR, Objective
 
 SCHEDULES = {
     "linear": Schedule.linear(),
@@ -60,7 +60,10 @@ def test_a_networks_target_is_the_output_from_which_x_0_follows(prediction):
     np.testing.assert_allclose(of_eps, 0, atol=2e-7 * scale.max())
 
 
-@pytest.mark.parametrize("weight", [MinSNR(5), MinSNR(0.5), P2(), P2(0.3, 0.5), EDMWeight(0.5), Flow(), Likelihood()])
+WEIGHTS = [MinSNR(5), MinSNR(0.5), P2(), P2(0.3, 0.5), ErrorOf("edm", 0.5), ErrorOf("flow"), ErrorOf("v"), Likelihood()]
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
 def test_a_weight_makes_the_same_loss_whatever_is_predicted(weight):
     """An output's error is that of the x_0 that follows from it, over p_o."""
     for schedule in (Schedule.linear(), Schedule.cosine(100)):
@@ -86,7 +89,10 @@ def test_weights_are_the_papers():
         (of("x0", MinSNR(5)), np.minimum(snr, 5)),
         (of("eps", P2(1, 0.5)), 1 / np.sqrt(1 + snr)),  # Choi et al. 2022, eq. 8
         (of("eps", Likelihood()), beta**2 / (2 * small * alpha * rest)),  # Ho et al. 2020, eq. 12
-        (of("flow", Flow()), np.ones(1000)),
+        (of("flow", ErrorOf("flow")), np.ones(1000)),
+        (of("x0", ErrorOf("eps")), snr),  # Salimans & Ho 2022, section 4
+        (of("x0", ErrorOf("v")), snr + 1),
+        (of("v", ErrorOf("x0")), 1 / (snr + 1)),
         (of("eps", 1.0), np.ones(1000)),
     ):
         np.testing.assert_allclose(got, expected, rtol=2e-6)
@@ -95,7 +101,7 @@ def test_weights_are_the_papers():
     row, variance = columns(edm), sigma**2 + 0.7**2
     np.testing.assert_allclose(row["p_x"], 0.7**2 / variance, rtol=1e-6)  # Karras et al. 2022, table 1
     np.testing.assert_allclose(row["p_o"], 0.7 * sigma / np.sqrt(variance), rtol=1e-6)
-    by_weight = Objective("edm", EDMWeight(0.7), constants={"sigma_data": 0.7})
+    by_weight = Objective("edm", ErrorOf("edm", 0.7), constants={"sigma_data": 0.7})
     by_weight = by_weight.rows(objectives.levels(1 + 0 * sigma, sigma))
     np.testing.assert_allclose(columns(by_weight)["weight"], row["weight"], rtol=1e-6)
 

@@ -159,29 +159,19 @@ class P2:
 
 
 @dataclass(frozen=True)
-class EDMWeight:
-    """1 / c_out^2 (Karras et al. 2022, table 1): 1 of F. sigma_data is that of the process, unless it is given."""
+class ErrorOf:
+    """1 / p_o^2 of a prediction: 1 of its own error, whatever the network predicts (Salimans & Ho 2022, section 4).
 
+    "eps" is SNR, "v" is SNR + 1 where alpha^2 + sigma^2 = 1, "edm" is 1 / c_out^2 (Karras et al. 2022, table 1).
+    sigma_data, of "edm", is that of the process unless it is given.
+    """
+
+    prediction: str
     sigma_data: float | None = None
 
     def __call__(self, at: Levels) -> NDArray:
-        return 1 / (self.sigma_data or at.sigma_data) ** 2 + at.snr
-
-
-@dataclass(frozen=True)
-class DSM:
-    """SNR: sigma^2 of the score, lambda(t) of denoising score matching (Song et al. 2021b, eq. 7); 1 of eps."""
-
-    def __call__(self, at: Levels) -> NDArray:
-        return at.snr
-
-
-@dataclass(frozen=True)
-class Flow:
-    """((alpha + sigma) / sigma)^2: 1 of the velocity eps - x_0 (Lipman et al. 2023)."""
-
-    def __call__(self, at: Levels) -> NDArray:
-        return ((at.alpha + at.sigma) / at.sigma) ** 2
+        _, p_o = head(self.prediction, at.alpha, at.sigma, sigma_data=self.sigma_data or at.sigma_data)
+        return 1 / p_o**2
 
 
 @dataclass(frozen=True)
@@ -282,6 +272,21 @@ def simple(prediction: str = "eps") -> Objective:
     return Objective(prediction)
 
 
+def eps(prediction: str = "eps") -> Objective:
+    """The error of eps, whatever the network predicts."""
+    return Objective(prediction, ErrorOf("eps"))
+
+
+def x0(prediction: str = "x0") -> Objective:
+    """The error of x_0, whatever the network predicts."""
+    return Objective(prediction, ErrorOf("x0"))
+
+
+def v(prediction: str = "v") -> Objective:
+    """The error of v, whatever the network predicts."""
+    return Objective(prediction, ErrorOf("v"))
+
+
 def min_snr(gamma: float = 5.0, prediction: str = "eps") -> Objective:
     """The error of x_0, weighted by an SNR of gamma at most (Hang et al. 2023)."""
     return Objective(prediction, MinSNR(gamma))
@@ -305,17 +310,17 @@ def vlb(prediction: str = "eps") -> Objective:
 def edm(sigma_data: float | None = None, prediction: str = "edm") -> Objective:
     """The error of F, with sigma log-normal (Karras et al. 2022, table 1)."""
     constants = {} if sigma_data is None else {"sigma_data": sigma_data}
-    return Objective(prediction, EDMWeight(sigma_data), LogNormal(), constants=constants)
+    return Objective(prediction, ErrorOf("edm", sigma_data), LogNormal(), constants=constants)
 
 
 def flow(times: Times | None = None, prediction: str = "flow") -> Objective:
     """The error of the velocity (Lipman et al. 2023); ``LogitNormal()`` times are those of Esser et al. 2024."""
-    return Objective(prediction, Flow(), times or Uniform())
+    return Objective(prediction, ErrorOf("flow"), times or Uniform())
 
 
 def dsm(prediction: str = "score") -> Objective:
     """The error of the score, weighted by sigma^2 (Song et al. 2021b, eq. 7)."""
-    return Objective(prediction, DSM())
+    return Objective(prediction, ErrorOf("eps"))
 
 
 def likelihood(prediction: str = "eps") -> Objective:
@@ -324,6 +329,6 @@ def likelihood(prediction: str = "eps") -> Objective:
 
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    f.__name__: f for f in (simple, min_snr, p2, edm, flow, dsm, likelihood, hybrid, vlb)
+    f.__name__: f for f in (simple, eps, x0, v, min_snr, p2, edm, flow, dsm, likelihood, hybrid, vlb)
 }
 """The objectives of training, by name: each takes ``prediction``. "hybrid" and "vlb" need a schedule's time steps."""
