@@ -620,7 +620,7 @@ BAD = [
         "shape: expected None, the model brings its own, got (2, 3, 3)",
     ),
     (dict(schedule=[0.1, 0.2]), TypeError, "schedule: expected a Schedule or another process, got list"),
-    (dict(prediction="noise"), ValueError, "prediction: expected one of ('eps', 'x0', 'v',"),
+    (dict(prediction="noise"), ValueError, "prediction: expected one of eps, x0, v,"),
     (dict(prediction="eps", schedule=Schedule([0.5, 1.0])), ValueError, "prediction: expected 'v', 'x0' or 'flow'"),
     (dict(shape=(3, 0)), ValueError, "shape: expected positive sizes, as (C, H, W), got (3, 0)"),
     (dict(shape=(2, 3, 0)), ValueError, "shape: expected positive sizes, as (C, H, W), got (2, 3, 0)"),
