@@ -11,6 +11,7 @@ from ..model import checked_device
 from ..networks.blueprint import Blueprint
 from .architectures import KINDS
 from .flow import FORMAT, Flow
+from .layers import Linear, Permutation
 
 
 def save(flow: Flow, path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> None:
@@ -41,32 +42,37 @@ def load(path: str | os.PathLike, device: torch.device | str | None = None) -> F
     return flow.to(device).eval().requires_grad_(False)
 
 
+def check_flow(description: dict[str, Any], tensors: int) -> None:
+    """Raise TypeError or ValueError for a description that is not a flow's, whatever number of tensors it has."""
+    version, kind, config = (description.get(key) for key in ("flow", "kind", "config"))
+    if type(version) is not int or version != FORMAT:
+        raise ValueError(f"expected a flow of format {FORMAT}, got {', '.join(description)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r:.80}")
+    if not isinstance(config, dict) or not isinstance(description.get("prefix"), str):
+        raise TypeError(f"config: expected the options of a {kind}, and a prefix, got {description!r:.200}")
+
+
 def build(description: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path, prefix: str | None = None) -> Flow:
     """The flow that a file describes, with the weights whose names begin with ``prefix`` (None: the description's own).
 
     Memory is taken once names and shapes agree. Raises ValueError that begins with ``path``.
     """
-    version = description.get("flow")
-    if type(version) is not int or version != FORMAT:
-        raise ValueError(f"{path}: expected a flow of format {FORMAT}, got {', '.join(description)}")
-    kind, config = description.get("kind"), description.get("config")
-    prefix = description.get("prefix", "") if prefix is None else prefix
     try:
-        if not isinstance(kind, str) or kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r:.80}")
-        if not isinstance(config, dict) or not isinstance(description.get("name"), str) or not isinstance(prefix, str):
-            raise TypeError(f"config: expected the options of a {kind}, and a name, got {description!r:.200}")
+        check_flow(description, len(tensors))
+        kind, config = description["kind"], description["config"]
         with Blueprint():
             flow = KINDS[kind](**config | {"seed": None})
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         message, *_ = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"{path}: {message[:500]}") from None
+    prefix = description["prefix"] if prefix is None else prefix
     weights = {k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)}
     compare(state(flow), weights, path, f"a {kind} of its config")
     flow.to_empty(device="cpu")
     restore(state(flow), weights, path)
-    for name, buffer in flow.named_buffers():
-        if name.endswith("order") and buffer.sort().values.tolist() != list(range(len(buffer))):
-            raise ValueError(f"{path}: {name}: expected a permutation, got {buffer.tolist()!r:.80}")
-    flow.config, flow.name = config, description["name"]
+    for layer in flow.modules():
+        if isinstance(layer, Permutation | Linear) and not layer.is_bijection():
+            raise ValueError(f"{path}: order: expected a permutation, and signs of -1 or 1, got others")
+    flow.config = config
     return flow

@@ -22,19 +22,19 @@ _DEFAULT = torch.empty(0, dtype=torch.float32, device="cpu")
 class Flow(Chain):
     """z = f(x) with z ~ N(0, I), so that ln p(x) = ln N(f(x); 0, I) + ln |det df/dx| (Dinh et al. 2015, eq. 4).
 
-    A flow is a layer: called with x it returns (z, log_det). Parameters are float32; ``double()`` makes them float64,
-    and x must have their dtype. ``config`` is what :func:`save` writes: None of a flow of layers of one's own.
+    A flow is a layer: called with x it returns (z, log_det). Parameters are float32; ``double()`` makes them float64.
+    The methods below cast x to their dtype. ``config`` is what :func:`save` writes: None of a flow of layers of one's
+    own.
 
     shape   of a sample: (D,) of a vector, (C, H, W) of an image
     layers  in the order from x to z
-    name    for file names and titles
     """
 
     config: dict[str, Any] | None = None
 
-    def __init__(self, shape: Sequence[int], layers: Sequence[Layer] = (), name: str = "flow"):
+    def __init__(self, shape: Sequence[int], layers: Sequence[Layer] = ()):
         super().__init__(*layers)
-        self.shape, self.name = checked_shape(shape), name
+        self.shape = checked_shape(shape)
 
     @property
     def _like(self) -> dict[str, Any]:
@@ -42,11 +42,15 @@ class Flow(Chain):
         like = next(self.parameters(), _DEFAULT)
         return dict(dtype=like.dtype, device=like.device)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are; the CPU where there are none."""
+        return self._like["device"]
+
     def log_prob(self, x: Tensor) -> Tensor:
         """Return ln p(x) in nats, [N], of x [N, ...], with gradients. Raises TypeError or ValueError for another x."""
-        check_x_T(x, self.shape, "x")
-        z, log_det = self(x)
-        return log_det - (z.square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
+        z, log_det = self(self._checked("x", x))
+        return log_normal(z) + log_det
 
     @torch.no_grad()
     def sample(
@@ -65,19 +69,22 @@ class Flow(Chain):
         temperature = checked_float("temperature", temperature, "a number >= 0", lambda value: value >= 0)
         found = []
         for rows in _batches(n, batch_size):
-            z = ops.noise(seeds[rows], self.shape, step=0, stream=0, device=self._like["device"])
+            z = ops.noise(seeds[rows], self.shape, step=0, stream=0, device=self.device)
             found.append(self.inverse(temperature * z.to(self._like["dtype"])))
         return torch.cat(found)[:n]
 
     def encode(self, x: Tensor) -> Tensor:
         """Return z [N, ...] of x [N, ...], with gradients."""
-        check_x_T(x, self.shape, "x")
-        return self(x)[0]
+        return self(self._checked("x", x))[0]
 
     def decode(self, z: Tensor) -> Tensor:
         """Return x [N, ...] of z [N, ...], with gradients."""
-        check_x_T(z, self.shape, "z")
-        return self.inverse(z)
+        return self.inverse(self._checked("z", z))
+
+    def _checked(self, name: str, x: Tensor) -> Tensor:
+        """x as the layers take it. Raises TypeError or ValueError for another x."""
+        check_x_T(x, self.shape, name)
+        return x.to(**self._like)
 
     @torch.no_grad()
     def interpolate(self, a: Tensor | int, b: Tensor | int, n: int = 9) -> Tensor:
@@ -91,10 +98,9 @@ class Flow(Chain):
 
     def _latent(self, name: str, end: Tensor | int) -> Tensor:
         if isinstance(end, Tensor):
-            check_x_T(end[None], self.shape, name)
-            return self.encode(end[None].to(**self._like))[0]
+            return self(self._checked(name, end[None]))[0][0]
         checked_int(name, end, "a sample or a seed")
-        return ops.noise([end], self.shape, step=0, stream=0, device=self._like["device"])[0].to(self._like["dtype"])
+        return ops.noise([end], self.shape, step=0, stream=0, device=self.device)[0].to(self._like["dtype"])
 
     @torch.no_grad()
     def bits(self, x: Tensor, levels: int | None = 256, seeds: Any = None, batch_size: int = BATCH) -> Tensor:
@@ -113,14 +119,24 @@ class Flow(Chain):
         found = []
         for rows in _batches(n, batch_size):
             y = dequantized(x[rows.to(x.device)], seeds[rows].to(x.device), levels)
-            found.append(self.log_prob(y.to(**self._like)).double().cpu())
-        return offset(levels) - torch.cat(found)[:n] / (math.prod(self.shape) * math.log(2))
+            found.append(self.log_prob(y).double().cpu())
+        return bits_of(torch.cat(found)[:n], self.shape, levels)
 
     def description(self) -> dict[str, Any]:
         """All but the weights, as JSON holds it. Raises TypeError for a flow of layers of one's own."""
         if self.config is None:
             raise TypeError(f"flow: expected a RealNVP or a Glow to describe, got {type(self).__name__}")
-        return {"flow": FORMAT, "kind": type(self).__name__, "name": self.name, "config": self.config, "prefix": ""}
+        return {"flow": FORMAT, "kind": type(self).__name__, "config": self.config, "prefix": ""}
+
+
+def log_normal(z: Tensor) -> Tensor:
+    """ln N(z; 0, I), [N], of z [N, ...]."""
+    return -(z.square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
+
+
+def bits_of(log_p: Tensor, shape: Sequence[int], levels: int | None) -> Tensor:
+    """-log2 p(x) / D, bits a dimension, of ln p(x) in nats; of a level's share where ``levels`` is not None."""
+    return offset(levels) - log_p / (math.prod(shape) * math.log(2))
 
 
 def checked_shape(shape: Any) -> tuple[int, ...]:

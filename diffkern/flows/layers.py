@@ -58,7 +58,8 @@ class Chain(Layer):
 class ActNorm(Layer):
     """z = (x - mean) / std by channel, both learned (Kingma & Dhariwal 2018, section 3.1).
 
-    ``initialize`` takes them from a batch, whose z has mean 0 and variance 1 in each channel. Before that z is x.
+    ``initialize`` takes them from a batch, whose z has mean 0 and variance 1 in each channel. Before that z is x. One
+    that has been trained stays as it is.
     """
 
     def __init__(self, channels: int):
@@ -75,9 +76,10 @@ class ActNorm(Layer):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
-        values = x.transpose(0, 1).flatten(1).double()
-        self.mean.copy_(values.mean(1))
-        self.log_std.copy_(values.std(1, correction=0).clamp(min=1e-6).log())  # a constant channel has no scale
+        if not (self.mean.any() or self.log_std.any()):
+            values = x.transpose(0, 1).flatten(1).double()
+            self.mean.copy_(values.mean(1))
+            self.log_std.copy_(values.std(1, correction=0).clamp(min=1e-6).log())  # a constant channel has no scale
         return self(x)[0]
 
 
@@ -99,6 +101,10 @@ class Permutation(Layer):
     def random(cls, channels: int, seed: int) -> "Permutation":
         generator = torch.Generator("cpu").manual_seed(seed)
         return cls(torch.randperm(channels, dtype=torch.int64, device="cpu", generator=generator).tolist())
+
+    def is_bijection(self) -> bool:
+        """Whether ``order`` is a permutation: a file may say anything."""
+        return sorted(self.order.tolist()) == list(range(len(self.order)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, self.order], x.new_zeros(len(x))
@@ -138,6 +144,10 @@ class Linear(Layer):
         self.log_s.copy_(s.abs().log())
         self.sign.copy_(s.sign())
         self.order.copy_(P.argmax(1))
+
+    def is_bijection(self) -> bool:
+        """Whether ``order`` is a permutation, and no sign 0: a file may say anything."""
+        return sorted(self.order.tolist()) == list(range(len(self.order))) and bool((self.sign.abs() == 1).all())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L and U + diag(s), [C, C]."""

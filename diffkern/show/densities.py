@@ -40,8 +40,8 @@ def eight_gaussians(std: float = 0.2) -> Density:
 
 
 def moons(std: float = 0.1) -> Density:
-    """Two half circles that reach into one another, with Gaussian noise: a mixture of 200 Gaussians along each."""
-    angle = (torch.arange(200, **FLOAT) + 0.5) * (math.pi / 200)
+    """Two half circles that reach into one another, with Gaussian noise: a mixture of 60 Gaussians along each."""
+    angle = (torch.arange(60, **FLOAT) + 0.5) * (math.pi / 60)
     one = torch.stack((angle.cos() - 0.5, angle.sin() - 0.25), 1)
     return _mixture(1.5 * torch.cat((one, -one)), 1.5 * std, limit=3.0)
 

@@ -1,7 +1,7 @@
 """A normalizing flow beside a diffusion model: exact likelihoods in the plane, and what separate modes cost a flow.
 
     flow       ln p(x) = ln N(f(x); 0, I) + ln |det df/dx|                                    (Dinh et al. 2017)
-    diffusion  ln p(x) by the probability-flow ODE, with the exact divergence                 (Song et al. 2021b, eq. 39)
+    diffusion  ln p(x) by the probability-flow ODE, with the exact divergence       (Song et al. 2021b, eq. 39)
 
 Both are trained on points of three densities whose entropy is known. The table has the negative log-likelihood of other
 points, and the mean of ln truth - ln model there: the Kullback-Leibler divergence from the truth.
@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..flows import Flow, RealNVP
 from ..flows.architectures import MLP
 from ..likelihood import nll
@@ -20,12 +19,8 @@ from ..model import Model
 from ..networks.defaults import float32_on
 from ..process import EDM
 from ..progress import bar as progress_bar
-from ..training import Config
-from ..training.draws import draw
+from ..training import Config, Trainer
 from ..training.flow import train_flow
-from ..training.noising import Noising
-from ..training.objectives import OBJECTIVES
-from ..training.trainer import new_optimizer
 from . import Figure, Panel
 from .densities import DENSITIES, Density
 
@@ -47,34 +42,24 @@ class Denoiser(nn.Module):
 
 def flow_of(x: Tensor, steps: int, progress: bool = False) -> Flow:
     """A RealNVP of points x [K, 2]."""
-    flow = RealNVP((2,), couplings=12, width=64, depth=2, waves=2, permutation="reverse", name="flow")
+    flow = RealNVP((2,), couplings=12, width=64, depth=2, waves=2, permutation="reverse")
     config = Config(steps=steps, batch_size=256, lr=4e-3, lr_schedule="cosine", warmup=steps // 20)
     return train_flow(flow, x, config, progress=progress)
 
 
 def diffusion_of(x: Tensor, steps: int, progress: bool = False) -> Model:
     """A diffusion model of points x [K, 2], preconditioned and trained as by Karras et al. 2022."""
-    config = Config(steps=steps, batch_size=512, lr=4e-3, lr_schedule="cosine", warmup=steps // 20)
+    config = Config(steps=steps, batch_size=256, lr=4e-3, lr_schedule="cosine", warmup=steps // 20, label_dropout=0)
     with torch.random.fork_rng(devices=[]), float32_on("cpu"):
         torch.default_generator.manual_seed(config.seed)
         network = Denoiser()
-    process, objective = EDM(sigma_data=x.square().mean().sqrt().item()), OBJECTIVES["edm"](prediction="edm")
-    noising = Noising(objective, process, "fixed_small", torch.device("cpu"))
-    optimizer = new_optimizer(network.parameters(), config)
+    process = EDM(sigma_data=x.square().mean().sqrt().item())
+    trainer = Trainer(Model(network, process, "edm", (2,), name="diffusion", clip=False), x, config)
     with progress_bar(steps, "diffusion", "step", progress) as bar:
-        for step in range(steps):
-            examples = torch.arange(step * 512, (step + 1) * 512, dtype=torch.int64, device="cpu")
-            draws, x_0 = draw(examples.numpy(), config.seed, process, 0.0, objective.t), x[examples % len(x)]
-            at = noising.at(draws.t)
-            out = network(ops.q_sample(x_0, at.step, draws.seeds, at.q_table, address=at.address), at.t)
-            optimizer.zero_grad()
-            noising.loss(out, x_0, draws.seeds, at).mean().backward()
-            nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate(step)
-            optimizer.step()
+        for _ in range(steps):
+            trainer.step()
             bar.update()
-    return Model(network, process, "edm", (2,), name="diffusion", clip=False)
+    return trainer.model
 
 
 def log_prob(model: Model, x: Tensor, tol: float) -> Tensor:
