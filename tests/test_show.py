@@ -40,13 +40,14 @@ from diffkern.show.gaussians import Gaussians
 
 FLOAT = dict(dtype=torch.float64, device="cpu")
 NAMES = (
-    *("consistency", "convergence", "elbo", "forward", "guidance", "inpaint", "kl", "mixture", "objectives"),
+    *("consistency", "convergence", "elbo", "flow", "forward", "guidance", "inpaint", "kl", "mixture", "objectives"),
     *("path-noise", "paths", "processes", "schedule", "swiss-roll"),
 )
 SMALL = {  # as options of the command; forward loads the model that ships
     "consistency": ["--n", "20"],
     "convergence": ["--n", "4", "--samplers", "euler", "unipc,order=1", "--process", "edm"],
     "elbo": ["--n", "4"],
+    "flow": ["--n", "10", "--steps", "1", "--no-progress"],
     "forward": ["--n", "2", "--steps", "1", "--no-progress"],
     "guidance": ["--n", "10", "--steps", "2"],
     "inpaint": ["--n", "5", "--steps", "4"],

@@ -26,7 +26,7 @@ from .densities import DENSITIES, Density
 
 COLUMNS = ("data", "model", "nll, nats", "KL to the truth, nats", "bits a dimension")
 POINTS = 100_000  # to train on
-SIDE = 100  # of the densities' grids; the diffusion's has a quarter of the points
+SIDE = 60  # points in a row of the densities' grids, or fewer with few points to measure
 
 
 class Denoiser(nn.Module):
@@ -70,7 +70,7 @@ def log_prob(model: Model, x: Tensor, tol: float) -> Tensor:
 
 def figure(steps: int = 2000, n: int = 2000, progress: bool = True) -> Figure:
     """That many steps of training for each model, and n points to measure and to draw."""
-    rows, panels = [], []
+    rows, panels, side = [], [], min(SIDE, math.isqrt(2 * n))
     for name, make in DENSITIES.items():
         density = make()
         x, seen = density.draw(n, 1), density.draw(POINTS, 0)
@@ -80,9 +80,9 @@ def figure(steps: int = 2000, n: int = 2000, progress: bool = True) -> Figure:
             found = {"truth": truth, "flow": flow.log_prob(x).double(), "diffusion": log_prob(model, x, 1e-5)}
             z = flow.encode(x)
             grids = {
-                "data": density.log_prob(density.grid(SIDE)),
-                "flow": flow.log_prob(density.grid(SIDE).float()),
-                "diffusion": log_prob(model, density.grid(SIDE // 2).float(), 1e-3),
+                "data": density.log_prob(density.grid(side)),
+                "flow": flow.log_prob(density.grid(side)),
+                "diffusion": log_prob(model, density.grid(side).float(), 1e-3),
             }
         for who, log_p in found.items():
             nats = -log_p.mean().item()
