@@ -1,6 +1,6 @@
 """Normalizing flows: invertible layers before a standard normal, with an exact density.
 
-    ln p(x) = ln N(z; 0, I) + ln |det dz/dx|,  z = f(x)                                     (Dinh et al. 2015, eq. 4)
+    ln p(x) = ln N(z; 0, I) + ln |det dz/dx|,  z = f(x)                                     (Dinh et al. 2017, eq. 3)
 
 ``Flow`` is a distribution: ``sample(n, seeds=...)`` and ``log_prob(x)`` in nats. ``RealNVP`` is one of vectors,
 ``Glow`` one of images, and ``Flow(shape, layers)`` one of any layers. :mod:`diffkern.training.flow` trains them.

@@ -20,7 +20,7 @@ _DEFAULT = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class Flow(Chain):
-    """z = f(x) with z ~ N(0, I), so that ln p(x) = ln N(f(x); 0, I) + ln |det df/dx| (Dinh et al. 2015, eq. 4).
+    """z = f(x) with z ~ N(0, I), so that ln p(x) = ln N(f(x); 0, I) + ln |det df/dx| (Dinh et al. 2017, eq. 3).
 
     A flow is a layer: called with x it returns (z, log_det). Parameters are float32; ``double()`` makes them float64.
     The methods below cast x to their dtype. ``config`` is what :func:`save` writes: None of a flow of layers of one's
@@ -107,7 +107,7 @@ class Flow(Chain):
         """Return -log2 p(x) / D, bits a dimension: float64 [N].
 
         levels  how many values a dimension of x can have, equally spaced in [-1, 1]. Uniform noise within the level is
-                added (Theis et al. 2016, eq. 3): the same that ``diffkern.nll(..., "ode")`` adds, for the same seeds.
+                added (Theis et al. 2016, section 3.1): the same that ``diffkern.nll(..., "ode")`` adds, for the same seeds.
                 None: x is continuous, and the bits are those of its density
         seeds   one for each sample; None: 0..N-1
 

@@ -114,7 +114,8 @@ class Permutation(Layer):
 
 
 class Linear(Layer):
-    """z = W x at each position, a learned permutation: the invertible 1x1 convolution (Kingma & Dhariwal 2018, eq. 9).
+    """z = W x at each position, a learned permutation: the invertible 1x1 convolution (Kingma & Dhariwal 2018, section
+    3.2).
 
     W = P L (U + diag(s)): P a fixed permutation, L unit lower and U strictly upper triangular, |s| = e^log_s. So
     ln |det W| is the sum of log_s, times the number of positions.
@@ -175,7 +176,7 @@ class Coupling(Layer):
 
     channels  C; the first ceil(C / 2) stay as they are
     network   [N, ceil(C / 2), ...] -> [N, floor(C / 2), ...] shifts; twice as many channels with ``affine``: raw, shift
-    affine    s = BOUND tanh(raw / BOUND) (Dinh et al. 2017, eqs. 7, 8); else s = 0 (Dinh et al. 2015, section 3.2)
+    affine    s = BOUND tanh(raw / BOUND) (Dinh et al. 2017, eqs. 4, 5); else s = 0 (Dinh et al. 2015)
     """
 
     def __init__(self, channels: int, network: nn.Module, affine: bool = True):

@@ -51,7 +51,7 @@ def flow_of(x: Tensor, steps: int, progress: bool = False) -> Flow:
 def diffusion_of(x: Tensor, steps: int, progress: bool = False) -> Model:
     """A diffusion model of points x [K, 2], preconditioned and trained as by Karras et al. 2022.
 
-    ln sigma is normal with mean -0.5, not -1.2: these data have a deviation of 1.4, and images of 0.5.
+    ln sigma is normal with mean -0.5, not -1.2: these data have a deviation of more than 1, and images of 0.5.
     """
     times = dict(times="log_normal", times_mean=-0.5, times_std=1.2)
     config = Config(**SHARED, steps=steps, lr=1e-2, warmup=steps // 20, label_dropout=0, **times)
@@ -74,8 +74,8 @@ def log_prob(model: Model, x: Tensor, tol: float) -> Tensor:
 
 
 def figure(steps: int = 2000, n: int = 2000, progress: bool = True) -> Figure:
-    """That many steps of training for the flow, 2.5 times as many, cheaper ones for the diffusion, and n points to measure
-    and to draw."""
+    """That many steps of training for the flow and 2.5 times as many, which are cheaper, for the diffusion; n points to
+    measure."""
     rows, panels, side = [], [], min(SIDE, math.isqrt(2 * n))
     for name, make in DENSITIES.items():
         density = make()
