@@ -17,8 +17,7 @@ from diffkern import flows
 from diffkern.data import Dataset, fashion_mnist
 from diffkern.flows.flow import bits_of
 from diffkern.likelihood.draws import dequantized
-from diffkern.training import CHECKPOINT, Config
-from diffkern.training.flow import FlowTrainer
+from diffkern.training import CHECKPOINT, Config, FlowTrainer
 
 from .training_choices import small
 

@@ -17,8 +17,7 @@ from diffkern import RectifiedFlow, flows, nll, noise
 from diffkern.flows import ActNorm, Chain, Coupling, Flow, Glow, Half, Linear, Permutation, RealNVP, Squeezed
 from diffkern.show.densities import DENSITIES, eight_gaussians
 from diffkern.show.gaussians import Gaussians
-from diffkern.training import CHECKPOINT, Config
-from diffkern.training.flow import FlowTrainer, train_flow
+from diffkern.training import CHECKPOINT, Config, FlowTrainer, train_flow
 
 FLOAT64 = dict(dtype=torch.float64, device="cpu")
 SMALL_GLOW = dict(shape=(1, 8, 8), levels=2, steps=1, width=8)

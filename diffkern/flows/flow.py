@@ -107,7 +107,7 @@ class Flow(Chain):
         """Return -log2 p(x) / D, bits a dimension: float64 [N].
 
         levels  how many values a dimension of x can have, equally spaced in [-1, 1]. Uniform noise within the level is
-                added (Theis et al. 2016, section 3.1): the same that ``diffkern.nll(..., "ode")`` adds, for the same seeds.
+                added (Theis et al. 2016, section 3.1), which ``diffkern.nll(..., "ode")`` adds too, for the same seeds.
                 None: x is continuous, and the bits are those of its density
         seeds   one for each sample; None: 0..N-1
 

@@ -78,8 +78,9 @@ class ActNorm(Layer):
     def initialize(self, x: Tensor) -> Tensor:
         if not (self.mean.any() or self.log_std.any()):
             values = x.transpose(0, 1).flatten(1).double()
+            std = values.std(1, correction=0)
             self.mean.copy_(values.mean(1))
-            self.log_std.copy_(values.std(1, correction=0).clamp(min=1e-6).log())  # a constant channel has no scale
+            self.log_std.copy_(torch.where(std > 1e-6, std, 1.0).log())  # a constant channel keeps its scale
         return self(x)[0]
 
 

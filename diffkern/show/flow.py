@@ -19,8 +19,7 @@ from ..model import Model
 from ..networks.defaults import float32_on
 from ..process import EDM
 from ..progress import bar as progress_bar
-from ..training import Config, Trainer
-from ..training.flow import train_flow
+from ..training import Config, Trainer, train_flow
 from . import Figure, Panel
 from .densities import DENSITIES, Density
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import images
+from .. import images, parallel
 from ..data import Dataset, as_dataset
 from ..flows.files import build, check_flow
 from ..flows.flow import Flow, bits_of, log_normal
@@ -59,8 +59,8 @@ class FlowTrainer(Trainer):
     :class:`diffkern.data.Dataset` are dequantized with new noise each time that they are seen. Items of other datasets
     are continuous. Files, resumption and processes are those of :class:`Trainer`.
 
-    flow        a ``RealNVP`` or ``Glow``. It is trained in place, from the first batch: the layers that start from data
-                take their mean and scale from it
+    flow        a ``RealNVP`` or ``Glow``. It is trained in place. The layers that start from data take their mean and
+                scale from the first step's batch
     data        a :class:`diffkern.data.Dataset`; or any map-style dataset, such as points [K, D]
     config      its settings but those in ``DIFFUSION``, which must keep their defaults
     validation  held-out data of the same kind, or None
@@ -82,8 +82,8 @@ class FlowTrainer(Trainer):
         if not isinstance(flow, Flow):
             raise TypeError(f"flow: expected a Flow, got {type(flow).__name__}")
         run = fitted(FlowModel(flow), data, config, device=device, validation=validation)
-        first = Batches(run.model, run.dataset, replace(config, workers=0), *NO_T).at((0, 0))
-        flow.to(run.device).initialize(_values(first, run.dataset, flow))
+        first = Batches(run.model, run.dataset, replace(config, workers=0, accumulate=1), *NO_T).at((0, 0))
+        flow.to(run.device).initialize(parallel.joined_rows(_values(first, run.dataset, flow)))
         self._start(run, *NO_T)
 
     @classmethod
