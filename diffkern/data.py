@@ -15,7 +15,7 @@ from torch import Tensor
 from .images import from_pixels
 from .io.idx import read_idx
 from .io.image_folder import find_images, plural, read_images, shortened
-from .philox import philox4x32
+from .philox import words
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package ``dataset-fashion-mnist`` (MIT licence) puts the files."""
@@ -333,16 +333,6 @@ def image_folder(root: str | Path, *, size: int = 32, channels: int = 3, progres
     counts = torch.tensor([len(paths) for paths in folder.files.values()], dtype=torch.int64, device="cpu")
     labels = torch.arange(len(counts), dtype=torch.int64, device="cpu").repeat_interleave(counts)
     return Dataset(images, labels, folder.classes, folder.notes())
-
-
-def words(index: np.ndarray, step: int, stream: int, seed: int) -> np.ndarray:
-    """Four Philox words for each 64-bit index [N], as uint64 [N, 4]: counter (index, step, stream), key ``seed``."""
-    index = np.asarray(index, np.uint64)
-    counter = np.empty((len(index), 4), np.uint32)
-    counter[:, 0], counter[:, 1] = index & np.uint64(0xFFFFFFFF), index >> np.uint64(32)
-    counter[:, 2], counter[:, 3] = step, stream
-    key = np.array((seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF), np.uint32)
-    return philox4x32(counter, key).astype(np.uint64)
 
 
 def epoch_order(length: int, epoch: int, seed: int) -> Tensor:
