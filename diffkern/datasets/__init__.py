@@ -4,6 +4,7 @@ A set is a subclass of :class:`Pictures`. The name of its module is the name of 
 docstring its description. Nothing else lists it: training, evaluation and ``diffkern data`` find it here.
 """
 
+import io
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -194,3 +195,19 @@ def atlas(name: str, size: int) -> np.ndarray:
         pixels = np.asarray(image.convert("RGB"))
     rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
     return pixels.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+
+
+def rasterized(svg: str, size: int) -> np.ndarray:
+    """Draw an SVG: uint8 [size, size, 4], alpha last and not multiplied in. Raises ImportError without resvg-py."""
+    try:
+        import resvg_py
+    except ImportError:
+        raise ImportError(
+            "data: expected resvg-py, which draws the pictures that are not packed, got none: "
+            "run pip install 'diffkern[faces]'"
+        ) from None
+    from PIL import Image
+
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)
+    with Image.open(io.BytesIO(bytes(png))) as image:
+        return np.asarray(image.convert("RGBA"))

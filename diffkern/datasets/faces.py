@@ -3,7 +3,6 @@
 The parts are those of "Personas by Draftbit" (https://personas.draftbit.com), CC BY 4.0, as DiceBear publishes them.
 """
 
-import io
 import json
 from functools import cache
 from importlib.util import find_spec
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import FOLDER, PICTURES_STREAM, Pictures, atlas, on_white, shrunk, words, words_of
+from . import FOLDER, PICTURES_STREAM, Pictures, atlas, on_white, rasterized, shrunk, words, words_of
 
 SIDE = 64  # pixels of a packed face; the smaller sizes that divide it are averages of these
 PACKED = {"train": 1536, "test": 512}
@@ -65,7 +64,7 @@ CHANCES = {"beard": (12, 1, 1, 1, 1, 1, 1)}
 """How often a class is drawn, where not all are equally likely: two faces in three have no beard."""
 
 UNCOLOURED = ("no hair", "cap", "beanie")  # hair whose colour is hardly seen
-PLURAL = ("pigtails", "glasses", "sunglasses")  # with hair, eyes, lips, stubble: no article
+NO_ARTICLE = ("clothes", "eyes", "glasses", "hair", "lips", "pigtails", "skin", "stubble", "sunglasses")
 
 HELD_OUT = (
     (("hair", "mohawk"), ("eyes", "glasses")),
@@ -115,7 +114,8 @@ class Faces(Pictures):
     @classmethod
     def vocabulary(cls) -> tuple[str, ...]:
         names = (name for classes in cls.attributes.values() for name in classes if name != "no beard")
-        return tuple(sorted({word for name in names for word in words_of(name)} | {"a", "an", "and", "face", "with"}))
+        others = {"a", "an", "and", "clothes", "face", "skin", "with"}
+        return tuple(sorted(others.union(*map(words_of, names))))
 
 
 def draw(index: np.ndarray, seed: int, split: str) -> np.ndarray:
@@ -156,20 +156,21 @@ def below(word: np.ndarray, count: int) -> np.ndarray:
 
 def describe(values: dict[str, str], kept: dict[str, bool]) -> str:
     """Write the caption of a face from the attributes that are ``kept``: "a face with a black bob, a smile, ..."."""
-    hair, clothes = values["hair"], values["clothes"]
+    hair = values["hair"]
     colour = values["hair_colour"] if kept["hair_colour"] and hair not in UNCOLOURED else ""
     parts = []
     if kept["skin"]:
         parts.append(f"{values['skin']} skin")
     if kept["hair"]:
-        parts.append(f"little {colour} hair" if hair == "little hair" and colour else f"{colour} {hair}".strip())
+        parts.append(f"{hair[:-4]}{colour} hair" if colour and hair.endswith(" hair") else f"{colour} {hair}".strip())
     elif colour:
         parts.append(f"{colour} hair")
     parts += [values[name] for name in ("eyes", "nose", "mouth") if kept[name]]
     if kept["beard"] and values["beard"] != "no beard":
         parts.append(values["beard"])
     if kept["clothes"] or kept["clothes_colour"]:
-        parts.append(f"{values['clothes_colour'] if kept['clothes_colour'] else ''} {clothes if kept['clothes'] else 'clothes'}".strip())
+        colour = values["clothes_colour"] if kept["clothes_colour"] else ""
+        parts.append(f"{colour} {values['clothes'] if kept['clothes'] else 'clothes'}".strip())
     parts = [_with_article(part) for part in parts]
     if not parts:
         return "a face"
@@ -178,7 +179,7 @@ def describe(values: dict[str, str], kept: dict[str, bool]) -> str:
 
 def _with_article(part: str) -> str:
     last = part.split(" with ")[0].split()[-1]
-    if last in (*PLURAL, "skin", "hair", "eyes", "lips", "stubble", "clothes"):
+    if last in NO_ARTICLE:
         return part
     return f"{'an' if part[0] in 'aeiou' else 'a'} {part}"
 
@@ -203,15 +204,4 @@ def svg(values: dict[str, str]) -> str:
 
 def render(text: str, size: int) -> np.ndarray:
     """Draw an SVG over white: uint8 [size, size, 3]. Raises ImportError without resvg-py."""
-    try:
-        import resvg_py
-    except ImportError:
-        packed = " and ".join(f"{count:,} of {split}" for split, count in PACKED.items())
-        raise ImportError(
-            f"faces: expected resvg-py, which draws all but the first {packed} of seed 0, got none: "
-            "run pip install 'diffkern[faces]'"
-        ) from None
-    from PIL import Image
-
-    png = resvg_py.svg_to_bytes(svg_string=text, width=size, height=size)
-    return on_white(np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA")))
+    return on_white(rasterized(text, size))
