@@ -60,7 +60,8 @@ def train(name: str, out: Path, data: Dataset, steps: int) -> None:
     trainer = (
         Trainer.resume(file, data, steps=steps) if file.exists() else Trainer(new_model(data, config), data, config)
     )
-    trainer.run(out)
+    if trainer.run(out) is not None:  # a signal ended it
+        raise SystemExit(1)
 
 
 @torch.no_grad()

@@ -12,3 +12,11 @@ except metadata.PackageNotFoundError:  # built in its folder, not installed
 if not startup.is_command():  # the command imports these itself, where Ctrl-C ends it with one line
     from .public import *  # noqa: F403
     from .public import __all__  # noqa: F401
+
+
+def __getattr__(name: str):
+    if name == "Scheduler":  # diffusers is imported where it is used
+        from .schedulers import Scheduler
+
+        return Scheduler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

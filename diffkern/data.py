@@ -33,6 +33,7 @@ FASHION_MNIST_LABELS = {
 EXAMPLE_STREAM, ORDER_STREAM = 3, 4
 """Philox streams beside those of the noise (0, 1, 2): what training draws for an example; the order of an epoch."""
 
+PAD = 2  # black pixels on each side of an image of IDX files: 28x28 become 32x32
 HASH_BLOCK = 1 << 24  # bytes that a thread hashes at a time: other blocks make other fingerprints
 
 
@@ -40,13 +41,15 @@ HASH_BLOCK = 1 << 24  # bytes that a thread hashes at a time: other blocks make 
 class Dataset:
     """K images in memory: images [K, C, H, W] uint8; labels [K] int64 with a name each in classes, or None both.
 
-    ``notes`` are the parts of :attr:`summary` that the other fields do not tell.
+    ``notes`` are the parts of :attr:`summary` that the other fields do not tell; ``resize`` is how the images came to
+    their size, in words.
     """
 
     images: Tensor
     labels: Tensor | None = None
     classes: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    resize: str = "none"
 
     def __post_init__(self):
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or not len(self.images):
@@ -269,17 +272,23 @@ def load_dataset(
     The text ``"fashion-mnist"`` is the installed set; a folder of that name is taken where none is installed, and
     refused beside one, unless it is the output of a run. ``"./fashion-mnist"`` and every ``Path`` are folders.
     """
+    idx = idx_folder(source)
+    if idx is not None:
+        return fashion_mnist(idx, split=split)
+    return image_folder(source, size=size, channels=channels, progress=progress)
+
+
+def idx_folder(source: str | Path) -> Path | None:
+    """The folder of IDX files, which have two splits, that :func:`load_dataset` reads; None for an image folder."""
     root = Path(source)
     if source == "fashion-mnist":
         if root.is_dir() and FASHION_MNIST.is_dir() and not (root / "log.csv").exists():
             raise ValueError(f"data: expected ./{root} or {FASHION_MNIST}, got {source!r}, which could be either")
         if FASHION_MNIST.is_dir() or not root.is_dir():
-            return fashion_mnist(FASHION_MNIST, split=split)
+            return FASHION_MNIST
     if not root.is_dir():
         raise FileNotFoundError(f"data: expected 'fashion-mnist' or an existing directory, got {str(source)!r}")
-    if any(not path.name.startswith(".") for path in root.glob("*-idx3-ubyte*")):
-        return fashion_mnist(root, split=split)
-    return image_folder(root, size=size, channels=channels, progress=progress)
+    return root if any(not path.name.startswith(".") for path in root.glob("*-idx3-ubyte*")) else None
 
 
 def fashion_mnist(root: str | Path = FASHION_MNIST, *, split: str = "train") -> Dataset:
@@ -293,12 +302,12 @@ def fashion_mnist(root: str | Path = FASHION_MNIST, *, split: str = "train") -> 
     stem = "train" if split == "train" else "t10k"
     images_file = _idx_file(Path(root), f"{stem}-images-idx3-ubyte")
     labels = read_idx(_idx_file(Path(root), f"{stem}-labels-idx1-ubyte"), ndim=1)
-    images = read_idx(images_file, ndim=3, length=len(labels), pad=2)
+    images = read_idx(images_file, ndim=3, length=len(labels), pad=PAD)
     if hashlib.sha256(labels.numpy()).hexdigest() == FASHION_MNIST_LABELS[split]:
         classes = FASHION_MNIST_CLASSES
     else:
         classes = tuple(map(str, range(int(labels.max()) + 1)))
-    return Dataset(images[:, None], labels.long(), classes)
+    return Dataset(images[:, None], labels.long(), classes, resize=f"{PAD} black pixels on each side")
 
 
 def _idx_file(root: Path, name: str) -> Path:
@@ -328,11 +337,12 @@ def image_folder(root: str | Path, *, size: int = 32, channels: int = 3, progres
         raise FileNotFoundError(f"{root}: expected an existing directory, got none")
     folder = find_images(root)
     images = torch.from_numpy(read_images(folder, size, channels, progress))
+    told = dict(notes=folder.notes(), resize=f"the shorter side to {size} (Lanczos), the centre cut out")
     if folder.classes is None:
-        return Dataset(images, notes=folder.notes())
+        return Dataset(images, **told)
     counts = torch.tensor([len(paths) for paths in folder.files.values()], dtype=torch.int64, device="cpu")
     labels = torch.arange(len(counts), dtype=torch.int64, device="cpu").repeat_interleave(counts)
-    return Dataset(images, labels, folder.classes, folder.notes())
+    return Dataset(images, labels, folder.classes, **told)
 
 
 def epoch_order(length: int, epoch: int, seed: int) -> Tensor:

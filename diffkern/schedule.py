@@ -75,6 +75,27 @@ class Schedule(Process):
         betas = (u[:-1] - u[1:]).sin() * (u[:-1] + u[1:]).sin() / u[:-1].sin().square()
         return cls(betas.clamp(max=max_beta), _config=dict(kind="cosine", T=T, s=s, max_beta=max_beta))
 
+    @classmethod
+    def from_alpha_bar(cls, alpha_bar: Sequence[float] | Tensor) -> "Schedule":
+        """The schedule with this alpha_bar: T numbers below 1 that fall; the last may be 0."""
+        alpha_bar = _table(alpha_bar, "alpha_bar")
+        ratios = alpha_bar / torch.cat((alpha_bar.new_ones(1), alpha_bar[:-1]))
+        falls = (ratios > 0) & (ratios < 1)
+        falls[-1] |= ratios[-1] == 0
+        if not falls.all():
+            t = int((~falls).nonzero()[0])
+            expected = "numbers that fall from below 1, the last at least 0"
+            raise ValueError(f"alpha_bar: expected {expected}, got {alpha_bar[t].item()} at index {t}")
+        return cls(1 - ratios, ratios.log(), dict(kind="alpha_bar", alpha_bar=alpha_bar.tolist()))
+
+    def rescaled(self) -> "Schedule":
+        """The same schedule with a terminal SNR of zero: sqrt(alpha_bar) is shifted to end at 0 and scaled to begin
+        where it did (Lin et al. 2024, algorithm 1)."""
+        root = self.alpha_bar.sqrt()
+        if self.T == 1:
+            raise ValueError("T: expected at least 2 steps to rescale, got 1")
+        return Schedule.from_alpha_bar(((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square())
+
     # --- tables ---
 
     @property
@@ -293,6 +314,7 @@ _KINDS: dict[str, Callable[..., Schedule]] = {
     "sigmoid": Schedule.sigmoid,
     "cosine": Schedule.cosine,
     "custom": lambda betas: Schedule(betas),
+    "alpha_bar": Schedule.from_alpha_bar,
     "respaced": lambda schedule, timesteps: Schedule.from_config(schedule).respace(timesteps),
 }
 
@@ -346,13 +368,13 @@ SPACINGS = sorted({*_STEPS, *PROCESS_SPACINGS})
 # --- checks ---
 
 
-def _table(betas: Any) -> Tensor:
+def _table(values: Any, name: str = "betas") -> Tensor:
     try:
-        table = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().clone()
+        table = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"betas: expected numbers, got {type(betas).__name__} ({error})") from None
+        raise TypeError(f"{name}: expected numbers, got {type(values).__name__} ({error})") from None
     if table.ndim != 1 or not len(table):
-        raise ValueError(f"betas: expected a 1-d sequence of at least one number, got shape {tuple(table.shape)}")
+        raise ValueError(f"{name}: expected a 1-d sequence of at least one number, got shape {tuple(table.shape)}")
     return table
 
 

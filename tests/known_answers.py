@@ -13,10 +13,10 @@ A hash is the first 16 digits of SHA-256 over types, shapes and little-endian by
 
 import argparse
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -99,18 +99,19 @@ def rounded(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def tables(schedule: str, sampler: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield, by name, the coefficients [rows, 8 + J] of each prediction over all of STEPS and SPACINGS, and folded."""
+def tables(schedule: str, sampler: str, prediction: str) -> dict[str, np.ndarray]:
+    """Return, by name, the coefficients [rows, 8 + J] over all of STEPS and SPACINGS, and folded."""
     s, make = SCHEDULES[schedule], SAMPLERS[sampler]
     choices = dict.fromkeys(tuple(s.timesteps(N, spacing)) for N in STEPS for spacing in SPACINGS)  # without repeats
-    for prediction in PREDICTIONS:
-        made = [make(s, choice, prediction) for choice in choices]
-        yield prediction, np.concatenate([coefficients(table) for table in made])
-        yield f"{prediction}, folded", np.concatenate([coefficients(fold_x0(table)) for table in made])
+    made = [make(s, choice, prediction) for choice in choices]
+    return {
+        prediction: np.concatenate([coefficients(table) for table in made]),
+        f"{prediction}, folded": np.concatenate([coefficients(fold_x0(table)) for table in made]),
+    }
 
 
-def hashes_of_tables(schedule: str, sampler: str) -> dict[str, str]:
-    return {name: digest(rounded(values)) for name, values in tables(schedule, sampler)}
+def hashes_of_tables(schedule: str, sampler: str, prediction: str) -> dict[str, str]:
+    return {name: digest(rounded(values)) for name, values in tables(schedule, sampler, prediction).items()}
 
 
 def check_rounding(name: str, values: np.ndarray) -> None:
@@ -131,11 +132,12 @@ def check_rounding(name: str, values: np.ndarray) -> None:
 
 
 def all_tables() -> dict[str, dict[str, dict[str, str]]]:
-    for schedule in SCHEDULES:
-        for sampler in SAMPLERS:
-            for name, values in tables(schedule, sampler):
-                check_rounding(f"{schedule}, {sampler}, {name}", values)
-    return {schedule: {sampler: hashes_of_tables(schedule, sampler) for sampler in SAMPLERS} for schedule in SCHEDULES}
+    hashes = {schedule: {sampler: {} for sampler in SAMPLERS} for schedule in SCHEDULES}
+    for schedule, sampler, prediction in itertools.product(SCHEDULES, SAMPLERS, PREDICTIONS):
+        for name, values in tables(schedule, sampler, prediction).items():
+            check_rounding(f"{schedule}, {sampler}, {name}", values)
+        hashes[schedule][sampler] |= hashes_of_tables(schedule, sampler, prediction)
+    return hashes
 
 
 def q_tables() -> dict[str, str]:

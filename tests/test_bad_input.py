@@ -12,6 +12,7 @@ from calls import moved, name_of
 import diffkern
 from diffkern import _C, ops
 from diffkern.ops.example import Example, all_examples
+from diffkern.ops.registration import kind_of
 
 
 def index(*values: int) -> torch.Tensor:
@@ -744,3 +745,22 @@ def test_one_tensor_without_memory_among_others_is_refused(name):
     for argument, value in tensors(example):
         with pytest.raises(RuntimeError, match=": expected device (cpu, got meta|meta, got cpu)"):
             example.registered()(**example.registered_arguments() | {argument: moved(value, torch.device("meta"))})
+
+
+def test_an_op_with_an_argument_that_no_check_knows_is_not_registered():
+    argument, *_ = torch._C.parse_schema("op(Dict(str, int) options) -> ()").arguments
+    with pytest.raises(TypeError, match=r"^options: expected a schema's type among Tensor, .*, got Dict.*str, int.*$"):
+        kind_of(argument)
+
+
+def test_a_kind_of_argument_that_was_accepted_once_is_still_told_from_others():
+    call = GOOD[ops.reverse_step] | dict(history=[X], table=torch.zeros(5, 10))
+    for good, bad, message in (
+        (2.5, True, "guidance: expected a number, got True"),
+        (2, "2", "guidance: expected a number, got '2'"),
+    ):
+        ops.reverse_step(**call | dict(guidance=good, out_uncond=X))
+        with pytest.raises(TypeError, match=f"^{message}$"):
+            ops.reverse_step(**call | dict(guidance=bad, out_uncond=X))
+    with pytest.raises(TypeError, match="^history: expected tensors, got None$"):
+        ops.reverse_step(**call | dict(history=[None]))

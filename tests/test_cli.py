@@ -1,6 +1,7 @@
 """The command line: what it writes, what it says, and the status that it leaves with."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib.util import find_spec
 
 import numpy as np
@@ -25,6 +27,7 @@ from diffkern.cli import main
 from diffkern.cli import plot as plot_command
 from diffkern.cli import sample as sample_command
 from diffkern.constraints import Quantile
+from diffkern.evaluate import Classifier, save_classifier
 from diffkern.images import read_settings, to_uint8
 from diffkern.model import Model, load, read, save
 from diffkern.process import EDM
@@ -42,6 +45,7 @@ def environment() -> dict[str, str]:
 
 
 QUIET = ["--no-progress"]
+JUDGE = ["evaluate", "--model", "m.safetensors", "--data", "idx"]
 TRAIN = [
     *("--batch-size", "4", "--warmup", "2", "--sample-every", "0", "--log-every", "2", "--size", "8"),
     *("--schedule", "linear", "--timesteps", "20", "--no-progress"),
@@ -447,28 +451,87 @@ def test_a_diverging_run_is_an_error_of_one_line(folder, pictures, capsys):
 
 @pytest.fixture
 def judged(folder):
-    """A working directory with a model of the classifier's shape, and images to judge it by."""
+    """A working directory with a model of the classifier's shape, a classifier, and images to judge it by."""
     tiny.write_fashion_mnist(folder / "idx")
     torch.manual_seed(0)
     model = tiny.model(classes=10)
     model.shape = (1, 32, 32)
     save(model, "m.safetensors")
+    save_classifier(Classifier(), "c.safetensors", 0.5)
     return folder
 
 
+FEATURES, CURVES = ["--features", "c.safetensors"], ["--curves", "ddim", "--calls", "1", "--n", "2"]
+
+
 def test_evaluate_prints_its_tables_and_keeps_its_classifier(judged, capsys):
-    command = ["evaluate", "--model", "m.safetensors", "--data", "idx", "--n", "4", "--steps", "ddpm:2", "ddim:1"]
-    assert main([*command, "--loss-n", "3", "--classifier", "c.safetensors", *QUIET]) == 0
+    os.remove("c.safetensors")
+    command = [*JUDGE, *FEATURES, "--n", "8", "--steps", "ddpm:2", "ddim:1", "--loss-n", "3"]
+    assert main([*command, *QUIET]) == 0
     first, told = capsys.readouterr()
     classes = ", ".join(f"{label} 2" for label in range(10))
     data = f"data: 20 images of 1x32x32, 10 classes ({classes})\n"
-    assert told == f"training {data}test {data}"
-    assert "Held-out eps-loss of 3 test images at each part of t; mean " in first
-    assert re.search(r"\| ddpm \| 2 \| 4 \| \d+\.\d{3} \| \d+\.\d{3} \| [\d.]+% \| ", first)
-    assert re.search(r"\| ddim \| 1 \| 4 \| ", first)
-    assert main([*command, "--loss-n", "3", "--classifier", "c.safetensors", *QUIET]) == 0
+    assert told == f"training {data}held-out {data}"
+    assert "Held-out loss of 3 images at each part of t" in first
+    number, floor = r"\d+\.\d{3}", r"\| held-out images \|  \| 8 \| "
+    assert re.search(rf"{floor}({number} \| ){{5}} \| [\d.]+% \([\d.]+%\.\.[\d.]+%\) \|  \| [\d.]+% \|  \|", first)
+    assert re.search(
+        rf"\| ddpm \| 2 \| 8 \| ({number} \| ){{5}} \| [^|]+% [^|]+ \| {number} \| [\d.]+% \| {number} \|", first
+    )
+    assert re.search(r"\| ddim \| 1 \| 8 \| ", first) and "mostly bias" in first
+    assert main([*command, *QUIET]) == 0
     timeless = re.compile(r"\| [\d.]+ \|\n")  # the last column is a time
     assert timeless.sub("|\n", capsys.readouterr().out) == timeless.sub("|\n", first)
+
+
+@pytest.fixture
+def rows_of_pixels(folder):
+    """A file of TorchScript: means of rows as features."""
+
+    class Rows(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((1, 3))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch prefers torch.export
+        torch.jit.trace(Rows(), torch.zeros(2, 3, 8, 8)).save("rows.pt")
+    return "rows.pt"
+
+
+def write_pictures(folder, n, seed):
+    for label in ("a", "b"):
+        os.makedirs(f"{folder}/{label}")
+        for i in range(n):
+            pixels = np.random.default_rng([seed, i, ord(label)]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(f"{folder}/{label}/{i}.png")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_evaluate_measures_a_folder_of_images_and_a_model_by_any_features(folder, rows_of_pixels, capsys):
+    for seed, name in enumerate(("real", "others", "mine")):
+        write_pictures(name, 6, seed)
+    command = ["evaluate", "--data", "real", "--validation", "others", "--features", rows_of_pixels, *QUIET]
+    assert main([*command, "--model", "mine", "--json", "e.json", "--cache", "kept"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        re.search(r"\| held-out images \|  \| 12 \| .*\n\| images \|  \| 12 \| ", out) and "label agreement" not in out
+    )
+    found = json.loads((folder / "e.json").read_text())
+    assert [row["n"] for row in found["rows"]] == [12, 12] and found["held_out_loss"] is None
+    resize = "the shorter side to 8 (Lanczos), the centre cut out"
+    assert found["protocol"]["data"]["resize"] == found["protocol"]["samples"][0]["resize"] == resize
+    assert found["protocol"]["features"]["sha256"] == hashlib.sha256((folder / "rows.pt").read_bytes()).hexdigest()
+    assert (folder / "kept").is_dir()
+    network = UNet(**tiny.NETWORK | {"in_channels": 3})
+    save(Model(network, EDM(), "edm", (3, 8, 8)), "edm.safetensors")
+    drawn = ["--model", "edm.safetensors", "--steps", "heun:3", "--n", "20", "--measures", "distance", "copying"]
+    assert main([*command, *drawn]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\n\| edm( \| [\d.e+-]+){11} \|\n", out) and re.search(r"\n\| eps( \| [\d.e+-]+){11} \|\n", out)
+    assert "guidance 1.0" in out and "seeds 0..19" in out
+    assert re.search(
+        r"\| heun \| 3 \| 20 \| [\d.]+ \| [\d.]+ \| [\d.]+ \|\n\nNo floor: expected 20 held-out images", out
+    )
 
 
 def test_evaluate_prints_the_bound_of_test_and_training_images(judged, capsys):
@@ -484,7 +547,7 @@ def test_evaluate_prints_the_bound_of_test_and_training_images(judged, capsys):
 
 def test_evaluate_compares_samplers_over_network_calls(judged, capsys):
     command = [*JUDGE, "--curves", "ddim", "heun", "ddpm", "--calls", "2", "9", "--n", "2", "--batch-size", "2"]
-    assert main([*command, *QUIET]) == 0
+    assert main([*command, *FEATURES, *QUIET]) == 0
     limit, distance = (table.splitlines() for table in capsys.readouterr().out.split("\n\n")[1::2])
     assert limit[0] == distance[0] == "| sampler | 2 calls | 9 calls |"
     cells = {row.split(" | ")[0][2:]: row.strip("| ").split(" | ")[1:] for row in limit[2:]}
@@ -500,7 +563,9 @@ def without_matplotlib(name):
     return None if name == "matplotlib" else find_spec(name)
 
 
-@pytest.mark.parametrize("what", [["--curves", "ddim", "--calls", "1", "--n", "2"], ["--nll", "1", "--nll-steps", "3"]])
+@pytest.mark.parametrize(
+    "what", [["--curves", "ddim", "--calls", "1", "--n", "2", *FEATURES], ["--nll", "1", "--nll-steps", "3"]]
+)
 def test_without_matplotlib_evaluate_prints_its_tables_alone(judged, capsys, monkeypatch, what):
     monkeypatch.setattr(plot_command, "find_spec", without_matplotlib)
     assert main([*JUDGE, *what, "--plot", "p.png", *QUIET]) == 0
@@ -511,7 +576,7 @@ def test_without_matplotlib_evaluate_prints_its_tables_alone(judged, capsys, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", [["--curves", "ddim", "--calls", "1", "--n", "2"], ["--nll", "1"]])
+@pytest.mark.parametrize("what", [[*CURVES, *FEATURES], ["--nll", "1"]])
 def test_evaluate_draws_its_tables_with_matplotlib(judged, what):
     pytest.importorskip("matplotlib")
     assert main([*JUDGE, *what, "--plot", "p.png", *QUIET]) == 0
@@ -547,8 +612,9 @@ def test_classifier_trains_one_where_there_is_none_and_it_guides(folder, capsys)
     assert (settings["guide"], settings["guidance"]) == ("c.safetensors", 3)
     assert main(["sample", *options, "--guidance", "0", "--npz", "free.npz", *QUIET]) == 0
     assert not np.array_equal(np.load("guided.npz")["images"], np.load("free.npz")["images"])
+    save_classifier(Classifier(), "features.safetensors", 0.5)
     evaluated = ["evaluate", "--model", "clothes.safetensors", "--data", "idx", "--n", "4", "--steps", "ddim:1"]
-    assert main([*evaluated, "--loss-n", "2", *guided]) == 0
+    assert main([*evaluated, "--features", "features.safetensors", "--loss-n", "2", *guided]) == 0
     assert "| ddim | 1 | 4 |" in capsys.readouterr().out
 
 
@@ -632,7 +698,6 @@ SAMPLE = ["sample", "--model", "m.safetensors", "--n", "2", "--steps", "2"]
 FIT = ["train", "--data", "pictures", "--out", "run"]
 BETWEEN, HOLE = (["interpolate", "--model", "m.safetensors"], ["inpaint", "--model", "m.safetensors", "m.safetensors"])
 SMALL = ["--network", '{"channels": 8, "channel_mult": [1, 1, 1], "blocks": 1}']
-JUDGE = ["evaluate", "--model", "m.safetensors", "--data", "idx"]
 BAD_COMMANDS = {
     "no such command": (["draw"], "argument COMMAND: invalid choice: 'draw'"),
     "no such option": ([*SAMPLE, "--colour"], "unrecognized arguments: --colour"),
@@ -710,6 +775,16 @@ BAD_COMMANDS = {
     "evaluate curves of steps": ([*JUDGE, "--curves", "--steps", "ddim:3"], "steps: expected none with --curves, got"),
     "evaluate nll of guided": ([*JUDGE, "--nll", "--guidance", "3"], "guidance: expected none with --nll, got 3.0"),
     "evaluate nll of samples": ([*JUDGE, "--nll", "--n", "3"], "n: expected none with --nll, got 3"),
+    "evaluate json of curves": ([*JUDGE, "--curves", "--json", "e.json"], "json: expected none with --curves, got e"),
+    "evaluate size of a model": ([*JUDGE, "--size", "8"], "size: expected none without a folder of images, got 8"),
+    "evaluate steps of images": (
+        ["evaluate", "--model", "pictures", "--steps", "ddim:2"],
+        "steps: expected none with a folder of images, got ddim:2",
+    ),
+    "evaluate no features": (
+        ["evaluate", "--model", "m.safetensors", "--data", "pictures"],
+        "features: expected inception:.* for data other than Fashion-MNIST .*, got none",
+    ),
     "evaluate 0 steps": ([*JUDGE, "--steps", "ddim:0"], "steps: expected SAMPLER:STEPS with .*, got 'ddim:0'"),
 }  # fmt: skip
 

@@ -113,3 +113,22 @@ def test_every_command_s_examples_have_its_options():
         for line in filter(None, map(str.strip, (module.EXAMPLES or "").splitlines())):
             _, arguments = re.split(r"(?:^| -m )diffkern ", line)
             assert cli._parse(shlex.split(arguments, comments=True)).run
+
+
+def test_pages_name_files_and_tests_that_there_are():
+    """A page says which test holds a system: as ``tests/test_run.py`` or ``tests/test_run.py::test_...``."""
+    for name, page in PAGES.items():
+        for path, test in re.findall(r"(tests/\w+\.py)(?:::(\w+))?", page.read_text()):
+            assert (ROOT / path).exists(), f"{name}: {path}"
+            assert f"def {test}" in (ROOT / path).read_text(), f"{name}: {path}::{test}"
+
+
+def test_every_word_of_the_glossary_is_used_elsewhere():
+    text = PAGES["docs/glossary.md"].read_text()
+    words = re.findall(r"\*\*([^*]+)\*\*", text.replace("(m, grid, **options)", ""))
+    others = [page for name, page in PAGES.items() if name != "docs/glossary.md"] + sorted(
+        ROOT.glob("diffkern/**/*.py")
+    )
+    used = "\n".join(path.read_text() for path in others)
+    unused = [word for word in words if not re.search(rf"(?<!\w){re.escape(word)}s?(?!\w)", used, re.IGNORECASE)]
+    assert len(words) == len(set(words)) and not unused

@@ -1,7 +1,9 @@
-"""Distances against their closed forms, the held-out loss against its definition, and the classifier's files."""
+"""Distances against their closed forms, the held-out loss against its own, and the classifier's files."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import scipy.linalg
 import tiny
@@ -16,14 +18,19 @@ from diffkern.evaluate import (
     eps_loss,
     features,
     frechet_distance,
+    held_out_loss,
+    labels_of,
     load_classifier,
     save_classifier,
     train_classifier,
 )
 from diffkern.io.files import floating, write
 from diffkern.model import Model, save
+from diffkern.prediction import PREDICTIONS, head, target
+from diffkern.process import EDM, Process, RectifiedFlow
 from diffkern.sampling import sample
 from diffkern.schedule import Schedule
+from diffkern.training.objectives import levels_at, levels_of
 from diffkern.unet import UNet
 
 
@@ -114,6 +121,72 @@ def test_the_loss_of_the_exact_denoiser_is_the_closed_form():
 
     losses = eps_loss(Model(Exact(**tiny.NETWORK), tiny.SCHEDULE, "eps", (1, 8, 8)), data, n=500, buckets=20)
     assert losses == pytest.approx((ab * s2 / (ab * s2 + 1 - ab)).tolist(), rel=0.05)
+
+
+class Still(Process):
+    """The same noise at all times: what is true of it is true of every t."""
+
+    own, sigma_data = True, 0.7
+
+    def alpha(self, t):
+        return 0.6 + 0 * t
+
+    def sigma(self, t):
+        return 0.9 + 0 * t
+
+    def c_in(self, point):
+        return 0.5
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_loss_of_any_prediction_on_any_process_is_the_closed_form(prediction):
+    """Of an output 0 the error is that of its target, y_x x_0 + y_e eps; x0_hat is p_x x_t."""
+    n, shape = 400, (1, 8, 8)
+    data, T = tiny.dataset(n), 4
+    s2 = data.x_0(slice(None)).double().square().mean().item()
+    processes = [Schedule.cosine(T)] + [Still()] * (prediction != "mu")
+    for process in processes:
+        model = Model(lambda x, t, labels: 0 * x, process, prediction, shape)
+        found = held_out_loss(model, data, n=n, buckets=T)
+        at = levels_of(process) if process.discrete else levels_at(process, np.full(T, 0.5))
+        constants = dict(sigma_data=at.sigma_data, posterior=(at.c1, at.c2))
+        y_x, y_e = target(prediction, at.alpha, at.sigma, **constants)
+        p_x, _ = head(prediction, at.alpha, at.sigma, **constants)
+        x0 = (1 - p_x * at.alpha) ** 2 * s2 + (p_x * at.sigma) ** 2
+        expected = {"eps": x0 * at.snr, "x0": x0, prediction: y_x**2 * s2 + y_e**2}
+        assert found.losses.keys() == expected.keys() and found.n == n
+        for name, values in expected.items():
+            assert found.losses[name] == pytest.approx(values.tolist(), rel=0.04), (process, name)
+
+
+@pytest.mark.parametrize("process", [EDM(), RectifiedFlow()], ids=repr)
+def test_parts_of_real_times_are_those_of_the_process_s_grid(process):
+    """The network is told a t within each part, and c_in x_t."""
+    told = []
+
+    def network(x, t, labels):
+        told.append(t)
+        return 0 * x
+
+    model = Model(network, process, process.prediction, (1, 8, 8))
+    parts = held_out_loss(model, tiny.dataset(200, classes=None), n=200, buckets=5, batch_size=200).parts
+    assert [low for low, _ in parts][1:] == [high for _, high in parts][:-1]
+    assert (parts[0][0], parts[-1][1]) == (process.t_min, process.t_max)
+    for (low, high), t in zip(parts, told, strict=True):
+        low, high = (float(process.c_noise(np.float64(end))) if end else 0.0 for end in (low, high))
+        assert low <= t.min() < low + 0.1 * (high - low) and high - 0.1 * (high - low) < t.max() <= high
+
+
+def test_labels_are_matched_by_the_names_of_classes():
+    model, data = tiny.model(), tiny.dataset(6)
+    same, turned = labels_of(data, model), replace(data, classes=("class 1", "class 2", "class 0"))
+    assert torch.equal(same, data.labels)
+    assert labels_of(turned, model).tolist() == [1, 2, 0, 1, 2, 0]
+    assert labels_of(replace(data, classes=("class 2", "b", "c")), model).tolist() == [2, -1, -1, 2, -1, -1]
+    assert torch.equal(labels_of(replace(data, classes=("a", "b", "c")), model), data.labels)
+    assert labels_of(tiny.dataset(classes=None), model) is None and labels_of(data, tiny.model(classes=None)) is None
+    with pytest.raises(ValueError, match="data: expected classes of a network without a null class, got 'b'"):
+        labels_of(replace(data, classes=("class 2", "b", "c")), tiny.model(null_class=False))
 
 
 def test_the_loss_does_not_depend_on_the_batch_size():
@@ -226,19 +299,7 @@ def test_the_shipped_classifier_states_at_least_92_percent():
     assert features(net, squares(2).images).isfinite().all()
 
 
-# --- everything together ---
-
-
-def test_evaluate_reports_a_row_for_each_sampler():
-    torch.manual_seed(0)
-    network = UNet(**tiny.NETWORK, num_classes=2)
-    model = Model(network.eval(), tiny.SCHEDULE, "eps", (1, 32, 32), ("low", "high"))
-    data, net = squares(20), Classifier(classes=2).eval()
-    rows = list(evaluate.evaluate(model, data, data, net, n=6, runs=(("ddpm", 4), ("ddim", 2)), progress=False))
-    assert [(row.sampler, row.steps, row.n) for row in rows] == [("ddpm", 4, 6), ("ddim", 2, 6)]
-    assert all(row.distance >= 0 and 0 <= row.agreement <= 1 and row.seconds > 0 for row in rows)
-    real = features(net, data.images)
-    assert rows[0].floor == rows[1].floor == frechet_distance(features(net, data.images[:6]), real)
+# --- samplers over network calls ---
 
 
 def test_a_sampler_takes_the_most_steps_that_fit_in_the_calls():
@@ -260,22 +321,6 @@ def test_distances_fall_to_the_ode_s_limit_and_a_sampler_with_noise_has_none():
     assert none is None and better < many < few
 
 
-def evaluation(**changes):
-    """The call of ``evaluate`` alone, of a model without classes; nothing asks for a row."""
-    model = Model(UNet(**tiny.NETWORK), tiny.SCHEDULE, "eps", (1, 32, 32))
-    arguments = dict(model=model, train=squares(4), test=squares(4), net=Classifier().eval(), n=4, runs=[("ddim", 1)])
-    return evaluate.evaluate(**arguments | changes)
-
-
-def without_null_class():
-    network = UNet(**tiny.NETWORK, num_classes=2, null_class=False)
-    return Model(network, tiny.SCHEDULE, "eps", (1, 32, 32), ("low", "high"))
-
-
-def from_noise_alone():
-    return Model(UNet(**tiny.NETWORK), Schedule(torch.tensor([0.1, 1.0])), "eps", (1, 32, 32))
-
-
 def load_a_model(folder):
     save(tiny.model(), folder / "m.safetensors")
     load_classifier(folder / "m.safetensors")
@@ -290,28 +335,6 @@ BAD = {
     "shape": (lambda f: eps_loss(tiny.model(), squares(2)), r"data: expected images of shape \(1, 8, 8\), got"),
     "classifier data": (lambda f: train_classifier(tiny.dataset()), "data: expected labelled 32x32 images, got"),
     "no classifier": (load_a_model, "m.safetensors: expected a classifier, got format, name"),
-    "model shape": (
-        lambda f: evaluation(model=tiny.model()),
-        r"model: expected images of shape \(1, 32, 32\), got \(1, 8, 8\)",
-    ),
-    "test shape": (lambda f: evaluation(test=tiny.dataset()), r"test: expected .* \(1, 32, 32\), got \(1, 8, 8\)"),
-    "data size": (
-        lambda f: evaluation(model=tiny.model(), train=tiny.dataset(), test=tiny.dataset()),
-        r"train: expected images of the classifier's shape \(1, 32, 32\), got \(1, 8, 8\)",
-    ),
-    "channels": (lambda f: evaluation(net=Classifier(channels=3)), r"train: expected .* \(3, 32, 32\), got \(1, 32,"),
-    "n": (lambda f: evaluation(n=5), r"n: expected 2..4 \(the floor takes as many test images\), got 5"),
-    "no classes": (lambda f: evaluation(guidance=2), "guidance: expected 1 without labels, got 2"),
-    "no null class": (
-        lambda f: evaluation(guidance=2, model=without_null_class()),
-        "guidance: expected 1 with a network without a null class, got 2",
-    ),
-    "steps": (lambda f: evaluation(runs=[("ddim", 2), ("ddpm", 21)]), "steps: expected 1 to 20, .* got 21"),
-    "sampler": (lambda f: evaluation(runs=[("plms", 2)]), "runs: expected a sampler among .*ddpm, .*, got 'plms'"),
-    "prediction": (
-        lambda f: evaluation(model=from_noise_alone()),
-        "prediction: expected 'v', 'x0' or 'flow' where alpha",
-    ),
 }
 
 

@@ -158,8 +158,8 @@ def page_program() -> dict[str, object]:
 
 def test_the_page_lists_the_streams_that_the_package_draws_from():
     """0 to 2 are the ops'; modules name the others."""
-    names = [module.name for module in pkgutil.iter_modules(diffkern.__path__) if not module.name.startswith("_")]
-    modules = [importlib.import_module(f"diffkern.{name}") for name in names]
+    names = [module.name for module in pkgutil.walk_packages(diffkern.__path__, "diffkern.")]
+    modules = [importlib.import_module(name) for name in names if "._" not in name]
     named = {value for module in modules for name, value in vars(module).items() if name.endswith("_STREAM")}
     table = re.search(r"\| stream \| what diffkern draws.*?\n\n", PAGE, re.S).group()
     listed = [int(number) for number in re.findall(r"^\| (\d+) \|", table, re.M)]

@@ -50,7 +50,7 @@ def without_work(monkeypatch):
         (sample_command, "sample"),
         (export_command, "save"),
         (evaluate, "train_classifier"),
-        (evaluate_command, "fashion_mnist"),
+        (evaluate_command, "load_dataset"),
     ):
         monkeypatch.setattr(module, name, lambda *arguments, **options: pytest.fail("the work began"))
 
@@ -71,7 +71,8 @@ UNWRITABLE = {
     "long": ([*SAMPLE, "--out", f"{LONG}.png"], f"{LONG}.png", "File name too long"),
     "a folder": ([*SAMPLE, "--out", "folder.png"], "folder.png", "a directory"),
     "export": (["export", "m.safetensors", "--out", "/proc/m.safetensors"], "/proc/m.safetensors", SYSTEM),
-    "classifier": (["evaluate", "--model", "m.safetensors", "--classifier", "/proc/c"], "/proc/c", SYSTEM),
+    "features": (["evaluate", "--model", "m.safetensors", "--features", "/proc/c.safetensors"], "/proc/c", SYSTEM),
+    "json": (["evaluate", "--model", "m.safetensors", "--json", "/proc/e.json"], "/proc/e.json", SYSTEM),
 }
 
 
@@ -80,7 +81,7 @@ def test_an_output_that_cannot_be_written_is_known_before_the_work(
     folder, without_work, capsys, arguments, path, reason
 ):
     os.mkdir("folder.png")
-    assert re.match(f"{path}: expected to be writable, got ({reason})$", error_of(arguments, capsys))
+    assert re.match(f"{path}.*: expected to be writable, got ({reason})$", error_of(arguments, capsys))
     assert sorted(os.listdir()) == ["folder.png", "m.safetensors"]
 
 
@@ -142,7 +143,7 @@ def test_memory_that_is_not_there_is_one_line(folder, capsys, monkeypatch, error
         ["sample", "--model", "pipe"],
         ["export", "pipe", "--out", "x.safetensors"],
         ["evaluate", "--model", "pipe"],
-        ["evaluate", "--model", "m.safetensors", "--classifier", "pipe"],
+        ["evaluate", "--model", "m.safetensors", "--features", "pipe"],
     ],
 )
 def test_a_pipe_is_no_model_and_nobody_waits_for_it(folder, capsys, arguments):
@@ -187,26 +188,26 @@ def test_an_export_overwrites_an_older_one(run):
 
 
 def test_an_evaluation_reads_its_classifier_before_its_images(folder, without_work, capsys):
-    write("c", {"classifier": 1}, {"w": torch.zeros(1)})
-    arguments = ["evaluate", "--model", "m.safetensors", "--classifier", "c"]
-    assert error_of(arguments, capsys) == "c: accuracy: expected a share, got None"
+    write("c.safetensors", {"classifier": 1}, {"w": torch.zeros(1)})
+    arguments = ["evaluate", "--model", "m.safetensors", "--features", "c.safetensors"]
+    assert error_of(arguments, capsys) == "c.safetensors: accuracy: expected a share, got None"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--n", "21"], "n: expected 2..20 (the floor takes as many test images), got 21"),
+        (["--n", "1"], "n: expected an int >= 2, got 1"),
         (["--n", "4", "--steps", "ddim:2", "ddpm:21"], "steps: expected 1 to 20, the length of the schedule, got 21"),
     ],
 )
 def test_an_evaluation_that_cannot_end_trains_no_classifier(folder, monkeypatch, capsys, options, message):
-    for name in ("train_classifier", "eps_loss"):
+    for name in ("train_classifier", "held_out_loss"):
         monkeypatch.setattr(evaluate, name, lambda *arguments, **options: pytest.fail("the work began"))
     tiny.write_fashion_mnist(folder / "idx")
     model = tiny.model()
     model.shape = (1, 32, 32)
     save(model, "m.safetensors")
-    command = ["evaluate", "--model", "m.safetensors", "--data", "idx", "--classifier", "new.safetensors", *options]
+    command = ["evaluate", "--model", "m.safetensors", "--data", "idx", "--features", "new.safetensors", *options]
     assert error_of(command, capsys) == message
 
 
@@ -222,7 +223,7 @@ def test_a_new_classifier_has_the_classes_of_its_data(folder, monkeypatch):
     model = tiny.model(classes=None)
     model.shape = (1, 32, 32)
     save(model, "m.safetensors")
-    command = ["evaluate", "--model", "m.safetensors", "--data", "idx", "--classifier", "new.safetensors", *QUIET]
+    command = ["evaluate", "--model", "m.safetensors", "--data", "idx", "--features", "new.safetensors", *QUIET]
     assert main([*command, "--n", "4", "--steps", "ddim:1", "--loss-n", "2"]) == 0
     assert evaluate.load_classifier("new.safetensors")[0].out.out_features == 16
 

@@ -140,6 +140,24 @@ def test_terminal_beta_of_one_is_a_terminal_snr_of_zero():
     assert s.posterior_xt[2] == 0 and s.posterior_x0[2] == pytest.approx(0.72**0.5, rel=TABLE)
 
 
+def test_a_rescaled_schedule_ends_without_signal_and_begins_as_before():
+    """Lin et al. 2024, algorithm 1: sqrt(alpha_bar) is an affine function of what it was."""
+    old = Schedule.scaled_linear()
+    new = old.rescaled()
+    assert new.alpha_bar[-1] == 0 and new.betas[-1] == 1
+    equal(new.alpha_bar[0], old.alpha_bar[0])
+    root, rescaled = old.alpha_bar.sqrt(), new.alpha_bar.sqrt()
+    equal(rescaled[:-1] / (root[:-1] - root[-1]), (rescaled[0] / (root[0] - root[-1])).expand(999), 1e-12)
+    assert Schedule.from_config(json.loads(json.dumps(new.config()))) == new
+
+
+def test_from_alpha_bar_is_the_schedule_with_that_alpha_bar():
+    equal(Schedule.from_alpha_bar(Schedule.cosine(50).alpha_bar).betas, Schedule.cosine(50).betas, 1e-11)
+    for wrong in ([0.9, 0.9], [0.5, 0.6], [1.0, 0.5], [0.5, 0.0, 0.0], [0.5, float("nan")]):
+        with pytest.raises(ValueError, match="^alpha_bar: expected numbers that fall from below 1"):
+            Schedule.from_alpha_bar(wrong)
+
+
 # --- fewer steps ---
 
 
@@ -305,7 +323,7 @@ BAD = [
     (lambda: Schedule.linear(10).timesteps([9.0]), TypeError, "steps: expected ints, got 9.0"),
     (lambda: Schedule.linear(10).timesteps(5, "even"), ValueError, "spacing: expected one of ['karras', 'lambda'"),
     (lambda: Schedule.linear(10).respace([0, 5]), ValueError, "steps: expected strictly decreasing steps, got [0, 5]"),
-    (lambda: Schedule.from_config({}), ValueError, "config: expected a kind among ['cosine', 'custom', 'linear',"),
+    (lambda: Schedule.from_config({}), ValueError, "config: expected a kind among ['alpha_bar', 'cosine', 'custom',"),
     (lambda: Schedule.from_config({"kind": "warp"}), ValueError, "'sigmoid'], got 'warp'"),
     (lambda: Schedule.from_config("linear"), TypeError, "config: expected a dict, got str"),
 ]

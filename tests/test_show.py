@@ -18,28 +18,44 @@ from diffkern.prediction import head_at
 from diffkern.show import (
     Figure,
     Panel,
+    consistency,
+    convergence,
     elbo,
     figures,
     forward,
     gaussians,
     guidance,
+    inpaint,
     kl,
     mixture,
+    objectives,
+    path_noise,
     paths,
+    processes,
+    sampler_of,
     schedule,
     swiss_roll,
 )
 from diffkern.show.gaussians import Gaussians
 
 FLOAT = dict(dtype=torch.float64, device="cpu")
-NAMES = ("elbo", "forward", "guidance", "kl", "mixture", "paths", "schedule", "swiss-roll")
+NAMES = (
+    *("consistency", "convergence", "elbo", "forward", "guidance", "inpaint", "kl", "mixture", "objectives"),
+    *("path-noise", "paths", "processes", "schedule", "swiss-roll"),
+)
 SMALL = {  # as options of the command; forward loads the model that ships
+    "consistency": ["--n", "20"],
+    "convergence": ["--n", "4", "--samplers", "euler", "unipc,order=1", "--process", "edm"],
     "elbo": ["--n", "4"],
     "forward": ["--n", "2", "--steps", "1", "--no-progress"],
     "guidance": ["--n", "10", "--steps", "2"],
+    "inpaint": ["--n", "5", "--steps", "4"],
     "kl": ["--n", "1001"],
     "mixture": ["--n", "5"],
+    "objectives": ["--n", "5"],
+    "path-noise": ["--n", "5", "--steps", "10"],
     "paths": ["--n", "20", "--steps", "8"],
+    "processes": ["--n", "5"],
     "schedule": ["--steps", "10"],
     "swiss-roll": ["--n", "20", "--steps", "1", "--no-progress"],
 }
@@ -275,13 +291,78 @@ def test_the_distance_of_distributions_is_that_of_scipy():
         w * torch.special.ndtr((torch.as_tensor(values) - 0.6 * m) / math.hypot(0.6 * s, 0.8))
         for w, m, s in zip(paths.DATA.weights, paths.DATA.means[:, 0], paths.DATA.stds, strict=True)
     ).numpy()
-    assert paths.distance(x, 0.6, 0.8) == pytest.approx(kstest(x.double().numpy(), cdf).statistic, abs=1e-12)
+    assert paths.DATA.distance(x, 0.6, 0.8) == pytest.approx(kstest(x.double().numpy(), cdf).statistic, abs=1e-12)
 
 
 def test_the_paths_of_the_ode_do_not_cross():
     path = paths.backward(Schedule.linear(50, 1e-3, 0.3), 30, "ddim")
     assert path.shape == (51, 30)
     assert (path[:, path[-1].argsort()].diff(dim=1) > 0).all()
+
+
+def test_the_quantile_undoes_the_distribution_function():
+    p = torch.tensor([1e-6, 0.2, 0.5, 0.999], **FLOAT)
+    for alpha, sigma in ((1.0, 0.0), (0.6, 0.8), (0.0, 1.0)):
+        x = paths.DATA.quantile(p, alpha, sigma)
+        torch.testing.assert_close(paths.DATA.cdf(x, alpha, sigma), p, rtol=1e-9, atol=0)
+    torch.testing.assert_close(x, torch.special.ndtri(p), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("process", "solver", "order"),
+    [("vp", "dpmpp_2m", 2), ("vp", "dpmpp_3m,published=True", 2), ("vp", "unipc", 3), ("edm", "rk4", 4),
+     ("flow", "velocity", 2)],
+)  # fmt: skip
+def test_solvers_converge_with_their_orders_on_a_mixture(process, solver, order):
+    first, then = (convergence.error(*sampler_of(solver), process, calls, n=20) for calls in (72, 144))
+    assert math.log2(first / then) == pytest.approx(order, abs=0.15)
+
+
+def test_the_exact_consistency_function_draws_the_data_in_one_step():
+    function, denoiser = consistency.figure(1000).rows
+    assert max(function[1:4]) < 1.95 / math.sqrt(1000) < 0.2 < denoiser[3] < denoiser[1]
+
+
+def test_the_conditional_of_a_mixture_is_bayes_rule():
+    y = torch.linspace(-2, 2, 5, **FLOAT)
+    joint = inpaint.DATA.log_prob(torch.stack((torch.full_like(y, 0.7), y), 1))
+    marginal = Gaussians(inpaint.DATA.means[:, :1], inpaint.DATA.stds).log_prob(torch.tensor([[0.7]]))
+    exact = inpaint.conditional(inpaint.DATA, 0.7)
+    torch.testing.assert_close(exact.log_prob(y[:, None]), joint - marginal, rtol=0, atol=1e-7)
+
+
+def test_a_gradient_through_the_network_inpaints_nearer_to_the_conditional_than_a_blend():
+    exact, blend, *_, gradient = inpaint.figure(300, 10).rows
+    assert gradient[4] + 0.1 < blend[4] and abs(gradient[2] - exact[2]) < abs(blend[2] - exact[2]) / 2
+
+
+def test_noise_of_a_path_keeps_a_seed_s_point():
+    found = path_noise.figure(200, 100)  # 2, 2, 5 and 20 of 100 steps
+    step, path = (found.column("correlation with all steps")[i : i + 4] for i in (0, 4))
+    assert max(step) < 0.5 < 0.8 < path[2] < 0.95 < path[3]
+
+
+def test_a_process_has_its_ends():
+    by = {row[0]: row[2:] for row in processes.figure(3).rows}
+    assert by["RectifiedFlow()"] == (0, 1, math.inf, -math.inf, 1)
+    assert by["VE()"] == pytest.approx((1, 50, math.log(100), -math.log(50), math.log(50)))
+    assert by["EDM()"] == pytest.approx((1, 80, math.log(500), -math.log(80), math.log(80) / 4))
+
+
+def test_the_weights_of_eps_are_the_papers():
+    by = {row[0]: row[1:] for row in objectives.figure(3).rows}
+    snr = np.array(objectives.SNR)
+    for name, weight in {
+        "simple, eps": 1 + 0 * snr,
+        "simple, x0": 1 / snr,
+        "simple, v": 1 + 1 / snr,
+        "min_snr": np.minimum(snr, 5) / snr,
+        "p2": 1 / (1 + snr),
+        "edm": (4 + snr) / snr,
+        "flow": (1 + np.sqrt(snr)) ** 2 / snr,
+    }.items():
+        assert by.pop(name) == pytest.approx(weight, rel=1e-5)
+    assert not by
 
 
 # --- the swiss roll ---
@@ -409,6 +490,13 @@ def test_panels_are_in_rows(tmp_path):
     assert Image.open(tmp_path / "six.png").size == (900, 600)
 
 
+def test_a_sampler_s_text_has_its_options():
+    assert sampler_of("unipc,order=3,variant=B1") == ("unipc", {"order": 3, "variant": "B1"})
+    assert sampler_of("ddim") == ("ddim", {})
+    with pytest.raises(TypeError, match="eta: expected an option of sampler 'unipc'"):
+        sampler_of("unipc,eta=1")
+
+
 def test_a_table_is_markdown():
     made = Figure(("name", "n", "value"), [("a", 3, 0.123456), ("b", 4, math.nan)], [])
     expected = ["| name | n | value |", "| --- | ---: | ---: |", "| a | 3 | 0.1235 |", "| b | 4 |  |"]
@@ -423,6 +511,9 @@ def test_a_table_is_markdown():
         ([], "the following arguments are required: FIGURE"),
         (["kl", "--steps", "5"], "steps: expected none with kl, got 5"),
         (["kl", "--n", "600", "--out", "no.png"], "n: expected at least 601 points of a grid, got 600"),
+        (["mixture", "--samplers", "none"], "samplers: expected names of "),
+        (["convergence", "--samplers", "ddpm"], "samplers: expected solvers of the ODE, got one that draws noise"),
+        (["convergence", "--process", "ve"], "process: expected one of vp, edm, flow, got 've'"),
         (["kl", "--out", "kl.pdf"], "out: expected a file name that ends in .png, got 'kl.pdf'"),
     ],
     ids=" ".join,

@@ -661,7 +661,7 @@ BAD_CONFIGS = [
     (dict(label_dropout=1.1), ValueError, "label_dropout: expected a probability, got 1.1"),
     (dict(seed=2**64), ValueError, r"seed: expected an int in \[-2\^63, 2\^64\), got 18446744073709551616"),
     (dict(prediction="mu"), ValueError, "prediction: expected one of eps, x0, v, score, flow, edm, got 'mu'"),
-    (dict(objective="mse"), ValueError, "objective: expected one of simple, min_snr, .*, got 'mse'"),
+    (dict(objective="mse"), ValueError, "objective: expected one of simple, eps, .*, got 'mse'"),
     (dict(times="cosine"), ValueError, "times: expected one of uniform, .*, importance, got 'cosine'"),
     (dict(times="uniform", times_std=1.0), ValueError, "times_std: expected None without times of a normal, got 1.0"),
     (dict(times="log_normal", times_std=0.0), ValueError, "times_std: expected a number > 0, got 0.0"),

@@ -23,7 +23,7 @@ COMMANDS = {
     "inpaint": "Make a part of an image anew.",
     "train": "Train a model, or resume the run in --out.",
     "export": "Write a checkpoint's averaged weights as a model file to ship.",
-    "evaluate": "Frechet distances and held-out loss of a model of Fashion-MNIST.",
+    "evaluate": "Measure a model, or a folder of images, against real images.",
     "classifier": "Accuracy of a classifier of noisy images, by noise level; trains one where there is none.",
     "show": "Draw a figure of the theory, and print its numbers.",
     "doctor": "What is this installation, and does it work?",

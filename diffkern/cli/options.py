@@ -9,11 +9,11 @@ DTYPES = ("float32", "float16", "bfloat16")
 MOST_THREADS = 1024  # OpenMP ends the process where the system gives it no more
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
-        help=f"a shipped model's name, a model file, a run's checkpoint or folder (default: {DEFAULT_MODEL})",
+        help=f"a shipped model's name, a model file, a run's checkpoint or folder{more} (default: {DEFAULT_MODEL})",
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from io import BytesIO
 from typing import Any
 
 import torch
@@ -42,15 +43,18 @@ def _lines(curves: Curves) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def draw_panels(path: str, panels: Sequence[Panel], across: int | None = None) -> None:
-    """Draw panels in rows of ``across``, or all in one."""
+    """Draw panels in rows of ``across``, or all in one, as a PNG of 128 colours: drawings need no more."""
     from matplotlib.figure import Figure
+    from PIL import Image
 
     across = across or len(panels)
     down = -(-len(panels) // across)
     figure = Figure(figsize=(5 * across, 3.5 * down) if down == 1 else (3 * across, 3 * down), layout="constrained")
     for axes, panel in zip(figure.subplots(down, across, squeeze=False).flat, panels, strict=False):
         _draw(axes, panel)
-    figure.savefig(path, dpi=100)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=100)
+    Image.open(drawn).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def _draw(axes: Any, panel: Panel) -> None:

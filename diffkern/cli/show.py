@@ -3,6 +3,7 @@
 import argparse
 import inspect
 from types import ModuleType
+from typing import Any
 
 from ..show import figures
 from .options import count
@@ -10,6 +11,7 @@ from .plot import check_plot, draw_panels
 
 EXAMPLES = """\
   diffkern show kl
+  diffkern show convergence --samplers unipc unipc,order=3 lms --process edm
   diffkern show swiss-roll --steps 500 --out roll.png"""
 
 
@@ -23,9 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if option == "progress":
             text = f"neither a progress bar nor lines: of {', '.join(defaults)}"
             parser.add_argument("--no-progress", dest=option, action="store_const", const=False, help=text)
+            continue
+        kind = type(next(iter(defaults.values())))
+        shown = {name: " ".join(value) if kind is tuple else value for name, value in defaults.items()}
+        text = f"(default: {', '.join(f'{name} {default}' for name, default in shown.items())})"
+        if kind is int:
+            parser.add_argument(f"--{option}", type=count, help=f"how many {text}")
         else:
-            text = ", ".join(f"{name} {default}" for name, default in defaults.items())
-            parser.add_argument(f"--{option}", type=count, help=f"how many (default: {text})")
+            which = dict(nargs="+", metavar="NAME") if kind is tuple else {}
+            parser.add_argument(f"--{option}", help=f"which {text}", **which)
     parser.set_defaults(figures=found)
 
 
@@ -46,9 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _options(found: dict[str, ModuleType]) -> dict[str, dict[str, int]]:
+def _options(found: dict[str, ModuleType]) -> dict[str, dict[str, Any]]:
     """The parameters of all figures, each with its default by figure."""
-    options: dict[str, dict[str, int]] = {}
+    options: dict[str, dict[str, Any]] = {}
     for name, module in found.items():
         for parameter in inspect.signature(module.figure).parameters.values():
             options.setdefault(parameter.name, {})[name] = parameter.default

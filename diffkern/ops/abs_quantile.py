@@ -8,11 +8,13 @@ from torch import Tensor
 
 from .arguments import as_index, device_of, wide
 from .example import Example
-from .registration import check_arguments, fake, native, run, same_device
+from .registration import Op, fake, same_device
 from .reverse_step import examples as reverse_step_examples
 from .reverse_step import outputs, unclamped_x0
 from .row import read_rows
 from .transforms import by_torch
+
+op = Op("abs_quantile")
 
 
 def abs_quantile(
@@ -39,12 +41,12 @@ def abs_quantile(
     """
     step = as_index("step", step, device_of(x))
     arguments = (x, out, table, step, q, out_uncond, guidance, grad, learned_variance)
-    check_arguments(native.abs_quantile, arguments)
+    op.check(arguments)
     if not 0 <= q <= 1:
         raise ValueError(f"q: expected a number in [0, 1], got {q}")
     if by_torch(*arguments):
         return composite(*arguments)
-    return run(native.abs_quantile, *arguments)
+    return op(*arguments)
 
 
 @fake("abs_quantile")

@@ -10,8 +10,10 @@ from torch import Tensor
 from .arguments import check_shape, wide
 from .example import DTYPES, SUMS, Example, label, normal
 from .flops import Shape, formula
-from .registration import fake, gradient, native, run, same_device
+from .registration import Op, fake, gradient, native, same_device
 from .transforms import by_torch
+
+op = Op("attention")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -36,7 +38,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if by_torch(q, k, v):
         return composite(q, k, v, scale=scale)
-    out, _ = run(native.attention, q, k, v, scale)
+    out, _ = op(q, k, v, scale)
     return out
 
 

@@ -1,18 +1,19 @@
 """The convolution of training, whose weight changes."""
 
 from collections.abc import Iterator, Sequence
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .arguments import check_shape, check_types, dense
+from .arguments import check_shape, dense
 from .example import Example, normal
 from .flops import Shape, convolution, formula
-from .registration import fake, gradient, native, run, same_device
+from .registration import Op, fake, gradient, native, same_device
 from .transforms import by_torch
+
+op = Op("conv3x3")
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,11 +28,10 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dg = G^T (sum (A dy A^T) . (B^T d B)) G. A sample's bits, and those of its gradient, depend neither on its batch nor
     on the number of threads; the bits of the weight's gradient do not depend on the latter.
     """
-    check_types("a tensor", Tensor, x=x, weight=weight)
-    check_types("a tensor or None", (Tensor, NoneType), bias=bias)
+    op.check((x, weight, bias))
     if by_torch(x, weight, bias):
         return composite(x, weight, bias)
-    return run(native.conv3x3, x, weight, dense("bias", bias))
+    return op(x, weight, dense("bias", bias))
 
 
 def _empty_channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:

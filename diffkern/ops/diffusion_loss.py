@@ -11,7 +11,7 @@ from .example import DTYPES, Example, label, normal, one, steps, uniform
 from .example import seeds as example_seeds
 from .noise import composite as noise_composite
 from .noise import reference as noise_reference
-from .registration import BY_TORCH, check_arguments, fake, gradient, native, refuse_gradient, run, same_device
+from .registration import BY_TORCH, Op, fake, gradient, native, refuse_gradient, same_device
 from .seeds import Seeds, as_seeds
 from .transforms import by_torch, readable
 
@@ -23,6 +23,8 @@ LOSS_COLUMNS = (
     "first",
 )
 """The columns of the table of :func:`diffusion_loss`."""
+
+op = Op("diffusion_loss")
 
 
 def diffusion_loss(
@@ -72,13 +74,13 @@ def diffusion_loss(
     address = None if address is None else as_index("address", address, device)
     options = (learned_variance, bound, stop_mean, clip)
     arguments = (out, x_0, seeds, step, table, address, weights, *options)
-    check_arguments(native.diffusion_loss, arguments)
+    op.check(arguments)
     if bound and x_0 is None:
         raise ValueError("x_0: expected a tensor with bound=True, got None")
     if by_torch(*arguments):
         return composite(*arguments)
     refuse_gradient("diffusion_loss", [("x_0", x_0), ("table", table), ("weights", weights)], BY_TORCH)
-    return run(native.diffusion_loss, *arguments)
+    return op(*arguments)
 
 
 @fake("diffusion_loss", differentiable=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from types import NoneType
 
 import torch
 from torch import Tensor
@@ -9,8 +10,10 @@ from torch.nn import functional as F
 
 from .arguments import check_shape, dense, wide
 from .example import DTYPES, SUMS, Example, label, normal
-from .registration import fake, gradient, native, run, same_device
+from .registration import Op, fake, gradient, native, same_device
 from .transforms import by_torch
+
+op = Op("group_norm_silu")
 
 
 def group_norm_silu(
@@ -42,7 +45,7 @@ def group_norm_silu(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     for name, tensor in (("scale_shift", scale_shift), ("add", add), ("residual", residual)):
-        if not isinstance(tensor, Tensor | None):
+        if not isinstance(tensor, (Tensor, NoneType)):
             raise TypeError(f"{name}: expected a tensor or None, got {type(tensor).__name__}")
     if isinstance(groups, bool) or not hasattr(groups, "__index__"):
         raise TypeError(f"groups: expected an int, got {groups!r}")
@@ -54,9 +57,9 @@ def group_norm_silu(
         return composite(
             x, weight, bias, groups, eps=eps, scale_shift=scale_shift, add=add, residual=residual, silu=silu
         )
-    coefficients = (("weight", weight), ("bias", bias), ("scale_shift", scale_shift), ("add", add))
-    weight, bias, scale_shift, add = (dense(name, tensor, torch.float32) for name, tensor in coefficients)
-    y, _, _ = run(native.group_norm_silu, x, weight, bias, groups, eps, scale_shift, add, residual, silu)
+    weight, bias = dense("weight", weight, torch.float32), dense("bias", bias, torch.float32)
+    scale_shift, add = dense("scale_shift", scale_shift, torch.float32), dense("add", add, torch.float32)
+    y, _, _ = op(x, weight, bias, groups, eps, scale_shift, add, residual, silu)
     return y
 
 

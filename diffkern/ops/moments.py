@@ -7,8 +7,10 @@ from torch import Tensor
 
 from .arguments import check_shape, wide
 from .example import DTYPES, Example, label, normal
-from .registration import check_arguments, fake, native, run, same_device
+from .registration import Op, fake, same_device
 from .transforms import by_torch
+
+op = Op("moments")
 
 
 def moments(a: Tensor, b: Tensor) -> Tensor:
@@ -18,10 +20,10 @@ def moments(a: Tensor, b: Tensor) -> Tensor:
 
     A sample's bits depend neither on its batch nor on the number of threads.
     """
-    check_arguments(native.moments, (a, b))
+    op.check((a, b))
     if by_torch(a, b):
         return composite(a, b)
-    return run(native.moments, a, b)
+    return op(a, b)
 
 
 @fake("moments")

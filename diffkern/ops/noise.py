@@ -2,19 +2,20 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..philox import philox4x32
-from .arguments import as_device, as_index, check_types
+from .arguments import as_device, as_index
 from .example import DTYPES, Example, label, one, steps
 from .example import seeds as example_seeds
-from .registration import native, run, same_device
+from .registration import Op, native, same_device
 from .seeds import Seeds, as_seeds
 from .transforms import by_torch
+
+op = Op("noise")
 
 
 def noise(
@@ -40,15 +41,9 @@ def noise(
     """
     seeds = as_seeds(seeds, None if device is None else as_device(device))
     shape = [shape] if isinstance(shape, int) else shape
-    check_types("ints", (list, tuple), shape=shape)
-    for size in shape:
-        check_types("ints", (Integral, torch.SymInt), shape=size)
-    check_types("an int", int, stream=stream)
-    check_types("a torch.dtype", torch.dtype, dtype=dtype)
-    step = as_index("step", step, seeds.device)
-    if by_torch():
-        return composite(seeds, shape, step=step, stream=stream, dtype=dtype)
-    return run(native.noise, seeds, shape, step, stream, dtype)
+    arguments = (seeds, shape, as_index("step", step, seeds.device), stream, dtype)
+    op.check(arguments)
+    return composite(*arguments) if by_torch() else op(*arguments)
 
 
 @torch.library.register_fake("diffkern::noise")
@@ -72,7 +67,7 @@ def _(info, in_dims, seeds, shape, step, stream, dtype):
 
 
 def composite(
-    seeds: Tensor, shape: Sequence[int], *, step: Tensor, stream: int = 0, dtype: torch.dtype = torch.float32
+    seeds: Tensor, shape: Sequence[int], step: Tensor, stream: int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The kernel's, in any dtype: a constant to every derivative."""
     kernel_dtype = torch.float32 if dtype == torch.float64 else dtype

@@ -11,9 +11,11 @@ from .example import DTYPES, Example, label, normal, one, steps, uniform
 from .example import seeds as example_seeds
 from .noise import composite as noise_composite
 from .noise import reference as noise_reference
-from .registration import BY_TORCH, check_arguments, fake, gradient, native, refuse_gradient, run, same_device
+from .registration import BY_TORCH, Op, fake, gradient, native, refuse_gradient, same_device
 from .seeds import Seeds, as_seeds
 from .transforms import by_torch
+
+op = Op("noise_loss")
 
 
 def noise_loss(out: Tensor, seeds: Seeds, t: int | Tensor, weights: Tensor | None = None) -> Tensor:
@@ -27,11 +29,11 @@ def noise_loss(out: Tensor, seeds: Seeds, t: int | Tensor, weights: Tensor | Non
     """
     device = device_of(out)
     arguments = (out, as_seeds(seeds, device), as_index("t", t, device), weights)
-    check_arguments(native.noise_loss, arguments)
+    op.check(arguments)
     if by_torch(*arguments):
         return composite(*arguments)
     refuse_gradient("noise_loss", [("weights", weights)], BY_TORCH)
-    return run(native.noise_loss, *arguments)
+    return op(*arguments)
 
 
 @fake("noise_loss", differentiable=True)

@@ -11,9 +11,11 @@ from .example import DTYPES, Example, label, normal, one, steps, uniform
 from .example import seeds as example_seeds
 from .noise import composite as noise_composite
 from .noise import reference as noise_reference
-from .registration import by_torch_in_place, check_arguments, fake, native, run, same_device
+from .registration import Op, fake, same_device
 from .seeds import Seeds, as_seeds
 from .transforms import by_torch
+
+op, op_ = Op("q_sample"), Op("q_sample_")
 
 
 def q_sample(
@@ -35,10 +37,10 @@ def q_sample(
     return_eps  also return eps, like x_0
     """
     arguments = _arguments(x_0, t, seeds, table, address) + (return_eps,)
-    check_arguments(native.q_sample, arguments)
+    op.check(arguments)
     if by_torch(*arguments):
         return composite(*arguments)
-    x_t, eps = run(native.q_sample, *arguments)
+    x_t, eps = op(*arguments)
     return (x_t, eps) if return_eps else x_t
 
 
@@ -47,11 +49,11 @@ def q_sample_(
 ) -> None:
     """:func:`q_sample` in place: x_0 becomes x_t."""
     arguments = _arguments(x_0, t, seeds, table, address)
-    check_arguments(native.q_sample_, arguments)
-    if by_torch_in_place(native.q_sample_, arguments):
+    op_.check(arguments)
+    if op_.by_torch_in_place(arguments):
         x_0.copy_(composite(*arguments))
     else:
-        run(native.q_sample_, *arguments)
+        op_(*arguments)
 
 
 def _arguments(x_0: Tensor, t: int | Tensor, seeds: Seeds, table: Tensor, address: int | Tensor | None) -> tuple:

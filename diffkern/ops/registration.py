@@ -2,9 +2,9 @@
 
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,41 +12,121 @@ from torch.autograd import forward_ad
 
 from .. import _C  # noqa: F401  registers the ops
 from .arguments import check_type
-from .transforms import by_torch, is_dual, mark_written, named
+from .transforms import by_torch, is_dual, named
 
 native = torch.ops.diffkern
 
 # --- schemas -----------------------------------------------------------------------------------------------------
 
+
+class Kind(NamedTuple):
+    """What an argument may be, and in a list what each item may be. The texts are those of the error."""
+
+    expected: str
+    types: type | tuple[type, ...]
+    items: tuple[str, type | tuple[type, ...]] | None = None
+
+
 KINDS = {  # by the type that a schema gives an argument
-    "Tensor": ("a tensor", Tensor),
-    "Optional[Tensor]": ("a tensor or None", (Tensor, NoneType)),
-    "List[Tensor]": ("a list of tensors", (list, tuple)),
-    "float": ("a number", (float, int, Real)),
-    "bool": ("True or False", bool),
+    "Tensor": Kind("a tensor", Tensor),
+    "Optional[Tensor]": Kind("a tensor or None", (Tensor, NoneType)),
+    "List[Tensor]": Kind("a list of tensors", (list, tuple), ("tensors", Tensor)),
+    "float": Kind("a number", (float, int, Real)),
+    "Optional[float]": Kind("a number or None", (float, int, Real, NoneType)),
+    "int": Kind("an int", int),
+    "Optional[int]": Kind("an int or None", (int, NoneType)),
+    "List[int]": Kind("ints", (list, tuple), ("ints", (Integral, torch.SymInt))),
+    "bool": Kind("True or False", bool),
+    "ScalarType": Kind("a torch.dtype", torch.dtype),
 }
 
 
-class Signature:
-    """An op's arguments in order: their names, what each may be, and the places of those that the op writes."""
+def kind_of(argument: torch._C.Argument) -> Kind:
+    of = str(argument.real_type)
+    if of not in KINDS:
+        raise TypeError(f"{argument.name}: expected a schema's type among {', '.join(KINDS)}, got {of}")
+    return KINDS[of]
 
-    def __init__(self, op: torch._ops.OpOverloadPacket) -> None:
-        arguments = op.default._schema.arguments
+
+class Op:
+    """A registered op as its public function calls it: ``check`` the arguments, in the schema's order, then call it."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.overload = name, getattr(native, name).default
+        arguments = self.overload._schema.arguments
         self.names = [argument.name for argument in arguments]
-        self.kinds = [(argument.name, *KINDS.get(str(argument.type), ("anything", object))) for argument in arguments]
+        self.kinds = [kind_of(argument) for argument in arguments]
+        self.lists = [i for i, kind in enumerate(self.kinds) if kind.items]
         self.written = [i for i, argument in enumerate(arguments) if argument.is_write]
+        self._accepted: set[tuple[type, ...]] = set()  # by earlier calls: these types need no second look
 
     def named(self, args: Sequence[Any]) -> Iterator[tuple[str, Any]]:
         return zip(self.names, args, strict=False)
 
+    def check(self, args: Sequence[Any]) -> None:
+        """Refuse what the dispatcher would refuse without saying what was expected, or would take for another type."""
+        if torch.compiler.is_compiling():
+            return
+        types = tuple(map(type, args))
+        if types not in self._accepted:
+            for name, kind, value in zip(self.names, self.kinds, args, strict=True):
+                if not isinstance(value, kind.types) or (type(value) is bool and kind.types is not bool):
+                    raise TypeError(f"{name}: expected {kind.expected}, got {reprlib.repr(value)}")
+            self._accepted.add(types)
+        for i in self.lists:
+            if args[i] and (types := (i, *map(type, args[i]))) not in self._accepted:
+                for item in args[i]:
+                    check_type(self.names[i], *self.kinds[i].items, item)
+                self._accepted.add(types)
 
-_signatures: dict[torch._ops.OpOverloadPacket, Signature] = {}
+    def __call__(self, *args: Any) -> Any:
+        """Call an op for which ``by_torch`` said no; without a gradient, past its kernel for autograd."""
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        try:
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+                return self.overload(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                result = self.overload(*args)
+        except RuntimeError as error:
+            message = str(error)
+            if message.endswith("got float64") or (message.endswith(REQUIRES_GRAD) and not self.written):
+                raise RuntimeError(message + BY_TORCH) from None
+            raise
+        self.mark_written(args)
+        return result
+
+    def mark_written(self, args: Sequence[Any]) -> None:
+        """Tell autograd which were changed in place, so that it refuses to use them for a gradient."""
+        for i in self.written:
+            if i < len(args) and args[i] is not None:
+                torch.autograd.graph.increment_version(args[i])
+
+    def by_torch_in_place(self, args: Sequence[Any]) -> bool:
+        """Must a composite run, for an op that writes in place? Refuse all that differentiates or transforms it."""
+        if not by_torch(*args):
+            return False
+        refuse_gradient(self.name, self.named(args))
+        for name, tensor in named(self.named(args)):
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or is_dual(tensor):
+                raise RuntimeError(
+                    f"{name}: expected a plain tensor, for {self.name} writes in place and has no forward-mode "
+                    f"derivative (jvp) and no transforms, as {self.name.removesuffix('_')} has, got one with a tangent "
+                    f"or of torch.func"
+                )
+        return True
 
 
-def _signature(op: torch._ops.OpOverloadPacket) -> Signature:
-    if op not in _signatures:
-        _signatures[op] = Signature(op)
-    return _signatures[op]
+REQUIRES_GRAD = "got a tensor that requires grad"
+BY_TORCH = ", which diffkern.torch_ops() takes"
+
+
+def refuse_gradient(op: str, arguments: Iterable[tuple[str, Any]], hint: str = "") -> None:
+    """Refuse what would silently cut a gradient."""
+    if torch.is_grad_enabled():
+        for name, tensor in named(arguments):
+            if tensor.requires_grad:
+                raise RuntimeError(f"{name}: expected no gradient through {op}, {REQUIRES_GRAD}{hint}")
 
 
 # --- registering -------------------------------------------------------------------------------------------------
@@ -56,11 +136,11 @@ class Library(torch.library.Library):
     """Where gradients are registered: its ops refuse tensors with a tangent, which a kernel would drop in silence."""
 
     def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
-        signature = _signature(getattr(native, op_name))
+        op = Op(op_name)
 
         def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
             if forward_ad._current_level >= 0:
-                for name, tensor in named(signature.named(args)):
+                for name, tensor in named(op.named(args)):
                     if is_dual(tensor):
                         raise RuntimeError(
                             f"{name}: expected no tangent, for the kernel of {op_name} has no forward-mode derivative "
@@ -72,14 +152,13 @@ class Library(torch.library.Library):
 
     def without_gradient(self, op_name: str) -> None:
         """For an op that has none: it refuses tensors that require one, too."""
-        op = getattr(native, op_name)
-        signature = _signature(op)
+        op = Op(op_name)
 
         def below(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-            refuse_gradient(op_name, signature.named(args))
+            refuse_gradient(op_name, op.named(args))
             with torch._C._AutoDispatchBelowAutograd():
-                result = op.default.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-            mark_written(args[i] for i in signature.written if i < len(args))
+                result = op.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            op.mark_written(args)
             return result
 
         self.impl(op_name, below, "Autograd", with_keyset=True)
@@ -114,66 +193,3 @@ def same_device(like: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != like.device:
             raise RuntimeError(f"{name}: expected device {like.device}, got {tensor.device}")
-
-
-# --- calling -----------------------------------------------------------------------------------------------------
-
-
-def check_arguments(op: torch._ops.OpOverloadPacket, args: Sequence[Any]) -> None:
-    """Refuse what the dispatcher would refuse without saying what was expected, or would take for another type."""
-    if torch.compiler.is_compiling():
-        return
-    for (name, expected, kind), value in zip(_signature(op).kinds, args, strict=False):
-        if not isinstance(value, kind) or (value.__class__ is bool and kind is not bool and kind is not object):
-            raise TypeError(f"{name}: expected {expected}, got {reprlib.repr(value)}")
-        elif type(value) is list or type(value) is tuple:
-            for item in value:
-                check_type(name, "tensors", Tensor, item)
-
-
-def run(op: torch._ops.OpOverloadPacket, *args: Any) -> Any:
-    """Call an op for which ``by_torch`` said no; without a gradient, past its kernel for autograd."""
-    if torch.compiler.is_compiling():
-        return op(*args)
-    written = _signature(op).written
-    try:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return op(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            result = op(*args)
-    except RuntimeError as error:
-        message = str(error)
-        if message.endswith("got float64") or (message.endswith(REQUIRES_GRAD) and not written):
-            raise RuntimeError(message + BY_TORCH) from None
-        raise
-    if written:
-        mark_written(args[i] for i in written)
-    return result
-
-
-REQUIRES_GRAD = "got a tensor that requires grad"
-BY_TORCH = ", which diffkern.torch_ops() takes"
-
-
-def refuse_gradient(op: str, arguments: Iterable[tuple[str, Any]], hint: str = "") -> None:
-    """Refuse what would silently cut a gradient."""
-    if torch.is_grad_enabled():
-        for name, tensor in named(arguments):
-            if tensor.requires_grad:
-                raise RuntimeError(f"{name}: expected no gradient through {op}, {REQUIRES_GRAD}{hint}")
-
-
-def by_torch_in_place(op: torch._ops.OpOverloadPacket, args: Sequence[Any]) -> bool:
-    """Must a composite run, for an op that writes in place? Refuse all that differentiates or transforms it."""
-    if not by_torch(*args):
-        return False
-    name_of_op, signature = op.default._schema.name.removeprefix("diffkern::"), _signature(op)
-    refuse_gradient(name_of_op, signature.named(args))
-    for name, tensor in named(signature.named(args)):
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or is_dual(tensor):
-            raise RuntimeError(
-                f"{name}: expected a plain tensor, for {name_of_op} writes in place and has no forward-mode derivative "
-                f"(jvp) and no transforms, as {name_of_op.removesuffix('_')} has, got one with a tangent or of "
-                f"torch.func"
-            )
-    return True

@@ -15,10 +15,12 @@ from .example import seeds as example_seeds
 from .noise import composite as noise_composite
 from .noise import horner
 from .noise import reference as noise_reference
-from .registration import by_torch_in_place, check_arguments, fake, native, run, same_device
+from .registration import Op, fake, same_device
 from .row import COLUMNS, LONG_COLUMNS, MAX_HISTORY, addresses, has_long_rows, long_columns, read_rows
 from .seeds import Seeds, as_seeds
 from .transforms import by_torch, readable
+
+op, op_ = Op("reverse_step"), Op("reverse_step_")
 
 
 def reverse_step(
@@ -93,7 +95,7 @@ def reverse_step(
     step, seeds = as_index("step", step, device), as_seeds(seeds, device)
     options = (out_uncond, guidance, clip, learned_variance, history, both, address, grad, known, mask)
     arguments = (x, out, table, step, seeds, *options)
-    check_arguments(native.reverse_step, arguments)
+    op.check(arguments)
     _check_values(out, table, guidance, clip)
     if return_x0 and has_long_rows(table):
         raise ValueError("return_x0: expected False with long rows, which have return_kept, got True")
@@ -101,7 +103,7 @@ def reverse_step(
         raise ValueError("return_kept: expected False with short rows, which have return_x0, got True")
     if by_torch(*arguments):
         return composite(*arguments)
-    x_next, kept = run(native.reverse_step, *arguments)
+    x_next, kept = op(*arguments)
     return (x_next, kept) if both else x_next
 
 
@@ -134,10 +136,10 @@ def reverse_step_(
     step, seeds = as_index("step", step, device), as_seeds(seeds, device)
     read = (x, out, table, step, seeds, out_uncond, guidance, clip, learned_variance, history)
     arguments = (*read, x0_hat, address, grad, known, mask, kept)
-    check_arguments(native.reverse_step_, arguments)
+    op_.check(arguments)
     _check_values(out, table, guidance, clip)
-    if not by_torch_in_place(native.reverse_step_, arguments):
-        run(native.reverse_step_, *arguments)
+    if not op_.by_torch_in_place(arguments):
+        op_(*arguments)
         return
     target = _second_target(x, table, x0_hat, kept)
     x_next, second = composite(*read, True, address, grad, known, mask)
@@ -147,8 +149,11 @@ def reverse_step_(
 
 
 def _check_values(out: Tensor | None, table: Tensor, guidance: float, clip: bool) -> None:
+    """The values that only rows of one kind take. The defaults, which the two share, cost no look at the table."""
     if not math.isfinite(guidance):
         raise ValueError(f"guidance: expected a finite number, got {guidance}")
+    if out is not None and guidance == 1 and not clip:
+        return
     if not has_long_rows(table):
         check_types("a tensor", Tensor, out=out)
     elif guidance != 1:

@@ -36,6 +36,15 @@ def has_long_rows(table: Tensor) -> bool:
     return table.ndim == 2 and table.shape[1] >= len(LONG_COLUMNS)
 
 
+def of_x0(table: Tensor) -> Tensor:
+    """Long rows like these whose x_next is x0_hat, and which draw no noise."""
+    rows = torch.zeros_like(table)
+    seen = [LONG_COLUMNS.index(name) for name in ("p_x", "p_o", "p_g", "limit", "w")]
+    rows[:, seen] = table[:, seen]
+    rows[:, LONG_COLUMNS.index("k_0")] = 1
+    return rows
+
+
 def read_rows(step: int | Tensor, table: Tensor, x: Tensor, clip: bool, guidance: float) -> SimpleNamespace:
     """Each sample's row in one form, short or long: LONG_COLUMNS by name, k_j, and t of a short one."""
     columns = look_up("step", step, table, x)

@@ -73,9 +73,3 @@ def readable(tensor: Tensor) -> bool:
     """May its numbers be looked at, without waiting for a device, or ending a graph?"""
     plain = tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
     return plain and not (torch._C._are_functorch_transforms_active() or recorded())
-
-
-def mark_written(tensors: Iterable[Tensor | None]) -> None:
-    """Tell autograd that these were changed in place, so that it refuses to use them for a gradient."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])

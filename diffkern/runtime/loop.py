@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import covariance, ops
 from ..constraints import Quantile
 from ..guidance import K_G, P_G, Guidance, W
-from ..ops.row import LONG_COLUMNS
+from ..ops.row import LONG_COLUMNS, of_x0
 from ..program import Program, Row
 
 Network = Callable[..., Any]
@@ -20,7 +20,6 @@ P_X, P_O = (LONG_COLUMNS.index(name) for name in ("p_x", "p_o"))
 FROM_OUT = [LONG_COLUMNS.index(name) for name in ("p_o", "k_o", "q_o")]
 FROM_X0 = [LONG_COLUMNS.index(name) for name in ("p_x", "p_o", "p_g")]
 SIGMA, LOG_VAR_MIN, LOG_VAR_MAX = (LONG_COLUMNS.index(name) for name in ("sigma", "log_var_min", "log_var_max"))
-SEEN = [LONG_COLUMNS.index(name) for name in ("p_x", "p_o", "p_g", "limit", "w")]
 
 
 class Loop:
@@ -116,10 +115,7 @@ class Loop:
         if out is None:
             operands["learned_variance"] = False
         if watch is not None:
-            peek = torch.zeros_like(table)
-            peek[:, SEEN] = table[:, SEEN]
-            peek[:, LONG_COLUMNS.index("k_0")] = 1
-            watch(ops.reverse_step(self.x, out, peek, step, self.seeds, **operands))
+            watch(ops.reverse_step(self.x, out, of_x0(table), step, self.seeds, **operands))
         ops.reverse_step_(
             self.x,
             out,

@@ -1,9 +1,11 @@
 """Figures of the theory: a module of this package with a function ``figure`` is a figure.
 
-The function takes how much to compute, as ints with defaults, and returns a :class:`Figure`. The first line of the
-module's docstring is its help. ``diffkern show NAME`` prints the table and draws the panels.
+The function takes how much to compute, as ints with defaults, or what to compute, as a str or a tuple of them. It
+returns a :class:`Figure`. The first line of the module's docstring is its help. ``diffkern show NAME`` prints the table
+and draws the panels.
 """
 
+import ast
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor
+
+from ..samplers import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,18 @@ def figures() -> dict[str, ModuleType]:
     names = [found.name for found in iter_modules(__path__)]
     modules = {name.replace("_", "-"): import_module(f".{name}", __name__) for name in names}
     return {name: module for name, module in modules.items() if hasattr(module, "figure")}
+
+
+def sampler_of(text: str) -> tuple[str, dict[str, Any]]:
+    """("unipc", {"order": 3}) of "unipc,order=3". Raises TypeError or ValueError where there is no such sampler."""
+    name, *given = text.split(",")
+    if name not in SAMPLERS:
+        raise ValueError(f"samplers: expected names of {', '.join(SAMPLERS)}, got {name!r}")
+    options = dict(option.partition("=")[::2] for option in given)
+    for option, value in options.items():
+        try:
+            options[option] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):  # a word
+            options[option] = value
+    SAMPLERS[name].check(options)
+    return name, options

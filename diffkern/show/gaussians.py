@@ -65,6 +65,28 @@ class Gaussians:
         """ln of the density of x_t at x [N, D]: float64 [N]."""
         return self.log_parts(x, alpha, sigma).logsumexp(1)
 
+    def cdf(self, x: Tensor, alpha: float = 1.0, sigma: float = 0.0) -> Tensor:
+        """P(x_t <= x) of one-dimensional data at x [N]: float64 [N]."""
+        z = (x.double()[:, None] - alpha * self.means[:, 0]) / self.variances(alpha, sigma).sqrt()
+        return torch.special.ndtr(z) @ self.weights
+
+    def quantile(self, p: Tensor, alpha: float = 1.0, sigma: float = 0.0) -> Tensor:
+        """The x at which :meth:`cdf` is p, for p [N] in (0, 1): float64 [N], by bisection."""
+        stds, means = self.variances(alpha, sigma).sqrt(), alpha * self.means[:, 0]
+        low, high = (torch.full_like(p, end, dtype=torch.float64)
+                     for end in ((means - 40 * stds).min().item(), (means + 40 * stds).max().item()))  # fmt: skip
+        for _ in range(64):
+            middle = (low + high) / 2
+            below = self.cdf(middle, alpha, sigma) < p
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    def distance(self, x: Tensor, alpha: float = 1.0, sigma: float = 0.0) -> float:
+        """sup |F_n - F| of points [n] and the exact distribution of x_t (Kolmogorov & Smirnov)."""
+        exact = self.cdf(x.double().sort().values, alpha, sigma)
+        steps = torch.arange(len(x) + 1, dtype=torch.float64, device="cpu") / len(x)
+        return max((steps[1:] - exact).max().item(), (exact - steps[:-1]).max().item())
+
     def predict(self, x: Tensor, alpha: float, sigma: float, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """E[x_0 | x_t = x] and E[eps | x_t = x], float64 [N, D].
 
@@ -97,6 +119,11 @@ class Gaussians:
 
         classes = None if self.labels is None else tuple(map(str, range(int(self.labels.max()) + 1)))
         return Model(network, process, prediction, (self.means.shape[1],), classes, "gaussians", clip=False)
+
+
+def critical(n: int) -> float:
+    """What :meth:`Gaussians.distance` is below in 99 of 100 sets of n points of the exact distribution."""
+    return 1.628 / math.sqrt(n)
 
 
 def plane(title: str, data: Gaussians, points: Mapping[str, Tensor], limit: float) -> Panel:

@@ -6,12 +6,14 @@ X are samples, Y points of the mixture. The table has the distance and how far t
 at most; the last row is for other points of the mixture in place of samples.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..sampling import sample
 from ..schedule import Schedule
-from . import Figure
+from . import Figure, sampler_of
 from .gaussians import Gaussians, plane
 
 DATA = Gaussians([[-1.2, -0.8], [1.2, -0.5], [0.0, 1.2]], [0.2, 0.35, 0.15], [0.3, 0.5, 0.2])
@@ -33,14 +35,15 @@ def share_error(x: Tensor) -> float:
     return (shares - DATA.weights).abs().max().item()
 
 
-def figure(n: int = 2000) -> Figure:
-    """n samples of each sampler and number of steps."""
+def figure(n: int = 2000, samplers: Sequence[str] = SAMPLERS) -> Figure:
+    """n samples of each sampler, as ddim or ddim,eta=1, and number of steps."""
     model, (truth, _), (others, _) = DATA.model(Schedule.linear()), DATA.draw(n, seed=1), DATA.draw(n, seed=2)
     rows, panels = [], []
-    for name in SAMPLERS:
+    for text in samplers:
+        name, options = sampler_of(text)
         for steps in STEPS:
-            x = sample(model, n, sampler=name, steps=steps, batch_size=n, progress=False)
-            rows.append((name, steps, energy_distance(x, truth), share_error(x)))
-            panels.append(plane(f"{name}, {steps} steps", DATA, {"": x}, LIMIT))
+            x = sample(model, n, sampler=name, steps=steps, batch_size=n, progress=False, **options)
+            rows.append((text, steps, energy_distance(x, truth), share_error(x)))
+            panels.append(plane(f"{text}, {steps} steps", DATA, {"": x}, LIMIT))
     rows.append(("the mixture", 0, energy_distance(others, truth), share_error(others)))
     return Figure(("sampler", "steps", "energy distance", "share of a mode"), rows, panels, across=len(STEPS))

@@ -18,7 +18,7 @@ from ..ops import noise
 from ..sampling import sample
 from ..schedule import Schedule
 from . import Figure, Panel
-from .gaussians import Gaussians
+from .gaussians import Gaussians, critical
 
 DATA = Gaussians([[-1.5], [1.0]], [0.2, 0.4], [0.4, 0.6])
 SHOWN, LIMIT = 15, 4.0
@@ -45,15 +45,6 @@ def backward(schedule: Schedule, n: int, sampler: str) -> Tensor:
     return torch.stack(path[::-1])[..., 0]
 
 
-def distance(x: Tensor, alpha: float, sigma: float) -> float:
-    """sup |F_n - F| of points [n] and the exact distribution of x_t."""
-    x = x.double().sort().values[:, None]
-    z = (x - alpha * DATA.means[:, 0]) / DATA.variances(alpha, sigma).sqrt()
-    exact = torch.special.ndtr(z) @ DATA.weights
-    steps = torch.arange(len(x) + 1, dtype=torch.float64, device="cpu") / len(x)
-    return max((steps[1:] - exact).max().item(), (exact - steps[:-1]).max().item())
-
-
 def levels(schedule: Schedule) -> list[tuple[float, float]]:
     """(alpha, sigma) after each number of steps, 0 to T."""
     pairs = zip(schedule.alpha_bar.sqrt().tolist(), schedule.one_minus_alpha_bar.sqrt().tolist(), strict=True)
@@ -70,8 +61,8 @@ def figure(n: int = 2000, steps: int = 1000) -> Figure:
     }
     known, rows = levels(schedule), []
     for k in (i * steps // 4 for i in range(5)):
-        between = [distance(path[k], *known[k]) for path in kinds.values()]
-        rows.append((k, deviation(*known[k]), *between, 1.628 / math.sqrt(n)))
+        between = [DATA.distance(path[k], *known[k]) for path in kinds.values()]
+        rows.append((k, deviation(*known[k]), *between, critical(n)))
     x = torch.linspace(-LIMIT, LIMIT, 150, dtype=torch.float64, device="cpu")
     shown = [round(i * steps / 200) for i in range(201)]
     image = torch.stack([DATA.log_prob(x[:, None], *known[k]).exp() for k in shown], 1)
