@@ -1,13 +1,13 @@
 """Data sets as code: captioned pictures, each set a module of this package.
 
-A set is a subclass of :class:`Pictures`. The name of its module is the name of the set, the first line of the module's
-docstring its description. Nothing else lists it: training, evaluation and ``diffkern data`` find it here.
+A set is a subclass of :class:`PictureSet`. The name of its module is the name of the set, and the first line of the
+module's docstring is its description. Nothing else lists it: training, evaluation and ``diffkern data`` find it here.
 """
 
 import io
 import re
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -20,7 +20,7 @@ from ..philox import words
 
 FOLDER = Path(__file__).parent
 
-PICTURES_STREAM = 7
+DATASET_STREAM = 7
 """The Philox stream of all that a set draws: attributes, captions, and which pairs are held out."""
 
 CAPTION = 2**31
@@ -29,7 +29,7 @@ CAPTION = 2**31
 SPLITS = ("train", "test", "all")
 
 
-class Pictures:
+class PictureSet:
     """Captioned pictures: a map-style dataset whose item i is a function of ``(seed, i)`` alone.
 
     An item is a dict of "x", uint8 [3, size, size]; "caption", a str; and "attributes", the class of each attribute by
@@ -102,7 +102,7 @@ class Pictures:
         raise NotImplementedError
 
     @classmethod
-    def fetch(cls, **arguments: Any) -> "Pictures":
+    def fetch(cls, **arguments: Any) -> "PictureSet":
         """Make the set with what its arguments need to be downloaded, as ``diffkern data`` does."""
         return cls(**arguments)
 
@@ -119,12 +119,12 @@ class Pictures:
 
     @property
     def fingerprint(self) -> str:
-        """What makes the pictures and their order, by which a run that is resumed tells whether its data are the same."""
+        """Return what makes the pictures, by which a run that is resumed tells whether its data are the same."""
         return f"{type(self).__name__} {self.split} seed {self.seed} size {self.size}"
 
     def noise(self, i: int, step: int) -> list[int]:
         """Return four words of 32 bits: a function of the seed, the item and the step."""
-        return words(np.array([i]), step, PICTURES_STREAM, self.seed)[0].tolist()
+        return words(np.array([i]), step, DATASET_STREAM, self.seed)[0].tolist()
 
     def kept(self, i: int, parts: int) -> list[bool]:
         """Draw which of the parts of caption i it has."""
@@ -133,7 +133,7 @@ class Pictures:
 
 
 class Labelled:
-    """A transform: of an item its x, and as its label the number of its class of ``attribute``, or no label for None."""
+    """A transform: keeps x, with the number of its class of ``attribute`` as "label", or without a label for None."""
 
     def __init__(self, attribute: str | None, classes: tuple[str, ...] | None):
         self.attribute = attribute
@@ -145,18 +145,18 @@ class Labelled:
         return {"x": item["x"], "label": self.labels[item["attributes"][self.attribute]]}
 
 
-def sets() -> dict[str, type[Pictures]]:
+def sets() -> dict[str, type[PictureSet]]:
     """Return the sets by name."""
     found = {}
     for module in iter_modules(__path__):
         members = vars(import_module(f".{module.name}", __name__)).values()
         for member in members:
-            if isinstance(member, type) and issubclass(member, Pictures) and member.__module__.endswith(module.name):
+            if isinstance(member, type) and issubclass(member, PictureSet) and member.__module__.endswith(module.name):
                 found[module.name] = member
     return found
 
 
-def attribute_of(made: type[Pictures], attribute: str | None) -> tuple[str, ...] | None:
+def attribute_of(made: type[PictureSet], attribute: str | None) -> tuple[str, ...] | None:
     """Return the classes of an attribute of a set, None for None. Raises ValueError for one that it has not."""
     if attribute is None:
         return None
@@ -186,7 +186,7 @@ def on_white(rgba: np.ndarray) -> np.ndarray:
     return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-@lru_cache(maxsize=None)
+@cache
 def atlas(name: str, size: int) -> np.ndarray:
     """Read a packed file, pictures in rows from the top left, the last row filled up: uint8 [K, size, size, 3]."""
     from PIL import Image

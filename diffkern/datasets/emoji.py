@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import FOLDER, PICTURES_STREAM, Pictures, atlas, shrunk, words, words_of
+from . import DATASET_STREAM, FOLDER, PictureSet, atlas, shrunk, words, words_of
 
 SIDE = 32  # pixels of a packed picture
 STYLES = ("noto", "twemoji", "fluent 3d", "fluent flat", "noto v1", "emojione", "fxemoji")
@@ -49,11 +49,11 @@ def read_things() -> tuple[Thing, ...]:
 THINGS = read_things()
 
 
-class Emoji(Pictures):
+class Emoji(PictureSet):
     """Emoji: item i is picture i modulo their number, its caption the name, one tag and the style.
 
     5 % of the pairs of a thing and a style are held out as "test": no style's only thing, and no thing as a whole.
-    Pictures are 32 x 32 or of a size that divides 32; or with ``folder``, one that ``diffkern data emoji`` wrote, of its
+    PictureSet are 32 x 32 or of a size that divides 32; or with ``folder``, one that ``diffkern data emoji`` wrote, of its
     size or one that divides that. Raises ValueError for others, FileNotFoundError for a folder without the pictures.
 
     folder  pictures to read instead of the packed ones
@@ -62,7 +62,9 @@ class Emoji(Pictures):
     licence = "CC BY 4.0, Apache 2.0 and MIT by style; names and tags MIT"
     attributes = {"style": STYLES, "group": GROUPS, "thing": tuple(thing.label for thing in THINGS)}
 
-    def __init__(self, n: int | None = None, size: int = SIDE, *, folder: str | os.PathLike | None = None, **options: Any):
+    def __init__(
+        self, n: int | None = None, size: int = SIDE, *, folder: str | os.PathLike | None = None, **options: Any
+    ):
         super().__init__(n, size, **options)
         self.drawn: np.ndarray | None = None  # of all pairs, [10041, S, S, 3], where they were downloaded
         self.files = None if folder is None else _files(Path(folder))
@@ -128,10 +130,14 @@ class Emoji(Pictures):
         lacking = [stem for stem in map(self.stem, range(min(self.n, self.available()))) if stem not in self.files]
         if lacking:
             got = f"none of {len(lacking):,}, as {lacking[0]}.png"
-            raise FileNotFoundError(f"folder: expected the pictures that diffkern data emoji writes, got {got}: {folder}")
+            raise FileNotFoundError(
+                f"folder: expected the pictures that diffkern data emoji writes, got {got}: {folder}"
+            )
         side = len(_read(self.files[self.stem(0)]))
         if side % self.size:
-            raise ValueError(f"size: expected one that divides {side}, the size of the pictures in {folder}, got {self.size}")
+            raise ValueError(
+                f"size: expected one that divides {side}, the size of the pictures in {folder}, got {self.size}"
+            )
 
 
 @cache
@@ -140,7 +146,7 @@ def pairs(split: str) -> tuple[tuple[int, str], ...]:
     found = []
     for number, thing in enumerate(THINGS):
         index = np.array([number * 8 + STYLES.index(style) for style in thing.styles])
-        held = words(index, HELD_OUT_STEP, PICTURES_STREAM, 0)[:, 0] < HELD_OUT * 2**32
+        held = words(index, HELD_OUT_STEP, DATASET_STREAM, 0)[:, 0] < HELD_OUT * 2**32
         held &= not held.all()  # a thing is never held out as a whole
         found += [
             (number, style)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import FOLDER, PICTURES_STREAM, Pictures, atlas, on_white, rasterized, shrunk, words, words_of
+from . import DATASET_STREAM, FOLDER, PictureSet, atlas, on_white, rasterized, shrunk, words, words_of
 
 SIDE = 64  # pixels of a packed face; the smaller sizes that divide it are averages of these
 PACKED = {"train": 1536, "test": 512}
@@ -76,7 +76,7 @@ HELD_OUT = (
 """Pairs of attributes that no face of the split "train" has, and of which every face of "test" has one."""
 
 
-class Faces(Pictures):
+class Faces(PictureSet):
     """Faces whose attributes are drawn independently: uniformly, but that two in three have no beard.
 
     A face is a function of ``(seed, i)`` and of the split, anywhere. "train" never has the pairs :data:`HELD_OUT`;
@@ -96,9 +96,7 @@ class Faces(Pictures):
 
     def values(self, i: int) -> dict[str, str]:
         numbers = draw(np.array([i]), self.seed, self.split)[0].tolist()
-        return {
-            name: classes[number] for (name, classes), number in zip(self.attributes.items(), numbers, strict=True)
-        }
+        return {name: classes[number] for (name, classes), number in zip(self.attributes.items(), numbers, strict=True)}
 
     def picture(self, i: int) -> np.ndarray:
         if SIDE % self.size:
@@ -123,7 +121,7 @@ def draw(index: np.ndarray, seed: int, split: str) -> np.ndarray:
     drawn = np.empty((len(index), len(CLASSES)), np.int64)
     left, attempt = np.arange(len(index)), 0
     while len(left):  # a face of "train" that has a held-out pair is drawn again
-        blocks = [words(index[left], 4 * attempt + block, PICTURES_STREAM, seed) for block in range(3)]
+        blocks = [words(index[left], 4 * attempt + block, DATASET_STREAM, seed) for block in range(3)]
         w = np.concatenate(blocks, 1)  # uint64 [N, 12]
         for k, (name, classes) in enumerate(CLASSES.items()):
             ends = np.cumsum(CHANCES.get(name, (1,) * len(classes)))
