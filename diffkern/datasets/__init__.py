@@ -44,7 +44,7 @@ class PictureSet:
 
     Raises TypeError or ValueError that names the argument.
 
-    A set defines the class variables and the four methods below, and ``__init__`` if it has arguments of its own.
+    A set defines the class variables and the methods up to :meth:`vocabulary`; see ``faces.py``.
     """
 
     licence: ClassVar[str]  # of the pictures, in a line; THIRD_PARTY.md has the notices
@@ -197,8 +197,8 @@ def atlas(name: str, size: int) -> np.ndarray:
     return pixels.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
 
 
-def rasterized(svg: str, size: int) -> np.ndarray:
-    """Draw an SVG: uint8 [size, size, 4], alpha last and not multiplied in. Raises ImportError without resvg-py."""
+def renderer() -> Any:
+    """Return the module resvg_py. Raises ImportError without it."""
     try:
         import resvg_py
     except ImportError:
@@ -206,8 +206,13 @@ def rasterized(svg: str, size: int) -> np.ndarray:
             "data: expected resvg-py, which draws the pictures that are not packed, got none: "
             "run pip install 'diffkern[faces]'"
         ) from None
+    return resvg_py
+
+
+def rasterized(svg: str, size: int) -> np.ndarray:
+    """Draw an SVG: uint8 [size, size, 4], alpha last and not multiplied in. Raises ImportError without resvg-py."""
     from PIL import Image
 
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)
+    png = renderer().svg_to_bytes(svg_string=svg, width=size, height=size)
     with Image.open(io.BytesIO(bytes(png))) as image:
         return np.asarray(image.convert("RGBA"))

@@ -1,4 +1,4 @@
-"""1,911 things in the drawings of seven free emoji fonts, 10,041 pictures, with their names, tags and styles.
+"""1,911 things in the drawings of seven free emoji fonts, 10,039 pictures, with their names, tags and styles.
 
 The pictures are packed at 32 x 32. ``diffkern data emoji --size 64 --out FOLDER`` makes them at 64 x 64 from npm.
 """
@@ -52,9 +52,9 @@ THINGS = read_things()
 class Emoji(PictureSet):
     """Emoji: item i is picture i modulo their number, its caption the name, one tag and the style.
 
-    5 % of the pairs of a thing and a style are held out as "test": no style's only thing, and no thing as a whole.
-    PictureSet are 32 x 32 or of a size that divides 32; or with ``folder``, one that ``diffkern data emoji`` wrote, of its
-    size or one that divides that. Raises ValueError for others, FileNotFoundError for a folder without the pictures.
+    5 % of the pairs of a thing and a style are held out as "test": never a thing as a whole.
+    Pictures are 32 x 32 or of a size that divides 32. With ``folder``, which ``diffkern data emoji`` wrote, they are of
+    its size or one that divides that. Raises ValueError for others, FileNotFoundError for a folder without pictures.
 
     folder  pictures to read instead of the packed ones
     """
@@ -66,7 +66,7 @@ class Emoji(PictureSet):
         self, n: int | None = None, size: int = SIDE, *, folder: str | os.PathLike | None = None, **options: Any
     ):
         super().__init__(n, size, **options)
-        self.drawn: np.ndarray | None = None  # of all pairs, [10041, S, S, 3], where they were downloaded
+        self.drawn: np.ndarray | None = None  # of all pairs, [K, S, S, 3], where they were downloaded
         self.files = None if folder is None else _files(Path(folder))
         if folder is not None:
             self._check_files(folder)
@@ -84,7 +84,7 @@ class Emoji(PictureSet):
         if self.files is not None:
             return shrunk(_read(self.files[self.stem(i)]), self.size)
         if self.drawn is not None:
-            return shrunk(self.drawn[pairs("all").index(pair)], self.size)
+            return shrunk(self.drawn[numbers()[pair]], self.size)
         thing, style = pair
         return shrunk(atlas(file_of(style), SIDE)[places(style)[thing]], self.size)
 
@@ -127,17 +127,14 @@ class Emoji(PictureSet):
         return found[i % len(found)]
 
     def _check_files(self, folder: str | os.PathLike) -> None:
+        place = os.fspath(folder)
         lacking = [stem for stem in map(self.stem, range(min(self.n, self.available()))) if stem not in self.files]
         if lacking:
-            got = f"none of {len(lacking):,}, as {lacking[0]}.png"
-            raise FileNotFoundError(
-                f"folder: expected the pictures that diffkern data emoji writes, got {got}: {folder}"
-            )
+            got = f"{place!r} without {len(lacking):,} of them, as {lacking[0]}.png"
+            raise FileNotFoundError(f"folder: expected the pictures that diffkern data emoji writes, got {got}")
         side = len(_read(self.files[self.stem(0)]))
         if side % self.size:
-            raise ValueError(
-                f"size: expected one that divides {side}, the size of the pictures in {folder}, got {self.size}"
-            )
+            raise ValueError(f"size: expected one that divides {side}, that of {place!r}, got {self.size}")
 
 
 @cache
@@ -154,6 +151,12 @@ def pairs(split: str) -> tuple[tuple[int, str], ...]:
             if split == "all" or out == (split == "test")
         ]
     return tuple(found)
+
+
+@cache
+def numbers() -> dict[tuple[int, str], int]:
+    """Return the number of each picture in the split "all"."""
+    return {pair: number for number, pair in enumerate(pairs("all"))}
 
 
 @cache

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..progress import tell
-from . import on_white, rasterized
+from . import on_white, rasterized, renderer
 from .emoji import Thing
 
 SIDE = 64
@@ -35,7 +35,7 @@ def download(things: Sequence[Thing], pairs: Sequence[tuple[int, str]]) -> np.nd
     npm downloads into a folder that is deleted afterwards; nothing of the packages runs. Raises FileNotFoundError
     without npm, RuntimeError where it fails, ImportError without resvg-py.
     """
-    rasterized("<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1 1'/>", 1)  # it is there, before npm begins
+    renderer()
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError("emoji: expected npm, which downloads the drawings, got none: apt-get install npm")

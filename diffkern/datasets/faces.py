@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import DATASET_STREAM, FOLDER, PictureSet, atlas, on_white, rasterized, shrunk, words, words_of
+from . import DATASET_STREAM, FOLDER, PictureSet, atlas, on_white, rasterized, renderer, shrunk, words, words_of
 
 SIDE = 64  # pixels of a packed face; the smaller sizes that divide it are averages of these
 PACKED = {"train": 1536, "test": 512}
@@ -89,9 +89,19 @@ class Faces(PictureSet):
     licence = 'CC BY 4.0, "Personas by Draftbit" (https://personas.draftbit.com), redrawn'
     attributes = {name: tuple(classes) for name, classes in CLASSES.items()}
 
+    def __init__(self, n: int | None = None, size: int = SIDE, **options: Any):
+        super().__init__(n, size, **options)
+        if SIDE % size or self.n > self.packed:
+            renderer()
+
+    @property
+    def packed(self) -> int:
+        """How many of the first faces are in the packed file."""
+        return PACKED.get(self.split, 0) if self.seed == 0 else 0
+
     def available(self) -> int:
         if find_spec("resvg_py") is None:
-            return PACKED.get(self.split, 1)
+            return self.packed or 1
         return 1000 if self.split == "test" else 1_000_000
 
     def values(self, i: int) -> dict[str, str]:
@@ -101,7 +111,7 @@ class Faces(PictureSet):
     def picture(self, i: int) -> np.ndarray:
         if SIDE % self.size:
             return render(svg(self.values(i)), self.size)
-        if self.seed == 0 and i < PACKED.get(self.split, 0):
+        if i < self.packed:
             first = 0 if self.split == "train" else PACKED["train"]
             return shrunk(atlas("faces.webp", SIDE)[first + i], self.size)
         return shrunk(render(svg(self.values(i)), SIDE), self.size)

@@ -1,6 +1,7 @@
 """Makes the packed files of the sets: ``python -m diffkern.datasets.pack NODE_MODULES``, a maintainer's command.
 
-The folder holds the packages of ``emoji_sources.SOURCES``, emojibase-data@17.0.0 and emojilib@4.0.3 as npm installs them.
+The folder holds the packages of ``emoji_sources.SOURCES``, emojibase-data@17.0.0 and emojilib@4.0.3 as npm installs
+them. For the faces alone no folder is needed.
 """
 
 import json
@@ -16,18 +17,17 @@ from . import FOLDER, emoji, emoji_sources, faces, shrunk, words_of
 
 COLUMNS = 44  # pictures in a row of a packed file
 
-LEFT_OUT = frozenset(
-    # slang and abbreviations
-    "adorbs ass awesome babe bae bestie bff bro dunno fml gb haha hehe homie huh idk ily jk lmao lol md meh mwah ng "
-    "nope oh omg pa pga phew rofl sassy sexy shh slay smh st tbt twinsies ugh virgin wc whoa wip woah woohoo wow xoxo "
-    "yay yolo zen zzz "
-    # words that are no subject of a picture
-    "again ask at charge cost counterpart do doing done favor fine for forgot get getting here identical if it know "
-    "knows last maybe me meaning or other remove seriously special still the there type unified unspecified what "
-    "whatever who you "
-    # judgements of people
-    "crazy criminal fail gross hairless ignorance pest silly villain weird".split()
-)
+SLANG = """
+adorbs ass awesome babe bae bestie bff bro dunno fml gb haha hehe homie huh idk ily jk lmao lol md meh mwah ng nope oh
+omg pa pga phew rofl sassy sexy shh slay smh st tbt twinsies ugh virgin wc whoa wip woah woohoo wow xoxo yay yolo zen
+zzz
+"""
+NOT_SEEN = """
+again ask at charge cost counterpart do doing done favor fine for forgot get getting here identical if it know knows
+last maybe me meaning or other remove seriously special still the there type unified unspecified what whatever who you
+"""
+JUDGEMENTS = "crazy criminal fail gross hairless ignorance pest silly villain weird"
+LEFT_OUT = frozenset(f"{SLANG} {NOT_SEEN} {JUDGEMENTS}".split())
 """Tags that were left out when the list was read."""
 
 
@@ -93,4 +93,5 @@ def write(pictures: list[np.ndarray], name: str) -> None:
 
 if __name__ == "__main__":
     pack_faces()
-    pack_emoji(Path(sys.argv[1]))
+    if sys.argv[1:]:
+        pack_emoji(Path(sys.argv[1]))
