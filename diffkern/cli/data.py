@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("set", nargs="?", metavar="SET", choices=tuple(sets()), help=f"one of {', '.join(sets())}")
     parser.add_argument("--out", metavar="FOLDER", help="write pictures, metadata.csv and LICENCE.txt there")
     parser.add_argument("--n", type=count, help=f"how many pictures (default: all, and {WRITTEN:,} at most)")
-    parser.add_argument("--size", type=count, help="of a side, in pixels (default: 32)")
+    parser.add_argument("--size", type=count, help="of a side, in pixels (default: faces 64, emoji 32)")
     parser.add_argument("--split", choices=SPLITS, help="train is without what is held out (default: train)")
     parser.add_argument("--seed", type=int, help="of what is drawn (default: 0)")
     parser.add_argument("--drop", type=float, metavar="P", help="chance of each part of a caption to be left out (0)")
