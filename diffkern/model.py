@@ -7,7 +7,7 @@ checkpoint (:mod:`diffkern.training`) is such a file with more tensors in it; it
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -26,7 +26,7 @@ from .io.files import CHECKPOINT, compare, fill, read, restore, state, write
 from .networks import UNet
 from .networks.blueprint import Blueprint
 from .prediction import PREDICTIONS
-from .process import Process
+from .process import Process, checked_int
 from .samplers import LEARNED, VARIANCES
 from .schedule import SPACINGS, from_config
 
@@ -71,10 +71,7 @@ class Model:
             raise TypeError(f"schedule: expected a Schedule or another process, got {type(self.schedule).__name__}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
-        self.shape = tuple(self.shape)
-        sizes = [size for size in self.shape if isinstance(size, int) and not isinstance(size, bool) and size > 0]
-        if not self.shape or len(sizes) != len(self.shape):
-            raise ValueError(f"shape: expected positive sizes, as (C, H, W), got {self.shape}")
+        self.shape = _checked_shape(self.shape)
         if self.classes is not None:
             self.classes = tuple(self.classes)
             names = [name.lower() if isinstance(name, str) else name for name in (*self.classes, "none")]
@@ -212,6 +209,16 @@ class Model:
         }
 
 
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    expected = "positive sizes, as (C, H, W)"
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"shape: expected {expected}, got {shape!r}")
+    shape = tuple(checked_int("shape", size, expected) for size in shape)
+    if not shape or min(shape) < 1:
+        raise ValueError(f"shape: expected {expected}, got {shape}")
+    return shape
+
+
 def _parameters(network: Any) -> Iterator[Tensor]:
     return network.parameters() if isinstance(network, nn.Module) else iter(())
 
@@ -314,15 +321,23 @@ def build(
     taken before they fit. Or ``into`` gets them. Raises ValueError that begins with ``path``, for whatever no diffkern
     has written, and for another model than ``into``.
     """
-    planned = into is None
-    model = _planned(description, len(tensors), path) if planned else _checked(into, description, len(tensors), path)
+    model = plan(description, tensors, path, into=into)
     prefix = description.get("prefix", "") if prefix is None else prefix
     weights = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
-    if planned:
+    if into is None:
         fill(model.network, weights, path, device)
     else:
         restore(state(model.network.to(device or "cpu")), weights, path)
     return model
+
+
+def plan(
+    description: dict[str, Any], tensors: Mapping[str, Tensor], path: str | os.PathLike, *, into: Model | None = None
+) -> Model:
+    """The model that :func:`build` gives weights to: its network on the meta device, or that of ``into`` as it is."""
+    return (
+        _planned(description, len(tensors), path) if into is None else _checked(into, description, len(tensors), path)
+    )
 
 
 def _checked(into: Model, description: dict[str, Any], tensors: int, path: str | os.PathLike) -> Model:

@@ -8,6 +8,7 @@ quantities of a :class:`Point`, so that no sampler knows a process. All of this 
 
 import math
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -55,7 +56,7 @@ class Point:
 END = Point(1.0, 0.0, log_alpha=0.0, log_sigma=-math.inf, time=math.nan, c_noise=math.nan, address=-1)
 
 
-class Process:
+class Process(ABC):
     """Noise by time: ``alpha``, ``sigma`` and ``c_noise`` of t in [t_min, t_max], as float64 NumPy arrays.
 
     A process says these three. The rest follows from them; a subclass may say it again in closed form.
@@ -71,11 +72,13 @@ class Process:
 
     # --- what a process says ---
 
+    @abstractmethod
     def alpha(self, t: ArrayLike) -> NDArray:
-        raise NotImplementedError
+        """The factor of the data in x_t."""
 
+    @abstractmethod
     def sigma(self, t: ArrayLike) -> NDArray:
-        raise NotImplementedError
+        """The standard deviation of the noise in x_t."""
 
     def c_noise(self, t: ArrayLike) -> NDArray:
         """What the network gets as its t."""

@@ -14,6 +14,7 @@ intermediate states that a paper keeps cost no memory, and a noise before a call
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,7 +121,7 @@ class Form:
 # --- the two ways to run a sampler ---
 
 
-class Sampling:
+class Sampling(ABC):
     """What a sampler is written in: ``m(x, s)`` is x0_hat, ``m.eps(x, s)`` the noise, ``m.z(s, t)`` a step's noise."""
 
     def __init__(self, grid: Grid):
@@ -134,9 +135,9 @@ class Sampling:
             self.at_step_start = self.begins = True
             yield s, t
 
+    @abstractmethod
     def predict(self, x: Any, s: Point) -> tuple[Any, Any]:
         """Call the network on x at s: (x0_hat, eps = (x - alpha x0_hat) / sigma)."""
-        raise NotImplementedError
 
     def __call__(self, x: Any, s: Point) -> Any:
         return self.predict(x, s)[0]
@@ -168,8 +169,9 @@ class Sampling:
         first = HALVES + 2 * s.address + 1
         return self.noise(Noise(first, 1)), self.noise(Noise(first - 1, 1))
 
+    @abstractmethod
     def noise(self, address: Noise) -> Any:
-        raise NotImplementedError
+        """The standard normals at an address."""
 
     def reach(self, x: Any, t: Point) -> Any:
         """Say that x is at the grid's point t, where constraints apply: :meth:`steps` does, once a step."""

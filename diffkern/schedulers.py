@@ -80,22 +80,26 @@ PROCESS_OF = {
     "FlowMatchHeunDiscreteScheduler": "flow",
 }
 
-REFUSED = (
-    "thresholding",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "use_flow_sigmas",
-    "invert_sigmas",
-    "time_shift",
-)
-"""Settings that change what a scheduler computes, and that this one does not follow."""
+FOLLOWED: dict[str, tuple[Any, ...]] = {
+    "thresholding": (False,),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "use_flow_sigmas": (False, None),
+    "invert_sigmas": (False,),
+    "sigma_schedule": ("karras",),
+    "rho": (7.0,),
+    "shift_terminal": (None,),
+    "stochastic_sampling": (False,),
+    "time_shift_type": ("exponential",),
+}
+"""Settings that change what a scheduler computes, with the values that this one follows."""
 
 
 def _settings(name: str, config: Mapping[str, Any], other_sampler: bool) -> dict[str, Any]:
     """What a scheduler of that class, with that config, is in our terms, beyond the settings that have one name."""
     if name not in SAMPLER_OF and not other_sampler:
         raise ValueError(f"scheduler: expected one of {', '.join(SAMPLER_OF)}, or sampler=, got a {name}")
-    refused = {key: config[key] for key in REFUSED if config.get(key)}
+    refused = {key: config[key] for key, values in FOLLOWED.items() if key in config and config[key] not in values}
     if refused:
         raise ValueError(f"scheduler: expected settings that are followed, got {refused}")
     process = PROCESS_OF.get(name, "betas")
@@ -161,6 +165,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"process: expected 'betas', 'edm' or 'flow', got {process!r}")
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type: expected one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+        if process == "edm" and prediction_type != "epsilon":
+            raise ValueError(f"prediction_type: expected 'epsilon', which is F, on EDM, got {prediction_type!r}")
         self.sampler, self.options = SAMPLERS[sampler], dict(options or {})
         self.sampler.check(self.options)
         self.prediction = {"edm": "edm", "flow": "flow"}.get(process, PREDICTION_TYPES[prediction_type])
@@ -211,7 +217,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = num_inference_steps
         self._grid = _grid(self.config, self.process, num_inference_steps, timesteps, sigmas, mu)
         self._device = torch.device("cpu" if device is None else device)
-        self._begin = 0
+        self._begin, self._row = 0, None  # the row whose turn it is; None between runs
         program = self._trace(self._grid)
         called = [row.point for row in program.rows if row.point is not None]
         whole = self.process.discrete and all(point.c_noise == int(point.c_noise) for point in called)
@@ -312,7 +318,6 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         self.seeds = _seeds(len(sample), generator).to(sample.device)
 
     def _trace(self, grid: Grid, eta: float | None = None) -> Program:
-        self._row: int | None = None
         options = dict(self.options)
         if "eta" in self.sampler.options and eta is not None:
             options["eta"] = eta

@@ -201,3 +201,8 @@ def dpmpp_2m_trajectory(
         states.append((x, x0_hat))
         x = sigma[i + 1] / sigma[i] * x - a[i + 1] * ((-h).exp() - 1) * D
     return [*states, (x, x)]
+
+
+def normals(n: int, d: int, seed: int = 0) -> torch.Tensor:
+    """Standard normals [n, d] float64."""
+    return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

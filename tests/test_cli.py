@@ -6,10 +6,10 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from importlib.util import find_spec
 
@@ -26,6 +26,7 @@ from diffkern.cli import evaluate as evaluate_command
 from diffkern.cli import main
 from diffkern.cli import plot as plot_command
 from diffkern.cli import sample as sample_command
+from diffkern.cli import train as train_command
 from diffkern.constraints import Quantile
 from diffkern.evaluate import Classifier, save_classifier
 from diffkern.images import read_settings, to_uint8
@@ -53,20 +54,32 @@ TRAIN = [
 ]
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model's file."""
+    path = tmp_path_factory.mktemp("saved") / "m.safetensors"
+    save(tiny.model(), path)
+    return path
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, saved):
     """A working directory with a model in it."""
     monkeypatch.chdir(tmp_path)
-    save(tiny.model(), "m.safetensors")
+    shutil.copy(saved, tmp_path)
     return tmp_path
+
+
+def write_pictures(folder):
+    for label in ("cats", "dogs"):
+        (folder / label).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (9, 8), (50 * i, 100, 20)).save(folder / label / f"{i}.png")
 
 
 @pytest.fixture
 def pictures(folder):
-    for label in ("cats", "dogs"):
-        (folder / "pictures" / label).mkdir(parents=True)
-        for i in range(3):
-            Image.new("RGB", (9, 8), (50 * i, 100, 20)).save(folder / "pictures" / label / f"{i}.png")
+    write_pictures(folder / "pictures")
     return "pictures"
 
 
@@ -258,13 +271,13 @@ def test_inpaint_keeps_all_but_the_masked_part(folder, capsys, where):
 
 
 def test_train_resumes_where_it_was_and_export_ships_its_average(folder, pictures, capsys):
-    assert main(["train", "--data", pictures, "--out", "run", "--steps", "4", *TRAIN]) == 0
-    assert main(["train", "--data", pictures, "--out", "run", "--steps", "6", *TRAIN]) == 0
-    assert "resuming run/checkpoint.safetensors at step 4" in capsys.readouterr().err
-    assert main(["train", "--data", pictures, "--out", "whole", "--steps", "6", *TRAIN]) == 0
+    assert main(["train", "--data", pictures, "--out", "run", "--steps", "2", *TRAIN]) == 0
+    assert main(["train", "--data", pictures, "--out", "run", "--steps", "3", *TRAIN]) == 0
+    assert "resuming run/checkpoint.safetensors at step 2" in capsys.readouterr().err
+    assert main(["train", "--data", pictures, "--out", "whole", "--steps", "3", *TRAIN]) == 0
     (description, tensors), (_, whole) = read(f"run/{CHECKPOINT}"), read(f"whole/{CHECKPOINT}")
     assert all(torch.equal(tensor, whole[key]) for key, tensor in tensors.items())
-    assert description["training"]["steps"] == 6 and description["classes"] == ["cats", "dogs"]
+    assert description["training"]["steps"] == 3 and description["classes"] == ["cats", "dogs"]
 
     assert main(["export", "run", "--out", "shipped.safetensors"]) == 0
     assert re.search(r"shipped.safetensors: \d+ parameters, 0.\d MB", capsys.readouterr().out)
@@ -357,23 +370,23 @@ def test_a_run_is_resumed_without_saying_again_what_it_is(folder, pictures, begu
     assert main([*command, "--size", "16", "--timesteps", "20", "--schedule", "linear"]) == 0  # what it is
 
 
-ANOTHER_RUN = {
-    "preset": (["--preset", "fashion-mnist"], "network: expected that of run/"),
-    "network": (["--network", '{"channels": 16}'], "network: expected that of run/"),
-    "schedule": (["--schedule", "cosine"], "schedule: expected that of run/"),
-    "timesteps": (["--timesteps", "30"], "schedule: expected that of run/"),
-    "seed": (["--seed", "1"], "seed: expected that of run/"),
-    "size": (["--size", "16"], "size: expected that of run/.*, 8, got 16"),
-    "classes": (["--data", "pictures/cats"], "data: expected the classes"),
-}
+ANOTHER_RUN = [
+    (["--preset", "fashion-mnist"], "network: expected that of run/"),
+    (["--network", '{"channels": 16}'], "network: expected that of run/"),
+    (["--schedule", "cosine"], "schedule: expected that of run/"),
+    (["--timesteps", "30"], "schedule: expected that of run/"),
+    (["--seed", "1"], "seed: expected that of run/"),
+    (["--size", "16"], "size: expected that of run/.*, 8, got 16"),
+    (["--data", "pictures/cats"], "data: expected the classes"),
+]
 
 
-@pytest.mark.parametrize(("options", "message"), ANOTHER_RUN.values(), ids=ANOTHER_RUN)
-def test_what_would_make_it_another_run_is_refused(folder, pictures, begun, capsys, options, message):
+def test_what_would_make_it_another_run_is_refused(folder, pictures, begun, capsys):
     command = ["train", "--data", pictures, "--out", "run", *QUIET]
     assert main([*command, "--size", "8", *SMALL, "--timesteps", "20"]) == 0
-    assert main([*command, *options]) == 2
-    assert re.search(rf"^diffkern: error: {message}", capsys.readouterr().err, re.MULTILINE)
+    for options, message in ANOTHER_RUN:
+        assert main([*command, *options]) == 2
+        assert re.search(rf"^diffkern: error: {message}", capsys.readouterr().err, re.MULTILINE), message
 
 
 def test_a_preset_is_applied_to_a_run_of_its_network(folder, pictures, begun):
@@ -420,23 +433,22 @@ def test_a_run_in_this_folder_names_its_model_after_it(folder, pictures, begun):
     assert begun[0].model.name == folder.name
 
 
-def test_sigterm_saves_and_leaves_with_its_status(folder, pictures):
-    command = [sys.executable, "-m", "diffkern", "train", "--data", pictures, "--out", "run", "--steps", "1000000"]
-    command += [*TRAIN, "--threads", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
-        try:
-            deadline = time.monotonic() + 120
-            log = folder / "run" / "log.csv"
-            while not (log.exists() and log.read_text().count("\n") > 1):
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.05)
-            process.send_signal(signal.SIGTERM)
-            _, message = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == 128 + signal.SIGTERM
-    steps = read(f"run/{CHECKPOINT}")[0]["training"]["steps"]
-    assert f"diffkern: SIGTERM at step {steps}: saved run/{CHECKPOINT}; run again to resume" in message
+def test_sigterm_saves_and_leaves_with_its_status(folder, pictures, monkeypatch, capsys):
+    step = training.Trainer.step
+
+    def terminated(trainer):
+        if trainer.steps == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(trainer)
+
+    ignoring = []  # what a process does that is about to leave; this one stays
+    monkeypatch.setattr(train_command, "ignore_signals", lambda: ignoring.append(True))
+    monkeypatch.setattr(training.Trainer, "step", terminated)
+    assert main(["train", "--data", pictures, "--out", "run", "--steps", "9", *TRAIN]) == 128 + signal.SIGTERM
+    assert ignoring == [True]
+    assert read(f"run/{CHECKPOINT}")[0]["training"]["steps"] == 3
+    told = f"diffkern: SIGTERM at step 3: saved run/{CHECKPOINT}; run again to resume\n"
+    assert capsys.readouterr().err.endswith(told)
 
 
 def test_a_diverging_run_is_an_error_of_one_line(folder, pictures, capsys):
@@ -498,7 +510,7 @@ def rows_of_pixels(folder):
     return "rows.pt"
 
 
-def write_pictures(folder, n, seed):
+def write_noise(folder, n, seed):
     for label in ("a", "b"):
         os.makedirs(f"{folder}/{label}")
         for i in range(n):
@@ -509,7 +521,7 @@ def write_pictures(folder, n, seed):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_evaluate_measures_a_folder_of_images_and_a_model_by_any_features(folder, rows_of_pixels, capsys):
     for seed, name in enumerate(("real", "others", "mine")):
-        write_pictures(name, 6, seed)
+        write_noise(name, 6, seed)
     command = ["evaluate", "--data", "real", "--validation", "others", "--features", rows_of_pixels, *QUIET]
     assert main([*command, "--model", "mine", "--json", "e.json", "--cache", "kept"]) == 0
     out = capsys.readouterr().out
@@ -686,12 +698,10 @@ def test_help_and_version_import_no_torch(tmp_path, option):
 
 
 def test_the_module_is_the_command():
-    command = [sys.executable, "-m", "diffkern", "export"]
+    command = [sys.executable, "-m", "diffkern", "draw"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "diffkern: error: the following arguments are required: checkpoint, --out (see diffkern export --help)\n",
-    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("diffkern: error: argument COMMAND: invalid choice: 'draw'")
 
 
 SAMPLE = ["sample", "--model", "m.safetensors", "--n", "2", "--steps", "2"]
@@ -789,23 +799,34 @@ BAD_COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD_COMMANDS.values(), ids=BAD_COMMANDS)
-def test_a_bad_command_is_one_line_and_status_2(folder, pictures, capsys, arguments, message):
-    save(tiny.model(classes=None), "u.safetensors")
+@pytest.fixture(scope="module")
+def misfits(tmp_path_factory, saved):
+    """A folder of things that a command finds something wrong with."""
+    folder = tmp_path_factory.mktemp("misfits")
+    shutil.copy(saved, folder)
+    write_pictures(folder / "pictures")
+    save(tiny.model(classes=None), folder / "u.safetensors")
     (folder / "broken.safetensors").write_bytes(b"{}")
     for name in ("empty", "idx", "foreign"):
         (folder / name).mkdir()
     (folder / "idx" / "train-images-idx3-ubyte").write_bytes(tiny.idx(np.zeros((2, 28, 28))))
-    save(tiny.model(), f"foreign/{CHECKPOINT}")
+    shutil.copy(saved, folder / "foreign" / CHECKPOINT)
+    return folder
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_COMMANDS.values(), ids=BAD_COMMANDS)
+def test_a_bad_command_is_one_line_and_status_2_and_writes_nothing(misfits, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(misfits)
+    before = sorted(misfits.rglob("[!.]*"))  # without locks
     assert main([*arguments, *QUIET] if arguments[:1] != ["export"] else arguments) == 2
     captured = capsys.readouterr()
     assert re.fullmatch(rf"diffkern: error: .*{message}.*\n", captured.err)
     assert captured.out == ""
-    assert not (folder / "run").exists() and not (folder / "samples.png").exists()
+    assert sorted(misfits.rglob("[!.]*")) == before
 
 
 def test_a_reader_that_leaves_early_is_no_error():
-    command = [sys.executable, "-m", "diffkern", "doctor"]
+    command = [sys.executable, "-m", "diffkern"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
         process.stdout.close()
         assert process.stderr.read() == b""

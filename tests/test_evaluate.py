@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 import tiny
 import torch
+from oracles import normals
 from tiny import one_thread  # noqa: F401
 
 from diffkern import evaluate, ops
@@ -32,10 +33,6 @@ from diffkern.sampling import sample
 from diffkern.schedule import Schedule
 from diffkern.training.objectives import levels_at, levels_of
 from diffkern.unet import UNet
-
-
-def normals(n: int, d: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def with_moments(mean: torch.Tensor, covariance: torch.Tensor, n: int = 200) -> torch.Tensor:

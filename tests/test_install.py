@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from forks import python
 from levels import LEVELS
 
 import diffkern
@@ -267,11 +268,6 @@ runpy.run_path({str(ROOT / "setup.py")!r})
 # --- import ---
 
 
-def python(program: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-
-
 def test_the_package_has_its_public_names_and_no_others():
     names = {
         *("noise", "q_sample", "reverse_step", "noise_loss", "diffusion_loss", "group_norm_silu", "attention"),
@@ -402,7 +398,8 @@ def test_an_sdist_has_all_that_a_build_and_its_tests_need(sdist):
 
 def test_every_module_imports_from_a_wheel(wheel, tmp_path):
     shutil.unpack_archive(wheel, tmp_path / "site", "zip")
-    program = """
+    program = f"import os, sys; os.chdir({str(tmp_path)!r}); sys.path.insert(0, {str(tmp_path / 'site')!r})"
+    program += """
 import importlib, pkgutil
 import diffkern
 names = [module.name for module in pkgutil.walk_packages(diffkern.__path__, "diffkern.")]
@@ -411,8 +408,9 @@ for name in names:
         importlib.import_module(name)
 print(diffkern.__file__, *names)
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *sys.path])}
-    place, *names = output(sys.executable, "-c", program, env=environment, cwd=tmp_path).split()
+    done = python(program)
+    assert done.returncode == 0, done.stderr
+    place, *names = done.stdout.split()
     assert Path(place) == tmp_path / "site" / "diffkern" / "__init__.py"
     sources = [path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / "diffkern").rglob("*.py")]
     modules = {".".join(parts).removesuffix(".__init__") for parts in sources}

@@ -79,7 +79,7 @@ def tables() -> Iterator[Any]:
         yield pytest.param(schedule, sampler, prediction, marks=() if covering else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("schedule", "sampler", "prediction"), tables())
+@pytest.mark.parametrize(("schedule", "sampler", "prediction"), list(tables()))
 def test_a_sampler_s_float32_coefficients_are_what_they_were(schedule, sampler, prediction):
     hashes = known.hashes_of_tables(schedule, sampler, prediction)
     assert hashes == {

@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 import tiny
 import torch
+from oracles import normals
 from tiny import one_thread  # noqa: F401
 
 from diffkern.data import Dataset
@@ -36,10 +37,6 @@ from diffkern.images import from_pixels, to_uint8
 from diffkern.model import Model
 from diffkern.sampling import sample
 from diffkern.schedule import Schedule
-
-
-def normals(n: int, d: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

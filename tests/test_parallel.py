@@ -15,6 +15,7 @@ import torch
 from test_cli import TRAIN, environment
 from test_cli import folder as folder
 from test_cli import pictures as pictures
+from test_cli import saved as saved
 from tolerances import PARALLEL
 
 from diffkern import parallel

@@ -129,6 +129,13 @@ def test_what_is_not_followed_is_refused():
         Scheduler.of(diffusers.DDPMScheduler(thresholding=True))
     with pytest.raises(ValueError, match="^scheduler: expected one of DDPMScheduler, .*, got a CMStochastic"):
         Scheduler.of(diffusers.CMStochasticIterativeScheduler())
+    for scheduler in (
+        diffusers.EDMEulerScheduler(sigma_schedule="exponential"),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift_terminal=0.1),
+        diffusers.EDMEulerScheduler(prediction_type="v_prediction"),
+    ):
+        with pytest.raises(ValueError, match="^(scheduler: expected settings|prediction_type: expected 'epsilon')"):
+            Scheduler.of(scheduler)
     with pytest.raises(ValueError, match="^sampler: expected one of"):
         Scheduler("best")
     with pytest.raises(TypeError, match="^order: expected an option of sampler 'ddim'"):

@@ -17,6 +17,7 @@ from ..data import Dataset, Items, load_dataset, picture_set
 from ..model import Model, load
 from ..progress import tell
 from ..schedule import KINDS, from_config
+from ..training import board
 from ..training.runs import check_folder, ignore_signals, locked
 from .options import add_long_options, count
 
@@ -113,6 +114,8 @@ def _train_on(device: str | None, arguments: argparse.Namespace, held: contextli
             init = load(arguments.init)
         options = _options(arguments, begun, init)
         config = training.Config(**options)
+        if config.tensorboard:
+            board.check()
         shape = begun["shape"] if begun else init.shape if init else None
         dataset = _dataset(arguments, checkpoint if begun else None, shape, config)
         validation = None if arguments.validation is None else _held_out(arguments, dataset)

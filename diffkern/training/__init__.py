@@ -10,10 +10,11 @@ from ..io.files import CHECKPOINT
 from .checkpoint import read_checkpoint
 from .config import Config, config_fields
 from .draws import Draws, draw
+from .ema import PostHoc, ema_decay, post_hoc_ema
 from .recipes import PRESETS, recipe
 from .runs import Log
 from .start import new_model
-from .trainer import Diverged, Trainer, ema_decay
+from .trainer import Diverged, Trainer
 
 __all__ = [
     "CHECKPOINT",
@@ -22,11 +23,13 @@ __all__ = [
     "Diverged",
     "Draws",
     "Log",
+    "PostHoc",
     "Trainer",
     "config_fields",
     "draw",
     "ema_decay",
     "new_model",
+    "post_hoc_ema",
     "read_checkpoint",
     "recipe",
 ]

@@ -137,7 +137,7 @@ class Ring {
   int read_ = 0;                            // the slot of the next chunk
 };
 
-// Where a warp stands in its block.
+// A warp's place in its block.
 template <class Tiling>
 struct Warp {
   int lane = threadIdx.x % 32;
@@ -300,8 +300,8 @@ inline bool in_pieces(const AttentionParams& p, std::initializer_list<HeadsView>
   return holds;
 }
 
-// What this kernel can use on the current device: the architecture that it was compiled for there decides, which may be
-// an older one. One that cannot be asked cannot be launched either, with any tensor cores.
+// The tensor cores that this kernel can use on the current device. The architecture that it was compiled for decides,
+// which may be older than the device. A kernel that cannot be asked cannot be launched either, with any tensor cores.
 inline TensorCores tensor_cores_for(DType dtype, bool pieces, void (*kernel)(AttentionParams)) {
   cudaFuncAttributes attributes{};
   report(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));

@@ -56,7 +56,7 @@ struct Thread {
   int x = threadIdx.x % kSide, y = threadIdx.x / kSide;
 };
 
-// Of a thread: rows y + 16 i, tokens x + 16 j.
+// The scores of a thread: rows y + 16 i, tokens x + 16 j.
 using Square = float[kPer][kPer];
 
 // 64 tokens from `first`, `depth` channels from `channel`, as float32; zeros where there are none.

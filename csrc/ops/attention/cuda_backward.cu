@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(const __grid_const
   if (threadIdx.x % kDeltaLanes == 0 && sample < p.samples) p.delta[row] = sum;
 }
 
-// Of a query. Where there is none, no score has a probability.
+// The statistics of a query; beyond the last one, those by which every probability is 0.
 struct Statistics {
   float lse, delta;
 };

@@ -27,7 +27,7 @@ static void find_taps(const ConvParams& p, int64_t* tap, At at) {
         for (int64_t v = 0; v < side; ++v) *tap++ = at(i + u, j + v);
 }
 
-// Where a source of x has its pixels, in elements.
+// The strides of a source of x, in elements.
 struct Source {
   int64_t border, pixel, row, term, block, sample;  // block: from kDepth channels to the next
 
@@ -82,7 +82,7 @@ DIFFKERN_FN void convert(const float* from, int64_t, int64_t count, BFloat16* to
   for (int i = 0; i < terms; ++i) std::memcpy(to + c + i * apart, rest[i], (count - c) * sizeof *to);
 }
 
-// What the block sees of `count` neighbouring channels of a source.
+// Copies the pixels of `count` neighbouring channels of a source that the block reads.
 template <class T, int terms>
 static void copy_channels(const ConvParams& p, const Block& block, const Copy& copy, const T* x, const Source& source,
                           int64_t count, BFloat16* to) {

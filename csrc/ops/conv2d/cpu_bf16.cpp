@@ -34,7 +34,7 @@ struct Tile {
   const BFloat16* rows[2];  // what the first one sees, in each part
 };
 
-// What tiles see.
+// The rows of the input that a block's tiles read.
 struct Seen {
   RowsOfA parts[2];
   int64_t part_count;
@@ -134,7 +134,7 @@ void multiply_tiles(const ConvParams& p, const Seen& seen, const Tile* tiles, in
   }
 }
 
-// Of what lies in x as the products want it.
+// Fast path: x already has the layout that the micro-kernel needs.
 template <int terms>
 void convolve_in_place(const ConvParams& p, const ConvBlocks& blocks, const Block& block) {
   alignas(64) float sums[2][kRows * kColumns];

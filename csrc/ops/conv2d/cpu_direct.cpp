@@ -46,7 +46,7 @@ void start(const ConvParams& p, const Block& block) {
   }
 }
 
-// Where a tap sees the block's pixels: rows[i] is channel `channel` of x[source], or zeros outside the image.
+// Finds the rows that a tap reads for the block's pixels: rows[i] is channel `channel` of x[source], or zeros outside the image.
 void find_rows(const ConvParams& p, const Block& block, int64_t tap, int source, int64_t channel, const float** rows) {
   const int64_t side = p.matrices == 9 ? 3 : 1, channels = p.channels[source];
   const int64_t height = p.height << p.upsample, width = p.width << p.upsample;

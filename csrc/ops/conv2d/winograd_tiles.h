@@ -42,8 +42,8 @@ struct Tiles {
     }
   }
 
-  // What a tile is to be written to soon, `columns` channels of it. A function that only prefetches does nothing in the
-  // eyes of GCC, which would not call it.
+  // Prefetches `columns` channels of the pixels that a tile will be written to. GCC takes a function that only prefetches
+  // for one without an effect, and would drop the call.
   __attribute__((always_inline)) void ask_for_outputs(Pixel at, int64_t column, int64_t columns) const {
     const float* y = static_cast<float*>(p.y) + pixel(at) * p.out_channels + column;
     for (int64_t i = 0; i < kTile; ++i)

@@ -119,7 +119,7 @@ Flat flatten(const GroupNormSiluParams& p, const Block& block) {
 
 // --- y ---------------------------------------------------------------------------------------------------------------
 
-// Where y has the registers of a row: like x, or as a blocked image, whose lines of pixels have zeros around them.
+// The layout of y: like x, or as a blocked image, whose lines of pixels have zeros around them.
 template <int n>
 struct Place {
   int64_t lines, pixels;      // so many lines of so many rows of the tile

@@ -1,4 +1,4 @@
-// What an op that reads a row of the table is given: checked, and made into parameters.
+// Checks the operands of an op that reads a row of the table, and makes them its parameters.
 
 #pragma once
 
