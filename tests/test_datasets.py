@@ -89,7 +89,8 @@ def test_a_face_is_the_same_anywhere():
     assert hashlib.sha256(faces.svg(pictures.values(0)).encode()).hexdigest()[:16] == "2dd6289d28dd1d91"
     assert pictures.caption(1) == "a face with orange hair, sunglasses, a big smile and a shirt"
     assert Faces(2).caption(1) == (
-        "a face with very dark skin, an orange short combover, sunglasses, a wrinkled nose, a big smile and a yellow shirt"
+        "a face with very dark skin, an orange short combover, sunglasses, a wrinkled nose, a big smile and a yellow "
+        "shirt"
     )
 
 
@@ -114,20 +115,28 @@ def test_the_splits_of_faces_never_overlap():
     assert all(pair.mean() > 0.15 for pair in held)
 
 
-@pytest.mark.parametrize(
-    ("values", "dropped", "caption"),
-    [
-        ({}, (), "a face with medium skin, long black hair, open eyes, a small nose, a smile, stubble and a red top"),
-        ({"hair": "cap"}, ("hair_colour", "eyes", "nose", "mouth", "clothes"), "a face with medium skin, a cap, stubble and red clothes"),
-        ({"hair": "bob", "hair_colour": "orange"}, ("hair", "skin", "clothes_colour", "clothes", "beard"), "a face with orange hair, open eyes, a small nose and a smile"),
-        ({}, tuple(faces.CLASSES), "a face"),
-        ({"hair": "mohawk", "hair_colour": "orange"}, ("skin", "eyes", "nose", "mouth", "beard", "clothes", "clothes_colour"), "a face with an orange mohawk"),
-    ],
-)  # fmt: skip
-def test_captions_tell_what_is_kept(values, dropped, caption):
-    own = dict(zip(faces.CLASSES, ("medium", "long hair", "black", "open eyes", "small nose"), strict=False))
-    own |= {"mouth": "smile", "beard": "stubble", "clothes": "top", "clothes_colour": "red"} | values
-    assert faces.describe(own, {name: name not in dropped for name in faces.CLASSES}) == caption
+OWN = dict(skin="medium", hair="long hair", hair_colour="black", eyes="open eyes", nose="small nose", mouth="smile")
+OWN |= dict(beard="stubble", clothes="top", clothes_colour="red")
+CAPTIONS = {  # the end of "a face with ..": attributes unlike OWN's, and those that are left out
+    "medium skin, long black hair, open eyes, a small nose, a smile, stubble and a red top": ({}, ""),
+    "medium skin, a cap, stubble and red clothes": ({"hair": "cap"}, "hair_colour eyes nose mouth clothes"),
+    "orange hair, open eyes, a small nose and a smile": (
+        {"hair": "bob", "hair_colour": "orange"},
+        "hair skin clothes_colour clothes beard",
+    ),
+    "an orange mohawk": (
+        {"hair": "mohawk", "hair_colour": "orange"},
+        "skin eyes nose mouth beard clothes clothes_colour",
+    ),
+}
+
+
+@pytest.mark.parametrize("told", CAPTIONS)
+def test_captions_tell_what_is_kept(told):
+    values, dropped = CAPTIONS[told]
+    kept = {name: name not in dropped.split() for name in faces.CLASSES}
+    assert faces.describe(OWN | values, kept) == f"a face with {told}"
+    assert faces.describe(OWN, dict.fromkeys(faces.CLASSES, False)) == "a face"
 
 
 @needs_resvg
@@ -176,7 +185,7 @@ def test_an_emoji_has_its_colour_and_its_caption():
     for i, (thing, style) in enumerate(emoji.pairs("all")):
         if thing == number:
             red, green, blue = pictures.picture(i)[8:20, 10:22].reshape(-1, 3).mean(0)
-            assert red > 2 * max(green, blue), style
+            assert red > 1.5 * max(green, blue), style  # the gloss of some is white
             label, tag = pictures.caption(i).removesuffix(f" in {style} style").split(", ")
             assert label == "red heart" and tag in emoji.THINGS[number].tags
     again = Emoji(3 * len(pictures), split="all", drop=1.0)

@@ -140,16 +140,15 @@ class Emoji(PictureSet):
 @cache
 def pairs(split: str) -> tuple[tuple[int, str], ...]:
     """Return the pictures of a split: the number of a thing and a style of it, things in their order."""
-    found = []
-    for number, thing in enumerate(THINGS):
-        index = np.array([number * 8 + STYLES.index(style) for style in thing.styles])
-        held = words(index, HELD_OUT_STEP, DATASET_STREAM, 0)[:, 0] < HELD_OUT * 2**32
-        held &= not held.all()  # a thing is never held out as a whole
-        found += [
-            (number, style)
-            for style, out in zip(thing.styles, held.tolist(), strict=True)
-            if split == "all" or out == (split == "test")
-        ]
+    every = [(number, style) for number, thing in enumerate(THINGS) for style in thing.styles]
+    index = np.array([number * 8 + STYLES.index(style) for number, style in every])
+    drawn = words(index, HELD_OUT_STEP, DATASET_STREAM, 0)[:, 0] < HELD_OUT * 2**32
+    shown = {number for (number, _), out in zip(every, drawn, strict=True) if not out}
+    found = [
+        pair
+        for pair, out in zip(every, drawn.tolist(), strict=True)
+        if split == "all" or (out and pair[0] in shown) == (split == "test")  # a thing is never held out as a whole
+    ]
     return tuple(found)
 
 
