@@ -74,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         default=FASHION_MNIST,
-        help=f"real images: a folder, fashion-mnist, or a folder of IDX files (default: {FASHION_MNIST})",
+        help=f"real images: a folder, fashion-mnist, faces, emoji:style .. (diffkern data), or a folder of IDX "
+        f"files (default: {FASHION_MNIST})",
     )
     parser.add_argument(
         *("--validation", "--test"),
