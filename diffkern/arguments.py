@@ -18,7 +18,7 @@ from .classifier import NoisyClassifier, load_noisy_classifier
 from .constraints import From, Inpaint
 from .engine import Engine
 from .guidance import Guidance
-from .model import Model, checked_device, is_system, load, unwrapped
+from .model import Model, checked_device, is_system, load, load_one, unwrapped
 from .networks import UNet
 from .process import checked_count, checked_float, checked_int
 from .program import FIRST_VISIT, Program
@@ -127,7 +127,9 @@ def resolve(model: Any, run: Run, options: dict[str, Any]) -> tuple[Model, Netwo
         device = torch.empty(0, dtype=torch.uint8, device=checked_device(device)).device  # with its index
     described = {name: options.pop(name, None) for name in DESCRIBED}
     if isinstance(model, str | os.PathLike):
-        model = load(model, device)
+        model = load_one(model, device)
+    if isinstance(model, System):
+        raise TypeError(f"model: expected one network, got the system {type(model).__name__}")
     if isinstance(model, Model):
         for name, value in described.items():
             if value is not None:

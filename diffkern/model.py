@@ -198,7 +198,9 @@ class Model:
             fields = dataclasses.is_dataclass(self.schedule)
             own["schedule"] = repr(self.schedule) if fields else type(self.schedule).__name__
         told = network.config["conditions"] if ours else ()
-        own |= {c.name: "Condition" for c in self.conditions if c.name not in told} | ({"codec": "Codec"} if self.codec else {})
+        own |= {c.name: "Condition" for c in self.conditions if c.name not in told} | (
+            {"codec": "Codec"} if self.codec else {}
+        )
         clip = {"quantile": self.clip.q} if isinstance(self.clip, Quantile) else self.clip
         kept = dict(variance=self.variance, clip=clip, spacing=self.spacing)
         return {
@@ -265,6 +267,14 @@ def load(
         return _system(description, tensors, path, device)
     model = build(description, tensors, path, device=device, into=into)
     model.network.eval().requires_grad_(False)
+    return model
+
+
+def load_one(name: str | os.PathLike, device: torch.device | str | None = None) -> Model:
+    """Load a model of one network. Raises TypeError for a system."""
+    model = load(name, device)
+    if isinstance(model, System):
+        raise TypeError(f"model: expected one network, got the system {os.fspath(name)}")
     return model
 
 

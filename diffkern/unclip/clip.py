@@ -1,4 +1,4 @@
-"""Two towers that embed pictures and texts in one space, where those that belong together are near (Radford et al. 2021)."""
+"""CLIP (Radford et al. 2021): two towers embed pictures and texts in one space, near where they belong together."""
 
 import math
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class CLIP(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0), dtype=torch.float32, device="cpu"))
 
     def embed_images(self, x: Tensor) -> Tensor:
-        """Embed pictures [N, 3, H, W] in [-1, 1], as unit vectors [N, features]. They are scaled to the model's size."""
+        """Embed pictures [N, 3, H, W] in [-1, 1], scaled to the model's size, as unit vectors [N, features]."""
         size = self.config["size"]
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__

@@ -1,9 +1,9 @@
 """How the model ``emoji`` is made, part by part, each a command that goes on where it was interrupted:
 
-    python -m diffkern.unclip.recipe clip --out runs/emoji        # 20 minutes on two cores
-    python -m diffkern.unclip.recipe prior --out runs/emoji       # 5 minutes
-    python -m diffkern.unclip.recipe decoder --out runs/emoji     # 4 hours
-    python -m diffkern.unclip.recipe pack --out runs/emoji        # emoji.safetensors
+python -m diffkern.unclip.recipe clip --out runs/emoji        # 20 minutes on two cores
+python -m diffkern.unclip.recipe prior --out runs/emoji       # 5 minutes
+python -m diffkern.unclip.recipe decoder --out runs/emoji     # 4 hours
+python -m diffkern.unclip.recipe pack --out runs/emoji        # emoji.safetensors
 """
 
 import argparse
@@ -94,13 +94,18 @@ def _clip_step(clip: CLIP, pictures: Pictures, optimizer: torch.optim.Optimizer,
     index = torch.stack([orders[epoch][place] for epoch, place in zip(epochs.tolist(), places, strict=True)])
     captions = pictures.captions(index, int(epochs[0]))
     for group in optimizer.param_groups:
-        group["lr"] = RATE * min(1, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        group["lr"] = rate(step, steps)
     x = moved(pictures.pixels(index), torch.Generator().manual_seed(step))
     loss = clip.loss(x, clip.vocabulary.rows(captions, clip.config["length"]), pictures.things[index])
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return loss.item()
+
+
+def rate(step: int, steps: int) -> float:
+    """The learning rate of a step: a short warm-up, then half a cosine."""
+    return RATE * min(1, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def moved(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..model import Model
+from ..model import Model, load
 from ..ops.seeds import as_seeds
 from ..process import checked_count
 from ..sampling import sample
@@ -116,7 +116,7 @@ class UnCLIP(System):
 
     @torch.no_grad()
     def similarity(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """The cosine of each picture [N, 3, H, W] and each of K texts: [N, K]. Its argmax is zero-shot classification."""
+        """The cosine of each picture [N, 3, H, W] and each of K texts: [N, K]. Its argmax is a zero-shot class."""
         return self._images(images) @ self._texts([texts] if isinstance(texts, str) else texts).T
 
     def save(self, path: str | os.PathLike, dtype: torch.dtype = torch.float16) -> None:
@@ -137,7 +137,13 @@ class UnCLIP(System):
         return self._scaled(F.normalize(z, dim=1))
 
     def _decode(
-        self, embedding: Tensor, caption: Tensor | None, seeds: Tensor, guidance: Any, steps: Any, options: dict[str, Any]
+        self,
+        embedding: Tensor,
+        caption: Tensor | None,
+        seeds: Tensor,
+        guidance: Any,
+        steps: Any,
+        options: dict[str, Any],
     ) -> Tensor:
         given = dict(embedding=embedding, caption=caption, guidance=self.guidance if guidance is None else guidance)
         return sample(self.decoder, seeds=seeds, steps=self.steps if steps is None else steps, **given, **options)
@@ -172,3 +178,21 @@ def _seeds(n: int | None, seeds: Any) -> Tensor:
     if n is not None and len(seeds) != n:
         raise ValueError(f"seeds: expected {n}, one for each picture, got {len(seeds)}")
     return seeds
+
+
+def vary(model: str | os.PathLike | UnCLIP, image: Tensor, n: int = 8, **options: Any) -> Tensor:
+    """Draw n pictures of what ``image`` shows: :meth:`UnCLIP.vary` of a model, or of a name or a file of one."""
+    return _loaded(model, options).vary(image, n, **options)
+
+
+def similarity(model: str | os.PathLike | UnCLIP, images: Tensor, texts: Sequence[str]) -> Tensor:
+    """The cosine of each picture and each text, [N, K]: :meth:`UnCLIP.similarity` of a model, a name or a file."""
+    return _loaded(model, {}).similarity(images, texts)
+
+
+def _loaded(model: Any, options: dict[str, Any]) -> UnCLIP:
+    if isinstance(model, str | os.PathLike):
+        model = load(model, options.get("device"))
+    if not isinstance(model, UnCLIP):
+        raise TypeError(f"model: expected an UnCLIP, or the name or file of one, got {type(model).__name__}")
+    return model
