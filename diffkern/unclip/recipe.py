@@ -67,8 +67,9 @@ BATCH, RATE, WARMUP = 128, 1e-3, 50
 def train_clip(out: Path, steps: int) -> None:
     """Train the two towers, by counters alone: a resumed run is the one that was not interrupted."""
     pictures = Pictures()
-    torch.manual_seed(0)
-    clip = CLIP(emoji.Emoji.vocabulary())
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        clip = CLIP(emoji.Emoji.vocabulary())
     named = dict(clip.named_parameters())
     optimizer = torch.optim.AdamW(named.values(), RATE, (0.9, 0.98), weight_decay=0.05, fused=True)
     done = _resume_clip(out, named, optimizer)
@@ -247,7 +248,9 @@ def train_part(part: str, out: Path, steps: int, init: str | None = None) -> Non
     dataset, make, settings = PARTS[part]
     clip = trained_clip(out)
     data = dataset(clip, Pictures())
-    folder, model = out / part, make(clip.config["features"])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        folder, model = out / part, make(clip.config["features"])
     if (folder / CHECKPOINT).exists():
         trainer = Trainer.resume(folder / CHECKPOINT, data, steps=steps)
     else:
