@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import parallel, training
 from ..data import Dataset, Items, load_dataset, picture_set
-from ..model import Model, load
+from ..model import Model, load_one
 from ..progress import tell
 from ..schedule import KINDS, from_config
 from ..training import board
@@ -111,7 +111,7 @@ def _train_on(device: str | None, arguments: argparse.Namespace, held: contextli
         if checkpoint.exists():
             begun = training.read_checkpoint(checkpoint)[0]
         elif arguments.init is not None:
-            init = load(arguments.init)
+            init = load_one(arguments.init)
         options = _options(arguments, begun, init)
         config = training.Config(**options)
         if config.tensorboard:
