@@ -18,13 +18,14 @@ from .classifier import NoisyClassifier, load_noisy_classifier
 from .constraints import From, Inpaint
 from .engine import Engine
 from .guidance import Guidance
-from .model import Model, checked_device, load, unwrapped
+from .model import Model, checked_device, is_system, load, load_one, unwrapped
 from .networks import UNet
 from .process import checked_count, checked_float, checked_int
 from .program import FIRST_VISIT, Program
 from .runtime import Run
 from .runtime.loop import Network
 from .samplers import SAMPLERS, Sampler, default_sampler
+from .system import System
 
 DESCRIBED = ("schedule", "prediction", "shape")
 """What a bare network needs beside it to make a :class:`Model`."""
@@ -42,10 +43,18 @@ def run_of(run: Run | None, options: dict[str, Any]) -> Run:
     return replace(run or Run(), **named)
 
 
+def system_of(model: Any, run: Run) -> System | None:
+    """The system that ``model`` is or names; None for anything else."""
+    if isinstance(model, str | os.PathLike) and is_system(model):
+        model = load(model, run.device)
+    return model if isinstance(model, System) else None
+
+
 def guidance_of(guidance: Any, model: Model, device: torch.device) -> Guidance:
     """A :class:`Guidance` whose classifier is a function."""
     if isinstance(guidance, Guidance):
         return replace(guidance, classifier=_classifier_of(guidance.classifier, model, device))
+    guidance = 1.0 if guidance is None else guidance
     return Guidance(checked_float("guidance", guidance, "a finite number", math.isfinite))
 
 
@@ -118,7 +127,9 @@ def resolve(model: Any, run: Run, options: dict[str, Any]) -> tuple[Model, Netwo
         device = torch.empty(0, dtype=torch.uint8, device=checked_device(device)).device  # with its index
     described = {name: options.pop(name, None) for name in DESCRIBED}
     if isinstance(model, str | os.PathLike):
-        model = load(model, device)
+        model = load_one(model, device)
+    if isinstance(model, System):
+        raise TypeError(f"model: expected one network, got the system {type(model).__name__}")
     if isinstance(model, Model):
         for name, value in described.items():
             if value is not None:
@@ -166,7 +177,7 @@ def check_weights(network: Network, dtype: torch.dtype | None) -> None:
 
 def accelerated(network: Network, dtype: torch.dtype | None, run: Run) -> tuple[Network, torch.dtype | None]:
     """What runs the network, an engine if ``run`` has it so, and the dtype of autocast around it."""
-    if not (run.engine and isinstance(network, UNet)):
+    if not (run.engine and isinstance(network, UNet)) or network.config["conditions"]:
         return network, dtype
     return (Engine(network, dtype), None) if dtype == torch.bfloat16 else (Engine(network), dtype)
 

@@ -23,12 +23,13 @@ from .engine import Engine
 from .io import pipelines
 from .io.description import FORMAT, check_model
 from .io.files import CHECKPOINT, compare, fill, read, restore, state, write
-from .networks import UNet
+from .networks import ARCHITECTURES, UNet
 from .networks.blueprint import Blueprint
 from .prediction import PREDICTIONS
 from .process import Process, checked_int
 from .samplers import LEARNED, VARIANCES
 from .schedule import SPACINGS, from_config
+from .system import System
 
 MODELS = Path(__file__).parent / "models"
 """Where the shipped models are, each with its card."""
@@ -48,7 +49,8 @@ class Model:
     variance    what ddpm draws with, unless told otherwise; None: what the network has learned, or "fixed_small"
     clip        how ``sample`` clips x0_hat, unless told otherwise; None: to [-1, 1]
     spacing     how it spreads steps, unless told otherwise; None: the process's own way
-    conditions  what the network gets beside labels
+    conditions  what the network gets beside labels; of a diffkern network by default those of its config: a vector's
+                null value is 0, and there is none of a number or an image
     codec       between images and what is diffused; None: pixels are
     """
 
@@ -90,6 +92,9 @@ class Model:
         if self.clip is not None:
             limit_of(self.clip)
         network = unwrapped(self.network)
+        if not self.conditions and _describes(network):
+            shapes = network.config["conditions"].items()
+            self.conditions = tuple(Condition(name, shape, 0.0 if len(shape) == 1 else None) for name, shape in shapes)
         if isinstance(network, UNet):
             channels, num_classes = (network.config[name] for name in ("in_channels", "num_classes"))
             if len(self.shape) != 3 or self.shape[0] != channels:
@@ -187,12 +192,15 @@ class Model:
         network = unwrapped(self.network)
         if not isinstance(network, nn.Module):
             raise TypeError(f"network: expected a torch.nn.Module to describe, got {type(network).__name__}")
-        ours = isinstance(network, UNet)
+        ours = _describes(network)
         own = {} if ours else {"network": type(network).__name__}
         if self.schedule.own:
             fields = dataclasses.is_dataclass(self.schedule)
             own["schedule"] = repr(self.schedule) if fields else type(self.schedule).__name__
-        own |= {c.name: "Condition" for c in self.conditions} | ({"codec": "Codec"} if self.codec else {})
+        told = network.config["conditions"] if ours else ()
+        own |= {c.name: "Condition" for c in self.conditions if c.name not in told} | (
+            {"codec": "Codec"} if self.codec else {}
+        )
         clip = {"quantile": self.clip.q} if isinstance(self.clip, Quantile) else self.clip
         kept = dict(variance=self.variance, clip=clip, spacing=self.spacing)
         return {
@@ -205,6 +213,7 @@ class Model:
             "classes": self.classes,
             "prefix": "",
             **{name: value for name, value in kept.items() if value is not None},
+            **({"architecture": type(network).__name__} if ours and not isinstance(network, UNet) else {}),
             **({"own": own} if own else {}),
         }
 
@@ -219,6 +228,11 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return shape
 
 
+def _describes(network: Any) -> bool:
+    """Whether a file can hold all of a network: its architecture and options, and weights."""
+    return ARCHITECTURES.get(type(network).__name__) is type(network)
+
+
 def _parameters(network: Any) -> Iterator[Tensor]:
     return network.parameters() if isinstance(network, nn.Module) else iter(())
 
@@ -230,11 +244,15 @@ def unwrapped(network: Any) -> Any:
 
 def shipped() -> list[str]:
     """The names of the models in this package."""
-    return sorted(path.stem for path in MODELS.glob("*.safetensors"))
+    return sorted(path.stem for path in MODELS.glob("*.safetensors") if not path.stem.endswith(".part"))
 
 
-def load(name: str | os.PathLike, device: torch.device | str | None = None, *, into: Model | None = None) -> Model:
+def load(
+    name: str | os.PathLike, device: torch.device | str | None = None, *, into: Model | None = None
+) -> "Model | System":
     """Load a shipped model by its name, a file of :func:`save`, or the averaged model of a run's checkpoint or folder.
+
+    A file of several models, as unCLIP's, gives a :class:`diffkern.system.System`.
 
     into  a ``Model`` as the one that was saved, whose network gets the weights, in place: needed where that is no
           ``UNet``, and where there are a process of one's own, conditions or a codec, because a file holds no code
@@ -245,9 +263,34 @@ def load(name: str | os.PathLike, device: torch.device | str | None = None, *, i
     """
     path, device = find(name), checked_device(device)
     description, tensors = read(path)
+    if "system" in description:
+        return _system(description, tensors, path, device)
     model = build(description, tensors, path, device=device, into=into)
     model.network.eval().requires_grad_(False)
     return model
+
+
+def load_one(name: str | os.PathLike, device: torch.device | str | None = None) -> Model:
+    """Load a model of one network. Raises TypeError for a system."""
+    model = load(name, device)
+    if isinstance(model, System):
+        raise TypeError(f"model: expected one network, got the system {os.fspath(name)}")
+    return model
+
+
+def is_system(name: str | os.PathLike) -> bool:
+    """Whether :func:`load` would give a system."""
+    return "system" in read(find(name))[0]
+
+
+def _system(
+    description: dict[str, Any], tensors: Mapping[str, Tensor], path: str | os.PathLike, device: torch.device
+) -> System:
+    from .unclip import files  # which is made of models
+
+    if description["system"] != files.KIND:
+        raise ValueError(f"{path}: system: expected {files.KIND!r}, got {description['system']!r:.80}")
+    return files.read(description, tensors, path, device)
 
 
 def find(name: str | os.PathLike) -> Path:
@@ -287,8 +330,11 @@ def checked_device(device: torch.device | str | None) -> torch.device:
     raise ValueError(f"device: expected one of {', '.join(there)}, got {device}")
 
 
-def save(model: Model, path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> None:
+def save(model: "Model | System", path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> None:
     """Write ``model`` for :func:`load`, its weights as ``dtype`` (half precision halves the file)."""
+    if isinstance(model, System):
+        model.save(path, dtype)
+        return
     if not isinstance(model, Model):
         raise TypeError(f"model: expected a Model, got {type(model).__name__}")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -364,7 +410,7 @@ def _planned(description: dict[str, Any], tensors: int, path: str | os.PathLike)
             listed = ", ".join(f"{name} ({kind})" for name, kind in description["own"].items())
             raise ValueError(f"into: expected a Model that has what the file cannot hold, {listed}, got None")
         with Blueprint():
-            network = UNet(**description["network"]).float()
+            network = ARCHITECTURES[description.get("architecture", "UNet")](**description["network"]).float()
         clip = description.get("clip")
         return Model(
             network=network,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..io.files import is_checkpoint
-from ..model import Model, find, load, save
+from ..model import Model, find, load_one, save
 from ..progress import tell
 from .options import DTYPES
 from .outputs import check_file
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"out: expected another file than the one to export, got {arguments.out!r}")
         if is_checkpoint(arguments.out):
             raise ValueError(f"out: expected no training checkpoint to be overwritten, got {arguments.out!r}")
-    model = load(source) if arguments.ema is None else _averaged(source, arguments.ema)
+    model = load_one(source) if arguments.ema is None else _averaged(source, arguments.ema)
     model = dataclasses.replace(model, name=arguments.name or Path(arguments.out).stem)
     save(model, arguments.out, dtype=getattr(torch, arguments.dtype))
     parameters = sum(parameter.numel() for parameter in model.network.parameters())

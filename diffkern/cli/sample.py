@@ -16,6 +16,7 @@ from ..model import Model, load
 from ..samplers import SAMPLERS, VARIANCES, default_sampler
 from ..sampling import Step, sample
 from ..schedule import SPACINGS
+from ..system import System
 from .options import (
     add_grid,
     add_guidance,
@@ -38,6 +39,7 @@ EXAMPLES = """\
   diffkern sample --steps 20
   diffkern sample --n 40 --steps 50 --seeds random
   diffkern sample --labels Sneaker --guide fashion-mnist-noisy --guidance 4 --steps 50
+  diffkern sample --model emoji --prompt "red apple in fluent 3d style" --n 8
   diffkern sample --model run --labels cat --guidance 2 --seeds 100:116 --out cats.png"""
 
 
@@ -48,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels", "--label", nargs="+", metavar="LABEL", help="classes by name or number, none for the null class"
     )
-    add_guidance(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="what to draw, for a model that reads text, as emoji")
+    add_guidance(parser, None)
     parser.add_argument("--steps", type=count, help="(default: all for ddpm, 50 for ddim, 20 for most others)")
     parser.add_argument("--sampler", choices=SAMPLERS, help="(default: ddpm for all steps, unipc for fewer)")
     parser.add_argument("--spacing", choices=SPACINGS, help="of the steps (default: the model's, else trailing)")
@@ -82,21 +85,28 @@ def run(arguments: argparse.Namespace) -> int:
     for name, suffix in (("out", ".png"), ("gif", ".gif"), ("npz", ".npz")):
         if getattr(arguments, name) is not None:
             check_file(name, getattr(arguments, name), suffix)
-    model = load(arguments.model, arguments.device)
+    source = load(arguments.model, arguments.device)
+    system = isinstance(source, System)
+    if arguments.prompt is not None and not system:
+        raise ValueError(f"prompt: expected none, for {arguments.model} reads no text, got {arguments.prompt!r}")
+    model, own_steps, own_guidance = (source.drawn, source.steps, source.guidance) if system else (source, None, 1.0)
+    steps = arguments.steps or own_steps
+    weight = own_guidance if arguments.guidance is None else arguments.guidance
     ranges = seed_ranges(arguments.seeds, arguments.n, N)
     n = sum(max(0, seeds.stop - seeds.start) for seeds in ranges)
     columns = arguments.columns or (len(model.classes) if model.classes and not arguments.labels else None)
-    sampler = arguments.sampler or default_sampler(arguments.steps, _length(model), arguments.eta)
+    sampler = arguments.sampler or default_sampler(steps, _length(model), arguments.eta)
     spacing = arguments.spacing or model.spacing or model.schedule.spacing
     clip = next(clip for clip in (arguments.clip, model.clip, True) if clip is not None)
-    shown = _shown_steps(model, arguments.steps, spacing, sampler) if arguments.gif else range(0)
+    shown = _shown_steps(model, steps, spacing, sampler) if arguments.gif else range(0)
     _check_size(n, model, arguments, columns, len(shown))
     seeds = torch.cat([ops.as_seeds(numbers, "cpu") for numbers in ranges])
     labels = labels_of(arguments.labels, model, len(seeds))
     settings = {
-        "guidance": arguments.guidance,
+        **({} if arguments.prompt is None else {"prompt": arguments.prompt}),
+        "guidance": weight,
         "sampler": sampler,
-        "steps": arguments.steps,
+        "steps": steps,
         "spacing": spacing,
         "variance": arguments.variance,
         "eta": arguments.eta or 0.0,
@@ -108,13 +118,13 @@ def run(arguments: argparse.Namespace) -> int:
     names = None if labels is None else images.captions(model.classes, labels)
     film = Film(len(seeds), shown, names, columns, arguments.scale) if arguments.gif else None
     x = sample(
-        model,
+        source,
         seeds=seeds,
         labels=labels,
         dtype=dtype_of(arguments.dtype),
         progress=arguments.progress,
         callback=film and film.record,
-        **settings | {"guidance": guidance(arguments)},
+        **settings | {"guidance": guidance(weight, arguments.guide)},
     )
     settings = {
         "model": str(arguments.model),
