@@ -5,6 +5,7 @@ hold other layers; one within the other they are the multi-scale architecture.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -15,14 +16,16 @@ BOUND = 3.0
 """Largest |ln scale| of an affine coupling: e^3, so that no step makes an inverse that overflows."""
 
 
-class Layer(nn.Module):
-    """A bijection of samples. ``forward`` returns (z, log_det [N]), ``inverse`` x."""
+class Layer(nn.Module, ABC):
+    """A bijection of samples."""
 
+    @abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Return z, and ln |det dz/dx| [N]."""
 
+    @abstractmethod
     def inverse(self, z: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return x."""
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
