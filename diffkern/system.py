@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .philox import words
 
@@ -30,6 +30,10 @@ class System(ABC):
     @abstractmethod
     def drawn(self) -> "Model":
         """The model of what the system draws: its shape, its schedule, its device."""
+
+    @abstractmethod
+    def networks(self) -> dict[str, nn.Module]:
+        """Return all networks, by the prefix of their tensors in a file."""
 
     @abstractmethod
     def sample(self, n: int | None = None, **options: Any) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..io.files import fill, state, write
-from ..model import Model, build, unwrapped
+from ..model import Model, build
 from ..networks.blueprint import Blueprint
 from .clip import CLIP
 
@@ -31,8 +31,9 @@ def save(system: "UnCLIP", path: str | os.PathLike, dtype: torch.dtype) -> None:
         "clip": describe(system.clip),
         **{name: model.description() | {"prefix": f"{name}."} for name, model in models.items()},
     }
-    networks = {"clip": system.clip, **{name: unwrapped(model.network) for name, model in models.items()}}
-    tensors = {f"{part}.{key}": tensor for part, network in networks.items() for key, tensor in state(network).items()}
+    tensors = {
+        f"{part}.{key}": tensor for part, network in system.networks().items() for key, tensor in state(network).items()
+    }
     halves = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     for key, tensor in halves.items():
         if not tensor.isfinite().all():

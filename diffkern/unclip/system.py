@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model import Model, load
+from ..model import Model, load, unwrapped
 from ..ops.seeds import as_seeds
 from ..process import checked_count
 from ..sampling import sample
@@ -125,6 +125,9 @@ class UnCLIP(System):
     @property
     def drawn(self) -> Model:
         return self.decoder
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"clip": self.clip, "prior": unwrapped(self.prior.network), "decoder": unwrapped(self.decoder.network)}
 
     # --- its parts ---
 
