@@ -265,7 +265,7 @@ def interpolate(
         ends = (_noise_of(model, end, given, device) for end in (a, b))
         inverted = isinstance(a, Tensor) or isinstance(b, Tensor)  # by steps without a clamp
         clip = {"clip": False} if inverted else {}
-        return sample(model, **dict(x_T=_turn(*ends, weights), sampler="ddim") | clip | given)
+        return sample(model, **dict(x_T=turn(*ends, weights), sampler="ddim") | clip | given)
     given = dict(steps=steps, run=run, **options)
     ends = [end if isinstance(end, Tensor) else sample(model, seeds=[end], **given)[0] for end in (a, b)]
     inner, ends = _latent(model, torch.stack([end.to(device) for end in ends]))
@@ -281,7 +281,7 @@ def _noise_of(model: Model, end: Tensor | int, options: dict[str, Any], device: 
     return ops.noise([end], model.shape, step=0, stream=0, device=device)[0] * model.schedule.prior_std
 
 
-def _turn(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+def turn(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     """Spherical interpolation [len(weights), ...] (Shoemake 1985)."""
     cosine = (a.double() * b.double()).sum() / (a.double().norm() * b.double().norm())
     angle = torch.arccos(cosine.clamp(-1, 1))

@@ -11,6 +11,7 @@ from .checkpoint import read_checkpoint
 from .config import Config, config_fields
 from .draws import Draws, draw
 from .ema import PostHoc, ema_decay, post_hoc_ema
+from .flow import FlowTrainer, train_flow
 from .recipes import PRESETS, recipe
 from .runs import Log
 from .start import new_model
@@ -22,6 +23,7 @@ __all__ = [
     "Config",
     "Diverged",
     "Draws",
+    "FlowTrainer",
     "Log",
     "PostHoc",
     "Trainer",
@@ -32,4 +34,5 @@ __all__ = [
     "post_hoc_ema",
     "read_checkpoint",
     "recipe",
+    "train_flow",
 ]

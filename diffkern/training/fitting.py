@@ -34,9 +34,9 @@ class Fitted:
     dataset: Dataset | Items
     validation: Dataset | Items | None
     config: Config
-    objective: Objective
-    noising: Noising
     device: torch.device
+    objective: Objective | None = None  # of a flow, which has no t
+    noising: Noising | None = None
 
 
 def fitted(model: Model, dataset: Any, config: Config, *, device: Any = None, validation: Any = None) -> Fitted:
@@ -57,7 +57,7 @@ def fitted(model: Model, dataset: Any, config: Config, *, device: Any = None, va
     variance = "learned" if learns else model.default_variance
     noising = Noising(objective, model.schedule, variance, device)
     _check_description(model, config)
-    return Fitted(model, dataset, validation, config, objective, noising, device)
+    return Fitted(model, dataset, validation, config, device, objective, noising)
 
 
 def settled(config: Config, model: Model) -> Config:
@@ -121,6 +121,11 @@ def _check(model: Model, config: Config, objective: Objective, data: Dataset | I
         raise ValueError(f"label_dropout: expected 0 for a network without a null class, got {config.label_dropout}")
     if config.flip and len(data.shape) != 3:
         raise ValueError(f"flip: expected False of what is no image (C, H, W), got True with shape {data.shape}")
+    check_parts(config)
+
+
+def check_parts(config: Config) -> None:
+    """Raise ValueError for a batch that cannot be shared among processes and parts."""
     parts = parallel.world() * config.accumulate
     if config.batch_size % parts:
         expected = f"a multiple of the {parallel.world()} processes"

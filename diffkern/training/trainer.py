@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import images, ops, parallel
 from ..io.files import restore, state, write
 from ..model import Model, build, plan
+from ..process import Process
 from ..runtime.loop import call
 from ..sampling import sample
 from . import loop
@@ -26,7 +27,7 @@ from .config import Config
 from .ema import PowerAverages, ema_decay
 from .fitting import Fitted, changed, fitted, settled
 from .runs import Unlogged
-from .times import Importance
+from .times import Importance, Times
 
 
 class Diverged(RuntimeError):
@@ -50,6 +51,8 @@ class Trainer:
     Raises TypeError or ValueError for a model, data and config that do not fit each other.
     """
 
+    importance: Importance | None = None
+
     def __init__(
         self,
         model: Model,
@@ -63,13 +66,17 @@ class Trainer:
 
     def _begin(self, run: Fitted) -> None:
         """The state before the first step. All that is refused has been refused: the caller's network changes here."""
-        self.config, self.dataset, self.validation = run.config, run.dataset, run.validation
         self.objective, self.noising = run.objective, run.noising
+        clock = self.noising.terms or run.model.schedule
+        self.importance = Importance(clock) if run.config.times == "importance" else None
+        self._start(run, clock, run.objective.t)
+
+    def _start(self, run: Fitted, clock: int | Process, times: Times) -> None:
+        """All of that but the objective."""
+        self.config, self.dataset, self.validation, self.times = run.config, run.dataset, run.validation, times
         self.steps = self.examples = 0
         self.data = {"images": len(self.dataset), "fingerprint": self.dataset.fingerprint}
         self.unlogged = Unlogged()
-        clock = self.noising.terms or run.model.schedule
-        self.importance = Importance(clock) if run.config.times == "importance" else None
         self._terms: list[Tensor] = []  # [N, 2], t and loss of each example of the step
         self.network = _in_training(run.model.network, run.device)
         self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
@@ -79,7 +86,7 @@ class Trainer:
         self.powers = PowerAverages(run.config.ema_profiles if run.config.snapshot_every else (), self.trained)
         self.predict = parallel.averaging(self.network)
         self.optimizer = _optimizer(self.trained.values(), run.config)
-        self.batches = Batches(self.model, self.dataset, run.config, clock, self.importance or run.objective.t)
+        self.batches = Batches(self.model, self.dataset, run.config, clock, self.importance or times)
 
     @classmethod
     def resume(
@@ -111,13 +118,17 @@ class Trainer:
             parameter.requires_grad_(name not in (training.get("frozen") or ()))
         self = cls.__new__(cls)
         self._begin(replace(run, model=model))
+        self._continue(training, tensors, path)
+        return self
+
+    def _continue(self, training: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
+        """Take the state of a checkpoint."""
         self._compare_data(training.get("data"), path)
         restore(self.tensors(), tensors, path)
         self.steps, self.examples = training["steps"], training["examples"]
         self.unlogged = Unlogged(**(training.get("log") or {}))
         for moments in self.optimizer.state.values():
             moments["step"].fill_(self.steps)
-        return self
 
     def _compare_data(self, stored: dict[str, Any] | None, path: str | os.PathLike) -> None:
         """Warn if the images are not those of the checkpoint's run; an older checkpoint does not tell."""
@@ -126,7 +137,7 @@ class Trainer:
             warnings.warn(
                 f"data: expected the {stored['images']} images of the run of {path}, got {len(self.dataset)}, and not "
                 "the same ones: it goes on with these",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -236,7 +247,7 @@ class Trainer:
         if self.validation is None:
             raise ValueError("validation: expected held-out data, got None")
         total = 0.0
-        for batch in self.batches.held_out(self.validation, self.objective.t):
+        for batch in self.batches.held_out(self.validation, self.times):
             total += self._losses(self.model.network, batch).double().sum().item()
         return total / len(self.validation)
 
