@@ -20,6 +20,8 @@ from diffkern.samplers import SAMPLERS
 from diffkern.training import CHECKPOINT, Trainer
 
 PAGES = {str(page.relative_to(ROOT)): page for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
+SLOW = {"docs/other_tools.md": "accelerate lightning peft onnx onnxscript onnxruntime"}
+"""Pages whose blocks take long, with the packages that they are about."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -60,9 +62,19 @@ def one_step(trainer: Trainer, folder: str, **options) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # what a page says that a call warns of
-@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if blocks(page, "python")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, page in PAGES.items()
+        if blocks(page, "python")
+    ],
+)
 def test_every_block_of_python_runs(small, monkeypatch, capsys, name):
     import diffusers
+
+    for package in SLOW.get(name, "").split():
+        pytest.importorskip(package)
 
     monkeypatch.setattr(diffusers.DDPMPipeline, "from_pretrained", staticmethod(from_pretrained))
     monkeypatch.setattr(Trainer, "run", one_step)
