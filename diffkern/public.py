@@ -23,6 +23,7 @@ from .process import EDM, VE, VP, RectifiedFlow, SubVP
 from .runtime import Run
 from .sampling import encode, interpolate, sample
 from .schedule import Schedule
+from .unclip import similarity, vary
 from .unet import UNet
 
 __all__ = [
@@ -57,5 +58,7 @@ __all__ = [
     "reverse_step",
     "sample",
     "save",
+    "similarity",
     "torch_ops",
+    "vary",
 ]

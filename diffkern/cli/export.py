@@ -8,17 +8,25 @@ from pathlib import Path
 import torch
 
 from ..io.files import is_checkpoint
-from ..model import find, load, save
+from ..model import Model, find, load_one, save
+from ..progress import tell
 from .options import DTYPES
 from .outputs import check_file
 
 EXAMPLES = """\
-  diffkern export run --out photos.safetensors"""
+  diffkern export run --out photos.safetensors
+  diffkern export run --out photos.safetensors --ema 0.13     # of a run with --snapshot-every"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a run's folder, its checkpoint.safetensors, or another model")
     parser.add_argument("--out", required=True, metavar="FILE", help="the .safetensors to write")
+    parser.add_argument(
+        "--ema",
+        type=float,
+        metavar="STD",
+        help="average the weights over this part of the run's steps, 0.28 at most, from its snapshots",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: float16)")
     parser.add_argument("--name", help="the model's name (default: the file's)")
 
@@ -31,8 +39,17 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"out: expected another file than the one to export, got {arguments.out!r}")
         if is_checkpoint(arguments.out):
             raise ValueError(f"out: expected no training checkpoint to be overwritten, got {arguments.out!r}")
-    model = dataclasses.replace(load(source), name=arguments.name or Path(arguments.out).stem)
+    model = load_one(source) if arguments.ema is None else _averaged(source, arguments.ema)
+    model = dataclasses.replace(model, name=arguments.name or Path(arguments.out).stem)
     save(model, arguments.out, dtype=getattr(torch, arguments.dtype))
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
     print(f"{arguments.out}: {parameters} parameters, {os.path.getsize(arguments.out) / 1e6:.1f} MB")
     return 0
+
+
+def _averaged(source: Path, std: float) -> Model:
+    from ..training import post_hoc_ema  # which no other export needs
+
+    found = post_hoc_ema(source, std)
+    tell(f"ema {std:g}: from {found.averages} averages, whose profile differs by {found.error:.2%}")
+    return found.model

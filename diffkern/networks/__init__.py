@@ -14,9 +14,14 @@ from .blocks import (
 )
 from .diffusers import from_diffusers
 from .half_unet import HalfUNet
+from .mlp import ResidualMLP
 from .unet import UNet
 
+ARCHITECTURES = {"UNet": UNet, "ResidualMLP": ResidualMLP}
+"""The networks that a model file can describe, by name; each has a ``config`` of its options."""
+
 __all__ = [
+    "ARCHITECTURES",
     "AttentionBlock",
     "Conv3x3",
     "Downsample",
@@ -24,6 +29,7 @@ __all__ = [
     "Level",
     "MidBlock",
     "ResBlock",
+    "ResidualMLP",
     "TimestepEmbedding",
     "UNet",
     "Upsample",
