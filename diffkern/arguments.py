@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from . import ops
 from .classifier import NoisyClassifier, load_noisy_classifier
 from .constraints import From, Inpaint
-from .engine import Engine
+from .engine import dtype_of, optimize, unwrapped
 from .guidance import Guidance
-from .model import Model, checked_device, is_system, load, load_one, unwrapped
+from .model import Model, checked_device, is_system, load, load_one
 from .networks import UNet
 from .process import checked_count, checked_float, checked_int
 from .program import FIRST_VISIT, Program
@@ -146,7 +146,7 @@ def resolve(model: Any, run: Run, options: dict[str, Any]) -> tuple[Model, Netwo
     else:
         raise TypeError(f"model: expected a name, a path, a Model or a callable, got {type(model).__name__}")
     dtype = run.dtype
-    if dtype is None and isinstance(model.network, Engine) and model.network.dtype == torch.bfloat16:
+    if dtype is None and dtype_of(model.network) == torch.bfloat16:
         dtype = torch.bfloat16
     network = unwrapped(model.network)
     _check_signature(network, _conditions(model))
@@ -177,9 +177,9 @@ def check_weights(network: Network, dtype: torch.dtype | None) -> None:
 
 def accelerated(network: Network, dtype: torch.dtype | None, run: Run) -> tuple[Network, torch.dtype | None]:
     """What runs the network, an engine if ``run`` has it so, and the dtype of autocast around it."""
-    if not (run.engine and isinstance(network, UNet)) or network.config["conditions"]:
+    if not (run.engine and isinstance(network, nn.Module)):
         return network, dtype
-    return (Engine(network, dtype), None) if dtype == torch.bfloat16 else (Engine(network), dtype)
+    return (optimize(network, dtype=dtype), None) if dtype == torch.bfloat16 else (optimize(network), dtype)
 
 
 def check_rest(options: dict[str, Any], model: Model) -> None:

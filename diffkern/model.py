@@ -19,7 +19,7 @@ from . import covariance
 from .codec import Codec
 from .conditions import Condition
 from .constraints import Quantile, limit_of
-from .engine import Engine
+from .engine import unwrapped
 from .io import pipelines
 from .io.description import FORMAT, check_model
 from .io.files import CHECKPOINT, compare, fill, read, restore, state, write
@@ -237,11 +237,6 @@ def _parameters(network: Any) -> Iterator[Tensor]:
     return network.parameters() if isinstance(network, nn.Module) else iter(())
 
 
-def unwrapped(network: Any) -> Any:
-    """The ``UNet`` that ``optimize`` was given, or any other network as it is."""
-    return network.network if isinstance(network, Engine) else network
-
-
 def shipped() -> list[str]:
     """The names of the models in this package."""
     return sorted(path.stem for path in MODELS.glob("*.safetensors") if not path.stem.endswith(".part"))
@@ -346,10 +341,27 @@ def save(model: "Model | System", path: str | os.PathLike, *, dtype: torch.dtype
         planned = _planned(json.loads(json.dumps(description)), len(weights), "model")
         whose = "a UNet of its config (merge or take off layers that were put around its own)"
         compare(planned.network.state_dict(), weights, "model", whose)
+        _check_options(unwrapped(model.network), planned.network)
     for key, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f"model: expected weights that are finite in {dtype}, got others in {key}")
     write(path, description, weights)
+
+
+def _check_options(network: UNet, planned: UNet) -> None:
+    """ValueError unless the modules of a network are as its config makes them."""
+    modules = dict(planned.named_modules())
+    for name, module in network.named_modules():
+        for option, expected in vars(modules[name]).items():
+            if (
+                option == "training"
+                or option.startswith("_")
+                or not isinstance(expected, (bool, int, float, str, tuple))
+            ):
+                continue
+            got = getattr(module, option, None)
+            if got != expected:
+                raise ValueError(f"model: expected {name}.{option} {expected}, as its config says, got {got}")
 
 
 def build(

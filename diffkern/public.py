@@ -15,7 +15,7 @@ except (AttributeError, ImportError, RuntimeError) as error:  # absent, or older
     raise ImportError(explain(error)) from None
 
 from .constraints import From, Inpaint, Quantile
-from .engine import optimize
+from .engine import explain, optimize
 from .guidance import Guidance, PiGDM
 from .likelihood import Nll, nll
 from .model import Model, load, save
@@ -46,6 +46,7 @@ __all__ = [
     "attention",
     "diffusion_loss",
     "encode",
+    "explain",
     "group_norm_silu",
     "interpolate",
     "load",

@@ -7,7 +7,7 @@ Parameter names are those of diffusers' ``UNet2DModel``, so that the field's che
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,6 @@ from .blocks import (
     timestep_embedding,
 )
 from .conditioning import check_conditions, checked_conditions, condition_embeddings, embedded
-
-Image = TypeVar("Image")
 
 
 class UNet(nn.Module):
@@ -163,41 +161,28 @@ class UNet(nn.Module):
         emb = self.embedding(t, labels, conditions)
         beside = [conditions[name] for name, shape in self.config["conditions"].items() if len(shape) == 3]
         x_t = torch.cat([x_t, *beside], 1) if beside else x_t
-
-        def run(block: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
-            return block(x if skip is None else torch.cat([x, skip], dim=1), emb)
-
         if not transforms.by_torch(x_t):  # torch.vmap has no channels_last
             x_t = x_t.contiguous(memory_format=torch.channels_last)
-        x = self.walk(self.conv_in(x_t), run)
-        return self.conv_out(group_norm_silu(self.conv_norm_out, x))
-
-    def walk(self, x: Image, run: Callable[..., Image]) -> Image:
-        """All between the first convolution and the last norm: down the U, and up with what was met on the way.
-
-        ``run(block, x)``, or ``run(block, x, skip)`` for a block that sees x and skip side by side, gives the next x.
-        What an x is, is the caller's matter: a tensor in ``forward``, a step of a program in :mod:`diffkern.engine`.
-        """
-
-        def through(blocks: list[nn.Module], x: Image) -> Image:
-            for block in blocks:
-                x = run(block, x)
-            return x
-
+        x = self.conv_in(x_t)
         skips = [x]
         for level in self.down_blocks:
             for stage in level.stages():
-                x = through(stage, x)
+                for block in stage:
+                    x = block(x, emb)
                 skips.append(x)
-            if level.resampling():
-                x = through(level.resampling(), x)
+            for block in level.resampling():
+                x = block(x, emb)
                 skips.append(x)
-        x = through(self.mid_block.stages(), x)
+        for block in self.mid_block.stages():
+            x = block(x, emb)
         for level in self.up_blocks:
             for resnet, *attention in level.stages():
-                x = through(attention, run(resnet, x, skips.pop()))
-            x = through(level.resampling(), x)
-        return x
+                x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+                for block in attention:
+                    x = block(x, emb)
+            for block in level.resampling():
+                x = block(x, emb)
+        return self.conv_out(group_norm_silu(self.conv_norm_out, x))
 
     def embedding(self, t: Tensor, labels: Tensor | None, conditions: Mapping[str, Tensor] | None = None) -> Tensor:
         """What conditions the residual blocks: [N, 4 channels] of t [N], labels [N] or None, and conditions."""

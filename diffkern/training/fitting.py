@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import parallel
 from ..data import Dataset, Items, as_dataset
-from ..engine import Engine
+from ..engine import is_optimized
 from ..io.description import check_model, checked_state
 from ..io.files import state
 from ..model import Model, checked_device
@@ -44,8 +44,8 @@ def fitted(model: Model, dataset: Any, config: Config, *, device: Any = None, va
 
     Raises TypeError or ValueError for a model, data and config that do not fit each other.
     """
-    if not isinstance(model.network, nn.Module) or isinstance(model.network, Engine):
-        name = type(model.network).__name__
+    if not isinstance(model.network, nn.Module) or is_optimized(model.network):
+        name = type(model.network).__name__ + (" that was optimized" if is_optimized(model.network) else "")
         raise TypeError(f"network: expected a torch.nn.Module that can be trained, got {name}")
     config = settled(config, model)
     device = torch.empty(0, dtype=torch.uint8, device=checked_device(device)).device  # with its index
