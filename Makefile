@@ -24,7 +24,7 @@ test: $(VENV)/.diffkern-test
 	$(BIN)/python tests/interpreted.py
 	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
 
-test-all: $(VENV)/.diffkern-test
+test-all: $(VENV)/.diffkern-test $(VENV)/.diffkern-interop $(VENV)/.diffkern-tensorboard
 	$(BIN)/python tests/interpreted.py
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow" $(PYTEST)
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffkern import ops
-from diffkern.engine.recording import FEW_CHANNELS, FEW_TILES
-from diffkern.engine.unet import terms_of
+from diffkern.engine.packing import FEW_CHANNELS, FEW_TILES, terms_of
 
 MOST = [  # N, C, K, pixels a side of x, kernel, stride
     *[(16, 384, 256, 32, 1, 1), (1, 128, 128, 32, 3, 2), (16, 3, 128, 32, 3, 1), (1, 256, 256, 8, 3, 1)],

@@ -16,15 +16,21 @@ from torch import Tensor, nn
 from . import ops
 from .classifier import NoisyClassifier, load_noisy_classifier
 from .constraints import From, Inpaint
-from .engine import Engine
+from .engine import dtype_of, optimize, unwrapped
 from .guidance import Guidance
-from .model import Model, checked_device, load, unwrapped
+from .model import Model, checked_device, is_system, load, load_one
 from .networks import UNet
-from .process import Process, checked_count, checked_float, checked_int
+from .process import checked_count, checked_float, checked_int
 from .program import FIRST_VISIT, Program
 from .runtime import Run
 from .runtime.loop import Network
-from .samplers import PREDICTIONS, SAMPLERS, Sampler, default_sampler
+from .samplers import SAMPLERS, Sampler, default_sampler
+from .system import System
+
+DESCRIBED = ("schedule", "prediction", "shape")
+"""What a bare network needs beside it to make a :class:`Model`."""
+OTHERS = (*DESCRIBED, *(field.name for field in fields(Run)))
+"""The options of every call that are neither the sampler's nor conditions of the model."""
 
 # --- the network and the machine ---
 
@@ -37,10 +43,18 @@ def run_of(run: Run | None, options: dict[str, Any]) -> Run:
     return replace(run or Run(), **named)
 
 
+def system_of(model: Any, run: Run) -> System | None:
+    """The system that ``model`` is or names; None for anything else."""
+    if isinstance(model, str | os.PathLike) and is_system(model):
+        model = load(model, run.device)
+    return model if isinstance(model, System) else None
+
+
 def guidance_of(guidance: Any, model: Model, device: torch.device) -> Guidance:
     """A :class:`Guidance` whose classifier is a function."""
     if isinstance(guidance, Guidance):
         return replace(guidance, classifier=_classifier_of(guidance.classifier, model, device))
+    guidance = 1.0 if guidance is None else guidance
     return Guidance(checked_float("guidance", guidance, "a finite number", math.isfinite))
 
 
@@ -111,9 +125,11 @@ def resolve(model: Any, run: Run, options: dict[str, Any]) -> tuple[Model, Netwo
     device = run.device
     if device is not None:
         device = torch.empty(0, dtype=torch.uint8, device=checked_device(device)).device  # with its index
-    described = {name: options.pop(name, None) for name in ("schedule", "prediction", "shape")}
+    described = {name: options.pop(name, None) for name in DESCRIBED}
     if isinstance(model, str | os.PathLike):
-        model = load(model, device)
+        model = load_one(model, device)
+    if isinstance(model, System):
+        raise TypeError(f"model: expected one network, got the system {type(model).__name__}")
     if isinstance(model, Model):
         for name, value in described.items():
             if value is not None:
@@ -126,20 +142,14 @@ def resolve(model: Any, run: Run, options: dict[str, Any]) -> tuple[Model, Netwo
             if value is None:
                 bare = f"a bare {type(model).__name__}, which has none"
                 raise ValueError(f"{name}: expected a value with {bare}, got None")
-        if not isinstance(described["schedule"], Process):
-            got = type(described["schedule"]).__name__
-            raise TypeError(f"schedule: expected a Schedule, got {got}")
-        if described["prediction"] not in PREDICTIONS:
-            expected = tuple(PREDICTIONS)
-            raise ValueError(f"prediction: expected one of {expected}, got {described['prediction']!r}")
-        model = Model(model, described["schedule"], described["prediction"], _shape(described["shape"]))
+        model = Model(model, **described)
     else:
         raise TypeError(f"model: expected a name, a path, a Model or a callable, got {type(model).__name__}")
     dtype = run.dtype
-    if dtype is None and isinstance(model.network, Engine) and model.network.dtype == torch.bfloat16:
+    if dtype is None and dtype_of(model.network) == torch.bfloat16:
         dtype = torch.bfloat16
     network = unwrapped(model.network)
-    _check_signature(network, [condition.name for condition in model.conditions])
+    _check_signature(network, _conditions(model))
     return model, network, _where(network, device), dtype
 
 
@@ -167,17 +177,20 @@ def check_weights(network: Network, dtype: torch.dtype | None) -> None:
 
 def accelerated(network: Network, dtype: torch.dtype | None, run: Run) -> tuple[Network, torch.dtype | None]:
     """What runs the network, an engine if ``run`` has it so, and the dtype of autocast around it."""
-    if not (run.engine and isinstance(network, UNet)):
+    if not (run.engine and isinstance(network, nn.Module)):
         return network, dtype
-    return (Engine(network, dtype), None) if dtype == torch.bfloat16 else (Engine(network), dtype)
+    return (optimize(network, dtype=dtype), None) if dtype == torch.bfloat16 else (optimize(network), dtype)
 
 
 def check_rest(options: dict[str, Any], model: Model) -> None:
     """TypeError for an option that is neither a condition of the model nor a field of a run."""
     for name, value in options.items():
-        names = (condition.name for condition in model.conditions)
-        known = [*names, "schedule", "prediction", "shape", *(field.name for field in fields(Run))]
-        raise TypeError(f"{name}: expected one of the options {', '.join(known)}, got {value!r}")
+        known = ", ".join((*_conditions(model), *OTHERS))
+        raise TypeError(f"{name}: expected one of the options {known}, got {value!r}")
+
+
+def _conditions(model: Model) -> list[str]:
+    return [condition.name for condition in model.conditions]
 
 
 def _where(network: Network, device: torch.device | None) -> torch.device:
@@ -187,16 +200,6 @@ def _where(network: Network, device: torch.device | None) -> torch.device:
     if device not in (None, parameter.device):
         raise ValueError(f"device: expected {str(parameter.device)!r}, where the network is, got {str(device)!r}")
     return parameter.device
-
-
-def _shape(shape: Sequence[int]) -> tuple[int, ...]:
-    expected = "positive sizes, as (C, H, W)"
-    if not isinstance(shape, Sequence) or isinstance(shape, str):
-        raise TypeError(f"shape: expected {expected}, got {shape!r}")
-    shape = tuple(checked_int("shape", size, expected) for size in shape)
-    if not shape or min(shape) < 1:
-        raise ValueError(f"shape: expected {expected}, got {shape}")
-    return shape
 
 
 def check_x_T(x_T: Any, shape: tuple[int, ...], name: str = "x_T") -> None:
@@ -321,9 +324,8 @@ def settle(options: dict[str, Any], sampler: Sampler, model: Model) -> None:
         options["variance"] = model.default_variance
     for name, value in options.items():
         if name not in sampler.options:
-            known = [*sampler.options, *(condition.name for condition in model.conditions)]
-            others = ["spacing", "x_T", "schedule", "prediction", "shape", *(field.name for field in fields(Run))]
+            known = ", ".join((*sampler.options, *_conditions(model))) or "neither has any"
             raise TypeError(
                 f"{name}: expected an option of sampler {sampler.name!r}, a condition of the model "
-                f"({', '.join(known) or 'neither has any'}), or one of {', '.join(others)}, got {value!r}"
+                f"({known}), or one of {', '.join(('spacing', 'x_T', *OTHERS))}, got {value!r}"
             )

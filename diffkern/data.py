@@ -6,16 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .datasets import Labelled, attribute_of, sets
 from .images import from_pixels
 from .io.idx import read_idx
 from .io.image_folder import find_images, plural, read_images, shortened
-from .philox import philox4x32
+from .philox import words
+from .progress import bar as progress_bar
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package ``dataset-fashion-mnist`` (MIT licence) puts the files."""
@@ -150,7 +152,6 @@ class Items:
     items: Any
     classes: tuple[str, ...] | None = None
     conditions: tuple[str, ...] | None = None
-    fingerprint: ClassVar[None] = None  # to read every item would take as long as an epoch
 
     def __post_init__(self):
         items = self.items
@@ -165,6 +166,12 @@ class Items:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What the dataset itself tells, or None: to read every item would take as long as an epoch."""
+        found = getattr(self.items, "fingerprint", None)
+        return found if isinstance(found, str) else None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -267,27 +274,79 @@ def _listed(names: Any) -> str:
 def load_dataset(
     source: str | Path, *, split: str = "train", size: int = 32, channels: int = 3, progress: bool = False
 ) -> Dataset:
-    """Read ``"fashion-mnist"``, a directory of IDX files, or an image folder (which has no splits).
+    """Read ``"fashion-mnist"``, a set of :mod:`diffkern.datasets` (``"faces"``, ``"emoji:style"``; the first
+    :data:`SET_IMAGES`), a directory of IDX files, or an image folder (which has no splits).
 
     The text ``"fashion-mnist"`` is the installed set; a folder of that name is taken where none is installed, and
-    refused beside one, unless it is the output of a run. ``"./fashion-mnist"`` and every ``Path`` are folders.
+    refused beside one, unless it is the output of a run; so are folders with the names of other sets.
+    ``"./fashion-mnist"`` and every ``Path`` are folders.
     """
+    found = picture_set(source, split=split, size=size, channels=channels)
+    if found is not None:
+        return _in_memory(found, progress)
     idx = idx_folder(source)
     if idx is not None:
         return fashion_mnist(idx, split=split)
     return image_folder(source, size=size, channels=channels, progress=progress)
 
 
+SET_IMAGES = 10_000
+"""How many pictures of a set :func:`load_dataset` holds in memory, at most."""
+
+
+def picture_set(source: str | Path, *, split: str = "train", size: int = 32, channels: int = 3) -> Items | None:
+    """The set of :mod:`diffkern.datasets` that ``source`` names, as training reads it; None for another source.
+
+    ``"faces"`` has no labels; ``"faces:hair"`` has those of the attribute "hair". A picture is drawn when it is read.
+    Raises ValueError for an attribute or a size that the set has not, for grey, and beside a folder of the set's name.
+    """
+    found = _set_of(source)
+    if found is None:
+        return None
+    made, attribute = found
+    if channels != 3:
+        raise ValueError(f"channels: expected 3, those of {source!r}, got {channels}")
+    classes = attribute_of(made, attribute)
+    return Items(made(size=size, split=split, transform=Labelled(attribute, classes)), classes)
+
+
+def _set_of(source: str | Path) -> tuple[type, str | None] | None:
+    """The set that a text names, and the attribute after a colon."""
+    name, colon, attribute = source.partition(":") if isinstance(source, str) else ("", "", "")
+    if name not in sets():
+        return None
+    root = Path(name)
+    if root.is_dir() and not (root / "log.csv").exists():
+        raise ValueError(f"data: expected ./{name} or the set {name}, got {source!r}, which could be either")
+    return sets()[name], attribute if colon else None
+
+
+def _in_memory(items: Items, progress: bool) -> Dataset:
+    n = min(len(items), SET_IMAGES)
+    drawn = []
+    with progress_bar(n, "drawing", "img", progress) as bar:
+        for i in range(n):
+            drawn.append(items.items[i])
+            bar.update(1)
+    labels = None
+    if items.classes is not None:
+        labels = torch.tensor([item["label"] for item in drawn], dtype=torch.int64, device="cpu")
+    return Dataset(torch.stack([item["x"] for item in drawn]), labels, items.classes)
+
+
 def idx_folder(source: str | Path) -> Path | None:
     """The folder of IDX files, which have two splits, that :func:`load_dataset` reads; None for an image folder."""
     root = Path(source)
+    if _set_of(source) is not None:
+        return None
     if source == "fashion-mnist":
         if root.is_dir() and FASHION_MNIST.is_dir() and not (root / "log.csv").exists():
             raise ValueError(f"data: expected ./{root} or {FASHION_MNIST}, got {source!r}, which could be either")
         if FASHION_MNIST.is_dir() or not root.is_dir():
             return FASHION_MNIST
     if not root.is_dir():
-        raise FileNotFoundError(f"data: expected 'fashion-mnist' or an existing directory, got {str(source)!r}")
+        names = ", ".join(map(repr, ("fashion-mnist", *sets())))
+        raise FileNotFoundError(f"data: expected {names} or an existing directory, got {str(source)!r}")
     return root if any(not path.name.startswith(".") for path in root.glob("*-idx3-ubyte*")) else None
 
 
@@ -343,16 +402,6 @@ def image_folder(root: str | Path, *, size: int = 32, channels: int = 3, progres
     counts = torch.tensor([len(paths) for paths in folder.files.values()], dtype=torch.int64, device="cpu")
     labels = torch.arange(len(counts), dtype=torch.int64, device="cpu").repeat_interleave(counts)
     return Dataset(images, labels, folder.classes, **told)
-
-
-def words(index: np.ndarray, step: int, stream: int, seed: int) -> np.ndarray:
-    """Four Philox words for each 64-bit index [N], as uint64 [N, 4]: counter (index, step, stream), key ``seed``."""
-    index = np.asarray(index, np.uint64)
-    counter = np.empty((len(index), 4), np.uint32)
-    counter[:, 0], counter[:, 1] = index & np.uint64(0xFFFFFFFF), index >> np.uint64(32)
-    counter[:, 2], counter[:, 3] = step, stream
-    key = np.array((seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF), np.uint32)
-    return philox4x32(counter, key).astype(np.uint64)
 
 
 def epoch_order(length: int, epoch: int, seed: int) -> Tensor:

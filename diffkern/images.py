@@ -111,6 +111,14 @@ def grid(x: Tensor, labels: Sequence[str] | None = None, *, columns: int | None 
     return canvas
 
 
+def picture(x: Tensor):
+    """x [C, H, W] in [-1, 1], of 1 or 3 channels, as a ``PIL.Image``."""
+    from PIL import Image
+
+    pixels = to_uint8(x[None])[0]
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
 def captions(classes: Sequence[str], labels: Sequence[int]) -> list[str]:
     """The text below each image: its class's name, or its number if the font cannot spell it; "" for the null class."""
     spelled = [all(_spelled(character) is not None for character in name) and _line(name) for name in classes]

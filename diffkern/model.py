@@ -7,7 +7,7 @@ checkpoint (:mod:`diffkern.training`) is such a file with more tensors in it; it
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -19,17 +19,18 @@ from . import covariance
 from .codec import Codec
 from .conditions import Condition
 from .constraints import Quantile, limit_of
-from .engine import Engine
+from .engine import unwrapped
 from .io import foreign, hub, pipelines
 from .io.description import FORMAT, check_model
 from .io.files import CHECKPOINT, compare, fill, read, restore, state, write
 from .networks import ARCHITECTURES, UNet
 from .networks.blueprint import Blueprint
 from .prediction import PREDICTIONS
-from .process import Process
+from .process import Process, checked_int
 from .progress import tell
 from .samplers import LEARNED, VARIANCES
 from .schedule import SPACINGS, from_config
+from .system import System
 
 MODELS = Path(__file__).parent / "models"
 """Where the shipped models are, each with its card."""
@@ -49,7 +50,8 @@ class Model:
     variance    what ddpm draws with, unless told otherwise; None: what the network has learned, or "fixed_small"
     clip        how ``sample`` clips x0_hat, unless told otherwise; None: to [-1, 1]
     spacing     how it spreads steps, unless told otherwise; None: the process's own way
-    conditions  what the network gets beside labels
+    conditions  what the network gets beside labels; of a diffkern network by default those of its config: a vector's
+                null value is 0, and there is none of a number or an image
     codec       between images and what is diffused; None: pixels are
     """
 
@@ -72,10 +74,7 @@ class Model:
             raise TypeError(f"schedule: expected a Schedule or another process, got {type(self.schedule).__name__}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
-        self.shape = tuple(self.shape)
-        sizes = [size for size in self.shape if isinstance(size, int) and not isinstance(size, bool) and size > 0]
-        if not self.shape or len(sizes) != len(self.shape):
-            raise ValueError(f"shape: expected positive sizes, as (C, H, W), got {self.shape}")
+        self.shape = _checked_shape(self.shape)
         if self.classes is not None:
             self.classes = tuple(self.classes)
             names = [name.lower() if isinstance(name, str) else name for name in (*self.classes, "none")]
@@ -94,6 +93,9 @@ class Model:
         if self.clip is not None:
             limit_of(self.clip)
         network = unwrapped(self.network)
+        if not self.conditions and _describes(network):
+            shapes = network.config.get("conditions", {}).items()
+            self.conditions = tuple(Condition(name, shape, 0.0 if len(shape) == 1 else None) for name, shape in shapes)
         if isinstance(network, UNet):
             channels, num_classes = (network.config[name] for name in ("in_channels", "num_classes"))
             if len(self.shape) != 3 or self.shape[0] != channels:
@@ -222,7 +224,10 @@ class Model:
         if self.schedule.own:
             fields = dataclasses.is_dataclass(self.schedule)
             own["schedule"] = repr(self.schedule) if fields else type(self.schedule).__name__
-        own |= {c.name: "Condition" for c in self.conditions} | ({"codec": "Codec"} if self.codec else {})
+        told = network.config.get("conditions", {}) if ours else ()
+        own |= {c.name: "Condition" for c in self.conditions if c.name not in told} | (
+            {"codec": "Codec"} if self.codec else {}
+        )
         clip = {"quantile": self.clip.q} if isinstance(self.clip, Quantile) else self.clip
         kept = dict(variance=self.variance, clip=clip, spacing=self.spacing)
         return {
@@ -240,6 +245,16 @@ class Model:
         }
 
 
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    expected = "positive sizes, as (C, H, W)"
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"shape: expected {expected}, got {shape!r}")
+    shape = tuple(checked_int("shape", size, expected) for size in shape)
+    if not shape or min(shape) < 1:
+        raise ValueError(f"shape: expected {expected}, got {shape}")
+    return shape
+
+
 def _describes(network: Any) -> bool:
     """Whether a file can hold all of a network: its architecture and options, and weights."""
     return ARCHITECTURES.get(type(network).__name__) is type(network)
@@ -249,21 +264,18 @@ def _parameters(network: Any) -> Iterator[Tensor]:
     return network.parameters() if isinstance(network, nn.Module) else iter(())
 
 
-def unwrapped(network: Any) -> Any:
-    """The ``UNet`` that ``optimize`` was given, or any other network as it is."""
-    return network.network if isinstance(network, Engine) else network
-
-
 def shipped() -> list[str]:
     """The names of the models in this package."""
-    return sorted(path.stem for path in MODELS.glob("*.safetensors"))
+    return sorted(path.stem for path in MODELS.glob("*.safetensors") if not path.stem.endswith(".part"))
 
 
 def load(
     name: str | os.PathLike, device: torch.device | str | None = None, *, into: Model | None = None, **options: Any
-) -> Model:
+) -> "Model | System":
     """Load a shipped model by its name, a file of :func:`save`, the averaged model of a run's checkpoint or folder, or
     a checkpoint of another library (docs/checkpoints.md), of which stderr gets a line that says what it is.
+
+    A file of several models, as unCLIP's, gives a :class:`diffkern.system.System`.
 
     into  a ``Model`` as the one that was saved, whose network gets the weights, in place: needed where that is no
           ``UNet``, and where there are a process of one's own, conditions or a codec, because a file holds no code
@@ -286,9 +298,35 @@ def load(
     if options:
         raise TypeError(f"load: expected no options of a file of diffkern, got {', '.join(options)}")
     description, tensors = read(path)
+    if "system" in description:
+        return _system(description, tensors, path, device)
     model = build(description, tensors, path, device=device, into=into)
     model.network.eval().requires_grad_(False)
     return model
+
+
+def load_one(name: str | os.PathLike, device: torch.device | str | None = None) -> Model:
+    """Load a model of one network. Raises TypeError for a system."""
+    model = load(name, device)
+    if isinstance(model, System):
+        raise TypeError(f"model: expected one network, got the system {os.fspath(name)}")
+    return model
+
+
+def is_system(name: str | os.PathLike) -> bool:
+    """Whether :func:`load` would give a system."""
+    path = find(name)
+    return not foreign.is_foreign(path) and "system" in read(path)[0]
+
+
+def _system(
+    description: dict[str, Any], tensors: Mapping[str, Tensor], path: str | os.PathLike, device: torch.device
+) -> System:
+    from .unclip import files  # which is made of models
+
+    if description["system"] != files.KIND:
+        raise ValueError(f"{path}: system: expected {files.KIND!r}, got {description['system']!r:.80}")
+    return files.read(description, tensors, path, device)
 
 
 def find(name: str | os.PathLike) -> Path:
@@ -329,8 +367,11 @@ def checked_device(device: torch.device | str | None) -> torch.device:
     raise ValueError(f"device: expected one of {', '.join(there)}, got {device}")
 
 
-def save(model: Model, path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> None:
+def save(model: "Model | System", path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> None:
     """Write ``model`` for :func:`load`, its weights as ``dtype`` (half precision halves the file)."""
+    if isinstance(model, System):
+        model.save(path, dtype)
+        return
     if not isinstance(model, Model):
         raise TypeError(f"model: expected a Model, got {type(model).__name__}")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -342,10 +383,27 @@ def save(model: Model, path: str | os.PathLike, *, dtype: torch.dtype = torch.fl
         planned = _planned(json.loads(json.dumps(description)), len(weights), "model")
         whose = "a UNet of its config (merge or take off layers that were put around its own)"
         compare(planned.network.state_dict(), weights, "model", whose)
+        _check_options(unwrapped(model.network), planned.network)
     for key, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f"model: expected weights that are finite in {dtype}, got others in {key}")
     write(path, description, weights)
+
+
+def _check_options(network: UNet, planned: UNet) -> None:
+    """ValueError unless the modules of a network are as its config makes them."""
+    modules = dict(planned.named_modules())
+    for name, module in network.named_modules():
+        for option, expected in vars(modules[name]).items():
+            if (
+                option == "training"
+                or option.startswith("_")
+                or not isinstance(expected, (bool, int, float, str, tuple))
+            ):
+                continue
+            got = getattr(module, option, None)
+            if got != expected:
+                raise ValueError(f"model: expected {name}.{option} {expected}, as its config says, got {got}")
 
 
 def build(
@@ -363,15 +421,23 @@ def build(
     taken before they fit. Or ``into`` gets them. Raises ValueError that begins with ``path``, for whatever no diffkern
     has written, and for another model than ``into``.
     """
-    planned = into is None
-    model = _planned(description, len(tensors), path) if planned else _checked(into, description, len(tensors), path)
+    model = plan(description, tensors, path, into=into)
     prefix = description.get("prefix", "") if prefix is None else prefix
     weights = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
-    if planned:
+    if into is None:
         fill(model.network, weights, path, device)
     else:
         restore(state(model.network.to(device or "cpu")), weights, path)
     return model
+
+
+def plan(
+    description: dict[str, Any], tensors: Mapping[str, Tensor], path: str | os.PathLike, *, into: Model | None = None
+) -> Model:
+    """The model that :func:`build` gives weights to: its network on the meta device, or that of ``into`` as it is."""
+    return (
+        _planned(description, len(tensors), path) if into is None else _checked(into, description, len(tensors), path)
+    )
 
 
 def _checked(into: Model, description: dict[str, Any], tensors: int, path: str | os.PathLike) -> Model:

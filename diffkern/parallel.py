@@ -17,9 +17,9 @@ def joined(device: torch.device | str | None) -> Iterator[torch.device | str | N
     if _environment("WORLD_SIZE", "the number of processes", low=1, default=1) == 1:
         yield device
         return
+    device = own_card(device)
     on_cuda = device is not None and torch.device(device).type == "cuda"
-    if on_cuda and torch.device(device).index is None:
-        device = f"cuda:{_environment('LOCAL_RANK', 'the number of this process on its machine', low=0)}"
+    if on_cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
@@ -27,6 +27,14 @@ def joined(device: torch.device | str | None) -> Iterator[torch.device | str | N
     finally:
         gc.collect()  # what averages gradients holds itself and the group, whose threads must end before the process
         dist.destroy_process_group()
+
+
+def own_card(device: torch.device | str | None) -> torch.device | str | None:
+    """For "cuda" under ``torchrun`` the card of this process; else ``device``."""
+    several = _environment("WORLD_SIZE", "the number of processes", low=1, default=1) > 1
+    if not several or device is None or torch.device(device).type != "cuda" or torch.device(device).index is not None:
+        return device
+    return f"cuda:{_environment('LOCAL_RANK', 'the number of this process on its machine', low=0)}"
 
 
 def _environment(name: str, meaning: str, low: int, default: int | None = None) -> int:

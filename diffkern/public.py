@@ -15,7 +15,7 @@ except (AttributeError, ImportError, RuntimeError) as error:  # absent, or older
     raise ImportError(explain(error)) from None
 
 from .constraints import From, Inpaint, Quantile
-from .engine import optimize
+from .engine import explain, optimize
 from .guidance import Guidance, PiGDM
 from .likelihood import Nll, nll
 from .model import Model, load, save
@@ -23,6 +23,7 @@ from .process import EDM, VE, VP, RectifiedFlow, SubVP
 from .runtime import Run
 from .sampling import encode, interpolate, sample
 from .schedule import Schedule
+from .unclip import similarity, vary
 from .unet import UNet
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "attention",
     "diffusion_loss",
     "encode",
+    "explain",
     "group_norm_silu",
     "interpolate",
     "load",
@@ -56,5 +58,7 @@ __all__ = [
     "reverse_step",
     "sample",
     "save",
+    "similarity",
     "torch_ops",
+    "vary",
 ]

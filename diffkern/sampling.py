@@ -22,6 +22,7 @@ from .arguments import (
     resolve,
     run_of,
     samples_of,
+    system_of,
 )
 from .constraints import From, Inpaint, Quantile, limit_of, rows_of
 from .guidance import Guidance
@@ -66,7 +67,7 @@ def sample(
     labels: int | str | Sequence[int | str] | Tensor | None = None,
     sampler: str | Sampler | Callable[..., Any] | None = None,
     steps: int | Sequence[float] | None = None,
-    guidance: float | Guidance = 1.0,
+    guidance: float | Guidance | None = None,
     clip: bool | float | tuple[float, float] | Quantile | None = None,
     start: From | None = None,
     constraint: Inpaint | None = None,
@@ -88,7 +89,7 @@ def sample(
     sampler     a name in :data:`diffkern.samplers.SAMPLERS`, or a function ``(m, grid, **options) -> m.program(x)``;
                 None is ddpm for all steps of a schedule, unipc for fewer, and ddim with ``eta``
     steps       how many, or the very time steps, decreasing; None is the sampler's own number
-    guidance    w of out_null + w (out_label - out_null) (Ho & Salimans 2022): 1 is the conditional model, 0 the
+    guidance    w of out_null + w (out_label - out_null) (Ho & Salimans 2022): None or 1 is the conditional model, 0 the
                 unconditional one, each one pass through the network; any other w takes two, and needs labels. Or a
                 :class:`Guidance`
     clip        clamp each prediction of x_0: True to [-1, 1], to a range (-a, a), or by a :class:`Quantile`; None is
@@ -113,6 +114,11 @@ def sample(
     Raises TypeError or ValueError for an argument that does not fit.
     """
     run = run_of(run, options)
+    system = system_of(model, run)
+    if system is not None:
+        given = dict(seeds=seeds, labels=labels, sampler=sampler, steps=steps, guidance=guidance, clip=clip)
+        given |= dict(start=start, constraint=constraint, noise=noise, callback=callback, run=run)
+        return system.sample(n, **given, **options)
     model, network, device, dtype = resolve(model, run, options)
     process, x_T = model.schedule, options.pop("x_T", None)
     guidance = guidance_of(guidance, model, device)
@@ -223,8 +229,8 @@ def _latent(model: Any, x: Tensor) -> tuple[Any, Tensor]:
 
 def interpolate(
     model: str | os.PathLike | Model | Network,
-    a: Tensor | int,
-    b: Tensor | int,
+    a: Tensor | int | str,
+    b: Tensor | int | str,
     n: int = 9,
     *,
     fraction: float | None = None,
@@ -234,12 +240,17 @@ def interpolate(
 ) -> Tensor:
     """Draw n images that lead from ``a`` to ``b``: [n, ...].
 
-    a, b      [...], two images in [-1, 1]; or the seeds of two that the model draws
+    a, b      [...], two images in [-1, 1]; or the seeds of two that the model draws; of unCLIP also texts
     fraction  mix x_t with that part of the steps left to do (Ho et al. 2020, section 4.4), with one ``seed``'s noise;
               None: turn from one image's x_T to the other's, which :func:`encode` finds (Song et al. 2021a, sec. 5.3)
     options   as :func:`sample` takes them; a label is that of all images. Without ``fraction`` the sampler is ddim
     """
     checked_count("n", n, 2)
+    system = system_of(model, run_of(options.get("run"), {}))
+    if system is not None:
+        if fraction is not None:
+            raise ValueError(f"fraction: expected None with a model of embeddings, got {fraction}")
+        return system.interpolate(a, b, n, seed=seed, steps=steps, **options)
     _refuse(options, "x_T", "seeds", "start", "clip", "noise", "constraint", *(["sampler"] if fraction is None else []))
     run = run_of(options.pop("run", None), options)
     model, _, device, _ = resolve(model, run, options)
@@ -254,7 +265,7 @@ def interpolate(
         ends = (_noise_of(model, end, given, device) for end in (a, b))
         inverted = isinstance(a, Tensor) or isinstance(b, Tensor)  # by steps without a clamp
         clip = {"clip": False} if inverted else {}
-        return sample(model, **dict(x_T=_turn(*ends, weights), sampler="ddim") | clip | given)
+        return sample(model, **dict(x_T=turn(*ends, weights), sampler="ddim") | clip | given)
     given = dict(steps=steps, run=run, **options)
     ends = [end if isinstance(end, Tensor) else sample(model, seeds=[end], **given)[0] for end in (a, b)]
     inner, ends = _latent(model, torch.stack([end.to(device) for end in ends]))
@@ -270,7 +281,7 @@ def _noise_of(model: Model, end: Tensor | int, options: dict[str, Any], device: 
     return ops.noise([end], model.shape, step=0, stream=0, device=device)[0] * model.schedule.prior_std
 
 
-def _turn(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+def turn(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     """Spherical interpolation [len(weights), ...] (Shoemake 1985)."""
     cosine = (a.double() * b.double()).sum() / (a.double().norm() * b.double().norm())
     angle = torch.arccos(cosine.clamp(-1, 1))

@@ -229,7 +229,7 @@ def mismatched(folder):
 
 PIXELS = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
 BAD_DATA = {
-    "no folder": (lambda f: load_dataset(f / "x"), "data: expected 'fashion-mnist' or an existing directory, got"),
+    "no folder": (lambda f: load_dataset(f / "x"), "data: expected 'fashion-mnist', 'emoji', 'faces' or an existing"),
     "no image folder": (lambda f: image_folder(f / "x"), "expected an existing directory, got none"),
     "no IDX files": (fashion_mnist, "expected train-images-idx3-ubyte or .*gz, got neither .*dataset-fashion-mnist"),
     "no such split": (lambda f: fashion_mnist(f, split="val"), "split: expected 'train' or 'test', got 'val'"),

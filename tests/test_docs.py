@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import test_unclip
 import tiny
 import torch
 from conftest import ROOT
@@ -20,6 +21,8 @@ from diffkern.samplers import SAMPLERS
 from diffkern.training import CHECKPOINT, Trainer
 
 PAGES = {str(page.relative_to(ROOT)): page for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
+SLOW = {"docs/other_tools.md": "accelerate lightning peft onnx onnxscript onnxruntime"}
+"""Pages whose blocks take long, with the packages that they are about."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -38,6 +41,7 @@ def small(tmp_path, monkeypatch):
     small = model.Model(network, shipped.schedule, "eps", shipped.shape, shipped.classes, name=shipped.name)
     diffkern.save(small, "models/fashion-mnist.safetensors")
     diffkern.save(small, "model.safetensors")
+    diffkern.save(test_unclip.tiny((3, 32, 32)), "models/emoji.safetensors")
     monkeypatch.setattr(model, "MODELS", tmp_path / "models")
 
 
@@ -60,9 +64,19 @@ def one_step(trainer: Trainer, folder: str, **options) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # what a page says that a call warns of
-@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if blocks(page, "python")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, page in PAGES.items()
+        if blocks(page, "python")
+    ],
+)
 def test_every_block_of_python_runs(small, monkeypatch, capsys, name):
     import diffusers
+
+    for package in SLOW.get(name, "").split():
+        pytest.importorskip(package)
 
     monkeypatch.setattr(diffusers.DDPMPipeline, "from_pretrained", staticmethod(from_pretrained))
     monkeypatch.setattr(Trainer, "run", one_step)

@@ -172,6 +172,69 @@ def test_a_trainer_that_refuses_leaves_the_network_as_it_was():
         assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
+def test_a_resumption_that_is_refused_leaves_the_network_as_it_was(tmp_path):
+    run = Trainer(model(), PLAIN, Config(**CONFIG))
+    take(run, 2)
+    run.save(tmp_path / CHECKPOINT)
+    mine = model()
+    mine.network.eval().requires_grad_(False)
+    before = {key: tensor.clone() for key, tensor in mine.network.state_dict().items()}
+    refused = (dict(seed=1), dict(steps=1), dict(flip=True), dict(batch_size=3, accumulate=2), dict(snapshot_every=1))
+    for changes in refused:
+        with pytest.raises(ValueError, match="expected"):
+            Trainer.resume(tmp_path / CHECKPOINT, PLAIN, into=mine, **changes)
+    with pytest.raises(ValueError, match="data: expected items of shape"):
+        Trainer.resume(tmp_path / CHECKPOINT, torch.zeros(4, 2), into=mine)
+    assert_equal(mine.network.state_dict(), before)
+    assert not any(module.training for module in mine.network.modules())
+    assert not any(parameter.requires_grad for parameter in mine.network.parameters())
+
+
+class LoRA(nn.Module):
+    """A frozen layer with an adapter of rank 2 beside it (Hu et al. 2022), which begins as zero."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Linear(layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, layer.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+def with_adapters() -> Model:
+    """Adapters around two layers, by hand, of a network that is frozen but for them."""
+    mine = model()
+    mine.network.requires_grad_(False)
+    mine.network.read, mine.network.write = LoRA(mine.network.read), LoRA(mine.network.write)
+    return mine
+
+
+def with_peft_s_adapters() -> Model:
+    peft = pytest.importorskip("peft")
+    mine = model()
+    config = peft.LoraConfig(r=2, target_modules=["read", "write"])
+    return replace(mine, network=peft.inject_adapter_in_model(config, mine.network))
+
+
+@pytest.mark.parametrize("made", [with_adapters, with_peft_s_adapters], ids=["hand", "peft"])
+def test_adapters_are_trained_alone_and_resumed_to_the_bit(tmp_path, made):
+    run, adapters = Trainer(made(), PLAIN, Config(**CONFIG)), {"down", "up", "lora_A", "lora_B"}
+    assert len(run.trained) == 4 and all(adapters & {*name.split(".")} for name in run.trained)
+    before = {name: parameter.clone() for name, parameter in run.network.named_parameters()}
+    losses = take(run, 2)
+    run.save(tmp_path / CHECKPOINT)
+    changed = {name for name, parameter in run.network.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == run.trained.keys()
+    whole = Trainer(made(), PLAIN, Config(**CONFIG))
+    assert take(whole, 2) == losses
+    again = Trainer.resume(tmp_path / CHECKPOINT, PLAIN, into=made())
+    assert again.trained.keys() == run.trained.keys() and take(again, 1) == take(whole, 1)
+    assert_equal(again.tensors(), whole.tensors())
+
+
 class Halves(nn.Module):
     """The mean of two numbers, and a variance of each."""
 
@@ -391,9 +454,7 @@ def test_the_held_out_loss_is_the_averaged_networks_on_the_same_draws_each_time(
     lines = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
     assert [(line[0], line[4] != "") for line in lines] == [("2", False), ("4", True), ("6", True)]
     assert float(lines[-1][4]) == pytest.approx(run.validate(), abs=1e-6)
-    small = replace(run.config, batch_size=2)
-    again = Trainer.resume(tmp_path / CHECKPOINT, PLAIN, into=model(), validation=held_out)
-    again.config = small
+    again = Trainer.resume(tmp_path / CHECKPOINT, PLAIN, into=model(), validation=held_out, batch_size=2)
     assert again.validate() == pytest.approx(run.validate(), rel=1e-5)  # whatever the batch
     assert take(again, 1) == take(Trainer.resume(tmp_path / CHECKPOINT, PLAIN, into=model(), batch_size=2), 1)
 

@@ -102,8 +102,8 @@ def test_an_optimized_network_of_diffusers_has_its_classes(classes):
     engine, labels = optimize(unet.requires_grad_(False)), torch.tensor([0, classes - 1])
     expected = unet(X_T, T, labels).sample
     assert (engine(X_T, T, labels).sample - expected).abs().max() <= 1e-4 * expected.abs().max()
-    for wrong, error in ((None, ValueError), (torch.tensor([-1, 0]), ValueError), (torch.tensor([0, 4]), ValueError)):
-        with pytest.raises(error):
+    for wrong, error in ((None, ValueError), (torch.tensor([-1, 0]), IndexError), (torch.tensor([0, 4]), IndexError)):
+        with pytest.raises(error):  # the network's own
             engine(X_T, T, wrong)
 
 
@@ -162,11 +162,8 @@ def test_a_network_that_computes_something_else_is_refused(change):
     CHANGES[change](unet)
     with pytest.raises(ValueError, match=REFUSED):
         Model.from_diffusers(pipeline(unet))
-    if change in ("hook", "patched", "subclass"):  # optimize runs the network itself
-        assert torch.equal(optimize(unet)(X_T, T).sample, unet(X_T, T).sample)
-    else:
-        with pytest.raises(ValueError, match=REFUSED):
-            optimize(unet)
+    expected = unet(X_T, T).sample
+    assert (optimize(unet)(X_T, T).sample - expected).abs().max() <= 3e-5 * expected.abs().max()
 
 
 def test_a_network_is_compared_in_eval_mode_and_keeps_its_training_flags():
@@ -180,13 +177,14 @@ def test_a_network_is_compared_in_eval_mode_and_keeps_its_training_flags():
     assert all(module.training for module in unet.modules())
 
 
-def test_a_network_that_is_changed_before_its_hook_is_taken_off_runs_itself():
+def test_a_network_that_is_changed_before_its_hook_is_taken_off_runs_as_it_is_then():
     unet = network()
     handle = CHANGES["hook"](unet)
     engine = optimize(unet)
     circular(unet)
     handle.remove()
-    assert torch.equal(engine(X_T, T).sample, unet(X_T, T).sample)
+    expected = unet(X_T, T).sample
+    assert (engine(X_T, T).sample - expected).abs().max() <= 3e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -22,6 +22,7 @@ from diffkern.show import (
     convergence,
     elbo,
     figures,
+    flow,
     forward,
     gaussians,
     guidance,
@@ -40,13 +41,14 @@ from diffkern.show.gaussians import Gaussians
 
 FLOAT = dict(dtype=torch.float64, device="cpu")
 NAMES = (
-    *("consistency", "convergence", "elbo", "forward", "guidance", "inpaint", "kl", "mixture", "objectives"),
+    *("consistency", "convergence", "elbo", "flow", "forward", "guidance", "inpaint", "kl", "mixture", "objectives"),
     *("path-noise", "paths", "processes", "schedule", "swiss-roll"),
 )
 SMALL = {  # as options of the command; forward loads the model that ships
     "consistency": ["--n", "20"],
     "convergence": ["--n", "4", "--samplers", "euler", "unipc,order=1", "--process", "edm"],
     "elbo": ["--n", "4"],
+    "flow": ["--n", "10", "--steps", "1", "--no-progress"],
     "forward": ["--n", "2", "--steps", "1", "--no-progress"],
     "guidance": ["--n", "10", "--steps", "2"],
     "inpaint": ["--n", "5", "--steps", "4"],
@@ -403,7 +405,7 @@ def test_the_page_has_a_section_for_each_figure():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "swiss-roll"])  # trained, so rounding may grow
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"flow", "swiss-roll"}))  # trained, so rounding may grow
 def test_the_page_has_the_tables_that_the_commands_print(name):
     options = {"progress": False} if name == "forward" else {}
     shown, computed = (cells(text.splitlines()) for text in (PAGE[name], figures()[name].figure(**options).table()))
@@ -420,6 +422,13 @@ def test_a_full_covariance_has_the_better_bound_and_samples_lie_on_the_roll():
     assert full < diagonal - 0.1 < gaussian - 1.5
     middle = found.column("distance to the roll, median")
     assert middle[1] < 2 * middle[2]
+
+
+@pytest.mark.slow
+def test_a_flow_and_a_diffusion_come_near_the_truth(monkeypatch):
+    monkeypatch.setattr(flow, "DENSITIES", {"eight Gaussians": flow.DENSITIES["eight Gaussians"]})
+    truth, by_flow, by_diffusion = flow.figure(progress=False).column("KL to the truth, nats")
+    assert truth == 0 and 0 < by_flow < 0.2 and 0 < by_diffusion < 0.05
 
 
 # --- the command ---

@@ -122,10 +122,10 @@ def test_a_hessian_is_that_of_the_closed_form():
 
 @pytest.mark.parametrize("optimized", [False, True])
 def test_per_sample_gradients_of_the_weights_are_those_of_each_sample(optimized):
-    unet, prefix = NETWORK, "network." if optimized else ""
+    unet = NETWORK
     module = diffkern.optimize(unet) if optimized else unet
     x, labels = values(2, 1, 4, 4), torch.tensor([1, -1])
-    weights = {prefix + name: weight for name, weight in unet.named_parameters()}
+    weights = dict(unet.named_parameters())
 
     def loss(weights: dict[str, Tensor], x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         return functional_call(module, weights, (x[None], t[None], label[None])).square().sum()

@@ -8,7 +8,7 @@ from typing import Any
 from .. import evaluate
 from ..classifier import CLASSIFIERS, NoisyClassifier, check_time_steps, load_noisy_classifier, save_noisy_classifier
 from ..data import FASHION_MNIST, Dataset, fashion_mnist
-from ..model import load
+from ..model import load_one
 from ..progress import tell
 from ..training.classifier import train_noisy_classifier
 from .options import DEFAULT_MODEL, add_long_options, count
@@ -70,7 +70,7 @@ def _trained(
     """A new classifier, as its file has it, and the test images."""
     path = arguments.classifier
     check_file("classifier", path, ".safetensors")
-    schedule = load(model).schedule
+    schedule = load_one(model).schedule
     check_time_steps(schedule)
     train, test = (fashion_mnist(arguments.data, split=split) for split in ("train", "test"))
     evaluate.check_labelled("test", test, train.shape, train.classes)

@@ -16,7 +16,7 @@ from ..data import FASHION_MNIST, FASHION_MNIST_CLASSES, Dataset, idx_folder, im
 from ..io.files import CHECKPOINT
 from ..io.image_folder import find_images
 from ..likelihood import Nll, nll
-from ..model import Model, load, shipped
+from ..model import Model, load_one, shipped
 from ..progress import tell
 from ..samplers import SAMPLERS
 from ..schedule import Schedule
@@ -74,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         default=FASHION_MNIST,
-        help=f"real images: a folder, fashion-mnist, or a folder of IDX files (default: {FASHION_MNIST})",
+        help=f"real images: a folder, fashion-mnist, faces, emoji:style .. (diffkern data), or a folder of IDX "
+        f"files (default: {FASHION_MNIST})",
     )
     parser.add_argument(
         *("--validation", "--test"),
@@ -135,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
     mode = _check_options(arguments)
     if mode == "nll":
         return _likelihood(arguments)
-    model = None if mode == "images" else load(arguments.model, arguments.device)
+    model = None if mode == "images" else load_one(arguments.model, arguments.device)
     shape = _shape_of(arguments) if model is None else model.shape
     runs = []
     if model is not None:
@@ -150,7 +151,11 @@ def run(arguments: argparse.Namespace) -> int:
         images = image_folder(arguments.model, size=shape[1], channels=shape[0], progress=arguments.progress)
         sources: list[evaluate.Pictures | evaluate.Drawn] = [evaluate.Pictures(images, arguments.n, "images")]
     else:
-        options = dict(guidance=guidance(arguments), batch_size=arguments.batch_size, dtype=_dtype(arguments))
+        options = dict(
+            guidance=guidance(arguments.guidance, arguments.guide),
+            batch_size=arguments.batch_size,
+            dtype=_dtype(arguments),
+        )
         n, options["like"] = arguments.n or SAMPLES, data
         sources = [evaluate.Drawn(model, n, sampler=name, steps=steps, **options) for name, steps in runs]
     if network is None:
@@ -312,7 +317,9 @@ def _curves(
 ) -> int:
     samples, calls = arguments.n or SAMPLES, arguments.calls
     n = min(samples, 8)
-    options = dict(guidance=guidance(arguments), dtype=_dtype(arguments), progress=arguments.progress)
+    options = dict(
+        guidance=guidance(arguments.guidance, arguments.guide), dtype=_dtype(arguments), progress=arguments.progress
+    )
     rms = evaluate.distances_to_limit(model, runs, n=n, batch_size=n, **options)
     limit = f"Distance of {n} images to the ODE's limit, rms of a pixel unclipped; none where a sampler draws noise"
     found = {limit: _by_sampler(arguments, rms)}
@@ -342,7 +349,7 @@ def _by_sampler(arguments: argparse.Namespace, values: Sequence[float | None]) -
 
 
 def _likelihood(arguments: argparse.Namespace) -> int:
-    model = load(arguments.model, arguments.device)
+    model = load_one(arguments.model, arguments.device)
     if not model.schedule.discrete:
         raise ValueError(f"nll: expected a model of time steps, which has the bound, got one of {model.schedule}")
     data, held_out = _real(arguments, model.shape)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import images, ops
 from ..constraints import Inpaint
-from ..model import load
+from ..model import load_one
 from ..samplers import SAMPLERS
 from ..sampling import sample
 from .options import (
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_file("out", arguments.out, ".png")
-    model = load(arguments.model, arguments.device)
+    model = load_one(arguments.model, arguments.device)
     if arguments.mask is not None:
         mask = (read_picture("mask", arguments.mask, (1, *model.shape[1:])) > 0).float()
     else:
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         labels=labels,
         sampler=arguments.sampler,
         steps=arguments.steps,
-        guidance=guidance(arguments),
+        guidance=guidance(arguments.guidance, arguments.guide),
         constraint=Inpaint(image[None], mask[None], arguments.resample),
         batch_size=arguments.batch_size,
         dtype=dtype_of(arguments.dtype),

@@ -1,24 +1,29 @@
 """``diffkern interpolate``: the images between two."""
 
 import argparse
+import os
 
 import torch
 
 from .. import images
-from ..model import load
+from ..model import Model, load
 from ..sampling import interpolate
+from ..system import System
 from .options import add_grid, add_long_options, add_model, add_network, count, dtype_of
 from .outputs import check_file
 from .pictures import read_picture
 
 EXAMPLES = """\
   diffkern interpolate 3 8 --label Sneaker
+  diffkern interpolate --model emoji "red heart" "blue heart"
   diffkern interpolate mine.png yours.png --n 12 --gif between.gif"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_long_options(parser)
-    parser.add_argument("ends", nargs=2, metavar="END", help="an image file, or the seed of an image")
+    parser.add_argument(
+        "ends", nargs=2, metavar="END", help="an image file, the seed of an image, or for a model as emoji a text"
+    )
     add_model(parser)
     parser.add_argument("--n", type=count, default=9, help="how many images, the ends too (default: 9)")
     parser.add_argument("--label", help="the class of all images, by name or number (default: none)")
@@ -37,14 +42,17 @@ def run(arguments: argparse.Namespace) -> int:
     for name, suffix in (("out", ".png"), ("gif", ".gif")):
         if getattr(arguments, name) is not None:
             check_file(name, getattr(arguments, name), suffix)
-    model = load(arguments.model, arguments.device)
-    ends = [int(end) if end.isdecimal() else read_picture("ends", end, model.shape) for end in arguments.ends]
+    source = load(arguments.model, arguments.device)
+    system = isinstance(source, System)
+    model = source.drawn if system else source
+    ends = [_end(end, model, texts=system) for end in arguments.ends]
+    labels = {} if arguments.label is None else {"labels": model.label(arguments.label)}
     x = interpolate(
-        model,
+        source,
         *ends,
         arguments.n,
         fraction=arguments.fraction,
-        labels=None if arguments.label is None else model.label(arguments.label),
+        **labels,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         dtype=dtype_of(arguments.dtype),
@@ -60,3 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
         written.append(arguments.gif)
     print(*written, sep="\n")
     return 0
+
+
+def _end(end: str, model: Model, *, texts: bool) -> int | str | torch.Tensor:
+    """A seed, a picture, or for a model that reads ``texts`` any other text than a file's name."""
+    if end.isdecimal():
+        return int(end)
+    return end if texts and not os.path.exists(end) else read_picture("ends", end, model.shape)

@@ -46,10 +46,11 @@ def add_long_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="neither a progress bar nor lines")
 
 
-def add_guidance(parser: argparse.ArgumentParser) -> None:
-    """Add the options of :func:`guidance`."""
+def add_guidance(parser: argparse.ArgumentParser, default: float | None = 1.0) -> None:
+    """Add the options that :func:`guidance` reads. ``default`` None: the model's own."""
+    shown = "the model's own" if default is None else f"{default:g}"
     parser.add_argument(
-        "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance (default: 1)"
+        "--guidance", type=float, default=default, metavar="W", help=f"classifier-free guidance (default: {shown})"
     )
     parser.add_argument(
         "--guide",
@@ -58,11 +59,10 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def guidance(arguments: argparse.Namespace) -> Any:
+def guidance(weight: float, guide: str | None) -> Any:
     """What the options ask for, as ``diffkern.sample`` takes it."""
     from ..guidance import Guidance  # which needs torch
 
-    weight, guide = arguments.guidance, arguments.guide
     return weight if guide is None else Guidance(weight, classifier=guide)
 
 

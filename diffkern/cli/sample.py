@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
-from .. import __version__, images, ops
+from .. import __version__, images, ops, parallel
 from ..constraints import Quantile
 from ..model import Model, load
+from ..progress import tell
 from ..samplers import SAMPLERS, VARIANCES, default_sampler
 from ..sampling import Step, sample
 from ..schedule import SPACINGS
+from ..shards import SHARD, sample_to
+from ..system import System
 from .options import (
     add_grid,
     add_guidance,
@@ -38,6 +41,8 @@ EXAMPLES = """\
   diffkern sample --steps 20
   diffkern sample --n 40 --steps 50 --seeds random
   diffkern sample --labels Sneaker --guide fashion-mnist-noisy --guidance 4 --steps 50
+  diffkern sample --model emoji --prompt "red apple in fluent 3d style" --n 8
+  torchrun --nproc-per-node 8 -m diffkern sample --device cuda --seeds 0:50000 --folder samples
   diffkern sample --model run --labels cat --guidance 2 --seeds 100:116 --out cats.png"""
 
 
@@ -48,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels", "--label", nargs="+", metavar="LABEL", help="classes by name or number, none for the null class"
     )
-    add_guidance(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="what to draw, for a model that reads text, as emoji")
+    add_guidance(parser, None)
     parser.add_argument("--steps", type=count, help="(default: all for ddpm, 50 for ddim, 20 for most others)")
     parser.add_argument("--sampler", choices=SAMPLERS, help="(default: ddpm for all steps, unipc for fewer)")
     parser.add_argument("--spacing", choices=SPACINGS, help="of the steps (default: the model's, else trailing)")
@@ -74,6 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_network(parser)
     add_grid(parser, "samples.png")
+    parser.add_argument(
+        "--folder",
+        metavar="DIR",
+        help="no grid, but a PNG an image there, for as many as a disk holds: by any number of processes, as of "
+        "torchrun, and resumed by the same command",
+    )
+    parser.add_argument("--shard", type=count, default=SHARD, help=f"images a process takes at a time ({SHARD})")
     parser.add_argument("--gif", metavar="GIF", help="the denoising, animated")
     parser.add_argument("--npz", metavar="NPZ", help="images [N, H, W, C] uint8, seeds and labels as arrays")
 
@@ -82,21 +95,31 @@ def run(arguments: argparse.Namespace) -> int:
     for name, suffix in (("out", ".png"), ("gif", ".gif"), ("npz", ".npz")):
         if getattr(arguments, name) is not None:
             check_file(name, getattr(arguments, name), suffix)
-    model = load(arguments.model, arguments.device)
+    for name in ("gif", "npz"):
+        if arguments.folder is not None and getattr(arguments, name) is not None:
+            raise ValueError(f"{name}: expected none with --folder, got {getattr(arguments, name)!r}")
+    source = load(arguments.model, parallel.own_card(arguments.device))
+    system = isinstance(source, System)
+    if arguments.prompt is not None and not system:
+        raise ValueError(f"prompt: expected none, for {arguments.model} reads no text, got {arguments.prompt!r}")
+    model, own_steps, own_guidance = (source.drawn, source.steps, source.guidance) if system else (source, None, 1.0)
+    steps = arguments.steps or own_steps
+    weight = own_guidance if arguments.guidance is None else arguments.guidance
     ranges = seed_ranges(arguments.seeds, arguments.n, N)
     n = sum(max(0, seeds.stop - seeds.start) for seeds in ranges)
     columns = arguments.columns or (len(model.classes) if model.classes and not arguments.labels else None)
-    sampler = arguments.sampler or default_sampler(arguments.steps, _length(model), arguments.eta)
+    sampler = arguments.sampler or default_sampler(steps, _length(model), arguments.eta)
     spacing = arguments.spacing or model.spacing or model.schedule.spacing
     clip = next(clip for clip in (arguments.clip, model.clip, True) if clip is not None)
-    shown = _shown_steps(model, arguments.steps, spacing, sampler) if arguments.gif else range(0)
-    _check_size(n, model, arguments, columns, len(shown))
-    seeds = torch.cat([ops.as_seeds(numbers, "cpu") for numbers in ranges])
-    labels = labels_of(arguments.labels, model, len(seeds))
+    shown = _shown_steps(model, steps, spacing, sampler) if arguments.gif else range(0)
+    if arguments.folder is None:
+        _check_size(n, model, arguments, columns, len(shown))
+    labels = labels_of(arguments.labels, model, n)
     settings = {
-        "guidance": arguments.guidance,
+        **({} if arguments.prompt is None else {"prompt": arguments.prompt}),
+        "guidance": weight,
         "sampler": sampler,
-        "steps": arguments.steps,
+        "steps": steps,
         "spacing": spacing,
         "variance": arguments.variance,
         "eta": arguments.eta or 0.0,
@@ -105,16 +128,19 @@ def run(arguments: argparse.Namespace) -> int:
         **({} if arguments.noise == "step" else {"noise": arguments.noise}),
         **_options(arguments.option),
     }
+    if arguments.folder is not None:
+        return _into_folder(source, ranges, labels, settings, weight, arguments)
+    seeds = torch.cat([ops.as_seeds(numbers, "cpu") for numbers in ranges])
     names = None if labels is None else images.captions(model.classes, labels)
     film = Film(len(seeds), shown, names, columns, arguments.scale) if arguments.gif else None
     x = sample(
-        model,
+        source,
         seeds=seeds,
         labels=labels,
         dtype=dtype_of(arguments.dtype),
         progress=arguments.progress,
         callback=film and film.record,
-        **settings | {"guidance": guidance(arguments)},
+        **settings | {"guidance": guidance(weight, arguments.guide)},
     )
     settings = {
         "model": str(arguments.model),
@@ -140,6 +166,34 @@ def run(arguments: argparse.Namespace) -> int:
         images.save_npz(arguments.npz, **arrays, settings=json.dumps(settings))
         written.append(arguments.npz)
     print(*fresh_seeds(arguments.seeds, ranges), *written, sep="\n")
+    return 0
+
+
+def _into_folder(
+    source: Model | System,
+    ranges: list[range],
+    labels: list[int] | None,
+    settings: dict[str, Any],
+    weight: float,
+    arguments: argparse.Namespace,
+) -> int:
+    """A PNG for each image. Says how many others are still making."""
+    seeds = ranges[0] if len(ranges) == 1 else [seed for numbers in ranges for seed in numbers]
+    told = {"model": str(arguments.model), **settings, "guide": arguments.guide, "dtype": arguments.dtype}
+    left = sample_to(
+        arguments.folder,
+        source,
+        seeds,
+        labels=labels,
+        settings=told | {"clip": repr(settings["clip"])},
+        shard=arguments.shard,
+        dtype=dtype_of(arguments.dtype),
+        progress=arguments.progress,
+        **settings | {"guidance": guidance(weight, arguments.guide)},
+    )
+    if left:
+        tell(f"folder: other processes are at work on {left:,} of the {len(seeds):,} images")
+    print(*fresh_seeds(arguments.seeds, ranges), arguments.folder, sep="\n")
     return 0
 
 

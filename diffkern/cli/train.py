@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import parallel, training
-from ..data import Dataset, load_dataset
-from ..model import Model, load
+from ..data import Dataset, Items, load_dataset, picture_set
+from ..model import Model, load_one
 from ..progress import tell
 from ..schedule import KINDS, from_config
+from ..training import board
 from ..training.runs import check_folder, ignore_signals, locked
 from .options import add_long_options, count
 
@@ -39,13 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        help="fashion-mnist, a folder of IDX files, or a folder of images: a class is a sub-folder, "
+        help="fashion-mnist, faces, emoji, or with an attribute for classes faces:hair .. (diffkern data lists them), "
+        "a folder of IDX files, or a folder of images: a class is a sub-folder, "
         "transparent pixels become white, 16 bits of grey are scaled to 8, hidden files are left out",
     )
     parser.add_argument(
         "--validation",
         metavar="DATA",
-        help="held-out images, as --data; of fashion-mnist and IDX files the test images",
+        help="held-out images, as --data; of fashion-mnist, IDX files and sets the test images",
     )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="checkpoint.safetensors, log.csv, loss.png, samples-*.png"
@@ -109,9 +111,11 @@ def _train_on(device: str | None, arguments: argparse.Namespace, held: contextli
         if checkpoint.exists():
             begun = training.read_checkpoint(checkpoint)[0]
         elif arguments.init is not None:
-            init = load(arguments.init)
+            init = load_one(arguments.init)
         options = _options(arguments, begun, init)
         config = training.Config(**options)
+        if config.tensorboard:
+            board.check()
         shape = begun["shape"] if begun else init.shape if init else None
         dataset = _dataset(arguments, checkpoint if begun else None, shape, config)
         validation = None if arguments.validation is None else _held_out(arguments, dataset)
@@ -185,20 +189,21 @@ def _process(arguments: argparse.Namespace, base: dict[str, Any]) -> dict[str, A
 
 def _dataset(
     arguments: argparse.Namespace, checkpoint: Path | None, shape: Sequence[int] | None, config: training.Config
-) -> Dataset:
+) -> Dataset | Items:
     """The images: of ``shape``, the checkpoint's or that of --init, in all that the options do not say."""
     channels, size = (3, 32) if shape is None else (shape[0], shape[-1])
     if checkpoint and arguments.size not in (None, size):
         raise ValueError(f"size: expected that of {checkpoint}, {size}, got {arguments.size}")
     channels, size = config.network.get("in_channels", channels), arguments.size or size
     progress = arguments.progress and parallel.rank() == 0
-    dataset = load_dataset(arguments.data, size=size, channels=channels, progress=progress)
+    options = dict(size=size, channels=channels)
+    dataset = picture_set(arguments.data, **options) or load_dataset(arguments.data, progress=progress, **options)
     if arguments.size is not None and dataset.shape[1:] != (size, size):
         raise ValueError(f"size: expected that of the images, {dataset.shape[1]} x {dataset.shape[2]}, got {size}")
     return dataset
 
 
-def _held_out(arguments: argparse.Namespace, dataset: Dataset) -> Dataset:
+def _held_out(arguments: argparse.Namespace, dataset: Dataset | Items) -> Dataset:
     """The images of --validation, of the size of ``dataset``'s."""
     channels, _, size = dataset.shape
     progress = arguments.progress and parallel.rank() == 0

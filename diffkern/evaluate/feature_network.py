@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..images import from_pixels, to_pixels
-from ..io.files import check_regular, state
+from ..io.files import check_regular, digest_of
 from ..model import checked_device
 from ..networks.modes import evaluating
 from .classifier import CLASSIFIER, Classifier, load_classifier
@@ -145,13 +145,3 @@ def _inception(path: str, device: torch.device) -> FeatureNetwork:
 def _digest(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest_of(network: nn.Module) -> str:
-    """Of the names and the values of the parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state(network).items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(repr((name, str(values.dtype), tuple(values.shape))).encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

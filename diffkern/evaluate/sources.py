@@ -17,13 +17,13 @@ from ..arguments import check_guided, guidance_of
 from ..data import Dataset
 from ..guidance import Guidance
 from ..images import to_uint8
-from ..io.files import read, write
+from ..io.files import digest_of, read, write
 from ..model import Model, unwrapped
 from ..process import checked_count
 from ..progress import bar as progress_bar
 from ..samplers import SAMPLERS
 from ..sampling import sample
-from .feature_network import FeatureNetwork, digest_of
+from .feature_network import FeatureNetwork
 from .loss import in_proportion, labels_of
 
 VERSIONS = {"diffkern": __version__, "torch": torch.__version__}

@@ -69,28 +69,31 @@ def check_model(description: Mapping[str, Any], tensors: int) -> None:
     own = description.get("own", {})
     if not (isinstance(own, dict) and all(isinstance(kind, str) for kind in own.values())) or len(own) > MOST_OWN:
         raise TypeError(f"own: expected an object of names, got {_shown(own)}")
-    few = range(1, MOST_SIZES + 1) if "network" in own else (3,)
+    architecture = description.get("architecture", "UNet")
+    if architecture not in tuple(ARCHITECTURES):
+        raise ValueError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {_shown(architecture)}")
+    few = (3,) if architecture == "UNet" and "network" not in own else range(1, MOST_SIZES + 1)
     sizes = shape if isinstance(shape, list) and len(shape) in few else [None]
     if not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError(f"shape: expected three positive sizes (C, H, W), got {_shown(shape)}")
     if math.prod(shape) > MOST_VALUES:
         raise ValueError(f"shape: expected at most {MOST_VALUES} values an image, got {_shown(shape)}")
     if "network" not in own:
-        _check_network(description["network"], tensors, description.get("architecture", "UNet"))
+        _check_network(description["network"], ARCHITECTURES[architecture], tensors)
     if "schedule" not in own:
         check_schedule(description["schedule"])
 
 
-def _check_network(network: Any, tensors: int, architecture: Any) -> None:
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {_shown(architecture)}")
-    options = {
-        name: option.default for name, option in inspect.signature(ARCHITECTURES[architecture]).parameters.items()
-    }
+def _check_network(network: Any, architecture: type, tensors: int) -> None:
+    options = {name: option.default for name, option in inspect.signature(architecture).parameters.items()}
     _check_known("network", network, options)
     for name, value in network.items():
         default = options[name]
-        if isinstance(default, bool | str):
+        if name == "conditions":
+            good = isinstance(value, dict) and len(value) <= MOST_OWN
+            good = good and all(isinstance(shape, list) and all(map(_is_number, shape)) for shape in value.values())
+            expected = "a list of sizes by name"
+        elif isinstance(default, bool | str):
             good, expected = type(value) is type(default), f"a {type(default).__name__}"
         elif isinstance(default, tuple):
             flags = bool(default) and isinstance(default[0], bool)
@@ -101,8 +104,10 @@ def _check_network(network: Any, tensors: int, architecture: Any) -> None:
         if not good:
             raise TypeError(f"{name}: expected {expected}, got {_shown(value)}")
     made = options | network
-    each = made.get("blocks", 2)
-    blocks = len(made["channel_mult"]) * (2 * each + 1 if isinstance(each, int) else 0)
+    blocks = made.get("blocks", 2)
+    blocks = blocks if isinstance(blocks, int) else 0
+    if "channel_mult" in made:
+        blocks = len(made["channel_mult"]) * (2 * blocks + 1)
     if LEAST_TENSORS * blocks > tensors:
         raise ValueError(f"blocks: expected a network of the file's {tensors} tensors, got {blocks} residual blocks")
 

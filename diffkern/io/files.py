@@ -107,6 +107,16 @@ def state(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in named.values()}
 
 
+def digest_of(network: nn.Module) -> str:
+    """Of the names and the values of the parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state(network).items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(repr((name, str(values.dtype), tuple(values.shape))).encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def restore(live: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: FilePath) -> None:
     """Copy ``stored`` into ``live``, which keeps its dtypes, devices and memory formats; the keys must be the same."""
     compare(live, stored, path, "its network")

@@ -22,12 +22,12 @@ from ..arguments import (
 from ..guidance import Guidance
 from ..model import Model
 from ..networks.modes import evaluating
-from ..process import checked_int
 from ..progress import bar as progress_bar
 from ..runtime import Run
 from ..runtime.loop import Network, call
 from ..samplers.options import one_of
 from .bound import Bound
+from .draws import check_levels
 from .ode import Ode
 
 
@@ -135,17 +135,11 @@ def nll(
 
 def _checked(x: Tensor, levels: Any, model: Model) -> Tensor:
     """x as the model diffuses it, float32."""
-    if levels is not None and checked_int("levels", levels, "an int >= 2 or None") < 2:
-        raise ValueError(f"levels: expected an int >= 2 or None, got {levels}")
     if model.codec is not None:
         if levels is not None:
             raise ValueError(f"levels: expected None with a model of latents, got {levels}")
         with torch.no_grad():
             x = model.codec.to_model(x)
     check_x_T(x, model.shape, "x")
-    if not len(x):
-        raise ValueError("x: expected at least one sample, got none")
-    if levels is not None and not (x.abs() <= 1).all():
-        got = f"{x.min().item():.3g} to {x.max().item():.3g}"
-        raise ValueError(f"x: expected values in [-1, 1], or levels=None for continuous ones, got {got}")
+    check_levels(x, levels)
     return x.detach().float()

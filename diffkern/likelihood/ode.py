@@ -13,7 +13,7 @@ from torch import Tensor
 from ..model import Model
 from ..prediction import target
 from ..process import Point, Process, checked_float, checked_int
-from .draws import DEQUANTIZE, Predict, Terms, bits, signs, uniform
+from .draws import Predict, Terms, bits, dequantized, offset, signs
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Ode:
             return torch.cat([part.flatten() for part in self.rates(predict, z, self.at(phi), seeds)]).cpu().numpy()
 
         scales = [math.hypot(end.alpha, end.sigma) for end in self.ends]
-        z = self.dequantized(x, seeds) / scales[0]
+        z = dequantized(x, seeds, self.levels) / scales[0]
         start, angles = torch.cat((z.flatten(), z.new_zeros(n))).cpu().numpy(), [_angle(end) for end in self.ends]
         done = solve_ivp(rates, angles, start, method="RK45", rtol=self.tol, atol=self.tol)
         if not done.success:
@@ -91,17 +91,9 @@ class Ode:
         end, std = torch.from_numpy(done.y[:, -1].copy()), self.process.prior_std
         x_T, expansion = end[:size].view(x.shape) * scales[1], end[size:] / dimensions + math.log(scales[1] / scales[0])
         prior = ((x_T / std).square() + math.log(2 * math.pi)) / 2 + math.log(std)
-        offset = 0.0 if self.levels is None else math.log2(self.levels / 2)
+        of_levels = torch.full_like(expansion, offset(self.levels))
         tick()
-        return bits(prior), -expansion[:, None] / math.log(2), torch.full_like(expansion, offset), done.nfev
-
-    def dequantized(self, x: Tensor, seeds: Tensor) -> Tensor:
-        """x, uniform within its level, in [-1, 1] as a whole: float64."""
-        x = x.double()
-        if self.levels is None:
-            return x
-        level = ((x + 1) * ((self.levels - 1) / 2)).round()
-        return (level + uniform(seeds, x.shape[1:], DEQUANTIZE)) * (2 / self.levels) - 1
+        return bits(prior), -expansion[:, None] / math.log(2), of_levels, done.nfev
 
     def rates(self, predict: Predict, z: Tensor, point: Point, seeds: Tensor) -> tuple[Tensor, Tensor]:
         """dz/dphi [B, ...], and its divergence [B]: float64."""

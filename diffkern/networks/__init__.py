@@ -15,11 +15,12 @@ from .blocks import (
 from .diffusers import from_diffusers
 from .edm2 import EDM2UNet
 from .half_unet import HalfUNet
+from .mlp import ResidualMLP
 from .ncsnpp import NCSNpp
 from .rms_unet import RMSUNet
 from .unet import UNet
 
-ARCHITECTURES = {"UNet": UNet, "NCSNpp": NCSNpp, "EDM2UNet": EDM2UNet, "RMSUNet": RMSUNet}
+ARCHITECTURES = {architecture.__name__: architecture for architecture in (UNet, NCSNpp, EDM2UNet, RMSUNet, ResidualMLP)}
 """The networks that a model file can describe, by name; each has a ``config`` of its options."""
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "NCSNpp",
     "RMSUNet",
     "ResBlock",
+    "ResidualMLP",
     "TimestepEmbedding",
     "UNet",
     "Upsample",

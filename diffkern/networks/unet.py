@@ -6,8 +6,8 @@ Parameter names are those of diffusers' ``UNet2DModel``, so that the field's che
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,7 @@ from .blocks import (
     group_norm_silu,
     timestep_embedding,
 )
-
-Image = TypeVar("Image")
+from .conditioning import check_conditions, checked_conditions, condition_embeddings, embedded
 
 
 class UNet(nn.Module):
@@ -44,6 +43,9 @@ class UNet(nn.Module):
     groups, norm_eps            of every GroupNorm
     mid_attention_groups        of the GroupNorm in ``mid_attention``, if not ``groups``
     num_classes                 class-conditional: labels 0..num_classes-1, and -1 for the null class
+    conditions                  what else conditions it, by name, each with its shape, which says how it enters: () a
+                                number, as t does; (D,) a vector, added to the embedding of t; (C, H, W) an image
+                                beside x_t (Saharia et al. 2022)
     null_class                  False: there is no null class, and every call needs labels
     scale_shift                 time enters as (1 + scale) * norm + shift instead of a sum (Dhariwal & Nichol 2021)
     resample_blocks             resolution changes inside residual blocks (BigGAN's) instead of by one convolution
@@ -73,6 +75,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         num_classes: int | None = None,
         null_class: bool = True,
+        conditions: Mapping[str, Sequence[int]] | None = None,
         scale_shift: bool = False,
         resample_blocks: bool = False,
         downsample_padding: int = 0,
@@ -105,8 +108,12 @@ class UNet(nn.Module):
         def attention(c: int, groups: int = groups) -> AttentionBlock:
             return AttentionBlock(c, head_dim=c // heads if heads else head_dim, groups=groups, eps=norm_eps)
 
-        self.conv_in = Conv3x3(in_channels, channels, 3, padding=1)
+        conditions = self.config["conditions"]
+        beside = sum(shape[0] for shape in conditions.values() if len(shape) == 3)
+        self.conv_in = Conv3x3(in_channels + beside, channels, 3, padding=1)
         self.time_embedding = TimestepEmbedding(emb_channels, emb_dim)
+        if conditions:
+            self.condition_embeddings = condition_embeddings(conditions, channels, emb_dim)
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + null_class, emb_dim)  # the last row is the null class
 
@@ -149,54 +156,44 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.bias)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x_t: [N, C, H, W]; t: [N] int64, 0-based; labels: [N] int64, -1 for the null class, None for all null.
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, **conditions: Tensor) -> Tensor:
+        """x_t: [N, C, H, W]; t: [N] int64, 0-based; labels: [N] int64, -1 for the null class, None for all null;
+        conditions: [N, *shape] by name.
 
-        Labels are needed where ``num_classes`` are without a null class.
+        Labels are needed where ``num_classes`` are without a null class, and all conditions.
 
         Returns [N, out_channels, H, W], twice the channels with a learned variance. ValueError for other shapes, and
         for labels out of range, which give NaN on other devices than the CPU, when compiled and in ``torch.func``.
         """
-        self.check(x_t, t, labels)
-        emb = self.embedding(t, labels)
-
-        def run(block: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
-            return block(x if skip is None else torch.cat([x, skip], dim=1), emb)
-
+        self.check(x_t, t, labels, conditions)
+        emb = self.embedding(t, labels, conditions)
+        beside = [conditions[name] for name, shape in self.config["conditions"].items() if len(shape) == 3]
+        x_t = torch.cat([x_t, *beside], 1) if beside else x_t
         if not transforms.by_torch(x_t):  # torch.vmap has no channels_last
             x_t = x_t.contiguous(memory_format=torch.channels_last)
-        x = self.walk(self.conv_in(x_t), run)
-        return self.conv_out(group_norm_silu(self.conv_norm_out, x))
-
-    def walk(self, x: Image, run: Callable[..., Image]) -> Image:
-        """All between the first convolution and the last norm: down the U, and up with what was met on the way.
-
-        ``run(block, x)``, or ``run(block, x, skip)`` for a block that sees x and skip side by side, gives the next x.
-        What an x is, is the caller's matter: a tensor in ``forward``, a step of a program in :mod:`diffkern.engine`.
-        """
-
-        def through(blocks: list[nn.Module], x: Image) -> Image:
-            for block in blocks:
-                x = run(block, x)
-            return x
-
+        x = self.conv_in(x_t)
         skips = [x]
         for level in self.down_blocks:
             for stage in level.stages():
-                x = through(stage, x)
+                for block in stage:
+                    x = block(x, emb)
                 skips.append(x)
-            if level.resampling():
-                x = through(level.resampling(), x)
+            for block in level.resampling():
+                x = block(x, emb)
                 skips.append(x)
-        x = through(self.mid_block.stages(), x)
+        for block in self.mid_block.stages():
+            x = block(x, emb)
         for level in self.up_blocks:
             for resnet, *attention in level.stages():
-                x = through(attention, run(resnet, x, skips.pop()))
-            x = through(level.resampling(), x)
-        return x
+                x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+                for block in attention:
+                    x = block(x, emb)
+            for block in level.resampling():
+                x = block(x, emb)
+        return self.conv_out(group_norm_silu(self.conv_norm_out, x))
 
-    def embedding(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """What conditions the residual blocks: [N, 4 embedding_channels] of t [N] and labels [N] or None."""
+    def embedding(self, t: Tensor, labels: Tensor | None, conditions: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What conditions the residual blocks: [N, 4 embedding_channels], of t [N], labels and conditions."""
         config, num_classes = self.config, self.config["num_classes"]
         dtype = self.conv_in.weight.dtype
         t = t if dtype == torch.float64 else t.float()
@@ -207,6 +204,8 @@ class UNet(nn.Module):
             t, channels, flip_sin_to_cos=config["flip_sin_to_cos"], freq_shift=config["freq_shift"]
         )
         emb = self.time_embedding(emb.to(dtype))
+        if config["conditions"]:
+            emb = emb + embedded(self.condition_embeddings, conditions, config["channels"], dtype)
         if num_classes is None:
             return emb
         labels = torch.full_like(t, -1, dtype=torch.int64) if labels is None else labels
@@ -215,11 +214,14 @@ class UNet(nn.Module):
         known = inside | (labels == -1) if config["null_class"] else inside
         return emb + torch.where(known[:, None], rows, torch.nan)
 
-    def check(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> None:
+    def check(
+        self, x_t: Tensor, t: Tensor, labels: Tensor | None, conditions: Mapping[str, Tensor] | None = None
+    ) -> None:
         """TypeError or ValueError unless these are inputs of ``forward``."""
         for name, value in dict(x_t=x_t, t=t, **({} if labels is None else {"labels": labels})).items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        check_conditions(conditions or {}, self.config["conditions"], len(x_t))
         in_channels, factor = self.config["in_channels"], 2 ** (len(self.config["channel_mult"]) - 1)
         if x_t.ndim != 4 or x_t.shape[1] != in_channels or x_t.shape[2] % factor or x_t.shape[3] % factor:
             raise ValueError(
@@ -264,6 +266,8 @@ def _checked_config(options: dict[str, Any]) -> dict[str, Any]:
         if not all(low <= number <= high for number in numbers):
             raise ValueError(f"{name}: expected {expected}, got {value}")
         c[name] = numbers if several else numbers[0]
+
+    c["conditions"] = checked_conditions(c["conditions"])
 
     def check_float(name: str, expected: str, holds: Callable[[float], bool]) -> None:
         c[name] = checked_float(name, c[name], expected, holds)

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 class _Mode(threading.local):  # and no context variable, whose value torch.compile could not guard
     depth = 0
+    capturing = False
 
 
 _mode = _Mode()
@@ -57,9 +58,20 @@ def by_torch(*args: object) -> bool:
     return torch.compiler.is_compiling() or any(is_dual(tensor) for _, tensor in named(("", value) for value in args))
 
 
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """While the engine notes what a network computes, in this thread."""
+    before, _mode.capturing = _mode.capturing, True
+    try:
+        yield
+    finally:
+        _mode.capturing = before
+
+
 def recorded() -> bool:
-    """Does torch record what runs: to compile it, to trace it, or by a dispatch mode (fake tensors, FLOP counters)?"""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    """Is what runs recorded: compiled, traced, captured, or by a dispatch mode (fake tensors, FLOP counters)?"""
+    by_torch = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return _mode.capturing or by_torch
 
 
 def unseen(*tensors: Tensor) -> bool:

@@ -16,7 +16,7 @@ class Run:
     device      where to run; None is where the network is, and the CPU for a name, a file or a bare function
     dtype       torch.bfloat16 or float16 runs the network under autocast; the engine has bfloat16 kernels of its own.
                 None is float32, or what the network was optimized for. x_t and the update stay float32
-    engine      run a U-Net on a CPU by :func:`diffkern.optimize`, which is faster and rounds otherwise
+    engine      run a module on a CPU by :func:`diffkern.optimize`, which is faster and rounds otherwise
     cuda_graph  on a CUDA device, record a step of each kind, network and update, and replay it: no step waits for the
                 host. The network must be one that a CUDA graph can hold; there is no callback
     progress    show a progress bar on stderr, or now and then a line where that is no terminal

@@ -10,10 +10,12 @@ from ..io.files import CHECKPOINT
 from .checkpoint import read_checkpoint
 from .config import Config, config_fields
 from .draws import Draws, draw
+from .ema import PostHoc, ema_decay, post_hoc_ema
+from .flow import FlowTrainer, train_flow
 from .recipes import PRESETS, recipe
 from .runs import Log
 from .start import new_model
-from .trainer import Diverged, Trainer, ema_decay
+from .trainer import Diverged, Trainer
 
 __all__ = [
     "CHECKPOINT",
@@ -21,12 +23,16 @@ __all__ = [
     "Config",
     "Diverged",
     "Draws",
+    "FlowTrainer",
     "Log",
+    "PostHoc",
     "Trainer",
     "config_fields",
     "draw",
     "ema_decay",
     "new_model",
+    "post_hoc_ema",
     "read_checkpoint",
     "recipe",
+    "train_flow",
 ]

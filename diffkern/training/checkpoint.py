@@ -1,6 +1,7 @@
 """A run's checkpoint, read with its settings and checked; :meth:`diffkern.training.Trainer.save` writes it."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -11,12 +12,17 @@ from .config import Config
 from .runs import Unlogged
 
 
-def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor], Config]:
-    """The description, the tensors and the settings of a checkpoint; ValueError for a file that is none."""
+def read_checkpoint(
+    path: str | os.PathLike, check: Callable[[dict[str, Any], int], None] = check_model
+) -> tuple[dict[str, Any], dict[str, Tensor], Config]:
+    """The description, the tensors and the settings of a checkpoint; ValueError for a file that is none.
+
+    check  raises for a description that is not of what is trained; it gets the number of tensors, too
+    """
     description, tensors = read(path)
     config = checked_training(description, path, Config)
     try:
-        check_model(description, len(tensors))
+        check(description, len(tensors))
         _check_optional(**{key: description["training"].get(key) for key in ("data", "log", "frozen")})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from .times import TIMES
 LR_SCHEDULES = ("constant", "cosine")
 TRAINED = tuple(name for name in PREDICTIONS if name != "mu")  # which is of a step, not of a level of noise
 """The predictions that a network can be trained on."""
+WIDEST = 0.28
+"""The largest relative width of an average: that of equal weights is 12^-1/2."""
 DRAWN = (*TIMES, "importance")
 """The ways to draw t."""
 
@@ -63,6 +66,12 @@ class Config:
     times_mean: float | None = option(None, "of the normal behind logit_normal or log_normal", shown="0 or -1.2")
     times_std: float | None = option(None, "its standard deviation", shown="1 or 1.2")
     ema: float = option(0.999, "decay of the weights' average; min(ema, (1 + step) / (10 + step)) early on")
+    snapshot_every: int = option(
+        0, "steps between snapshots of the averages of ema_profiles, ema-0005000.safetensors (0: none)"
+    )
+    ema_profiles: tuple[float, float] = option(
+        (0.05, 0.1), "relative widths of the two averages in a snapshot, from which export --ema makes one of any width"
+    )
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for classifier-free guidance")
     flip: bool = option(False, "mirror half of the images")
     bf16: bool = option(False, "autocast to bfloat16")
@@ -72,12 +81,14 @@ class Config:
     validate_every: int = option(1000, "steps between measurements of the loss on held-out data")
     sample_every: int = option(5000, "steps between sample grids (0: none)")
     log_every: int = option(100, "steps between the lines of log.csv")
+    tensorboard: bool = option(False, "write the log and the sample grids for TensorBoard, too")
     network: dict = option({}, "arguments of diffkern.unet.UNet")
     schedule: dict = option(Schedule.linear(1000).config(), "config() of a diffkern.Schedule or another process")
 
     def __post_init__(self):
         positive = ("steps", "batch_size", "accumulate", "checkpoint_every", "validate_every", "log_every")
-        for name, low in (dict.fromkeys(positive, 1) | dict(workers=0, warmup=0, keep_every=0, sample_every=0)).items():
+        counts = ("workers", "warmup", "keep_every", "sample_every", "snapshot_every")
+        for name, low in (dict.fromkeys(positive, 1) | dict.fromkeys(counts, 0)).items():
             self._set(name, checked_count(name, getattr(self, name), low))
         self._set("seed", checked_int("seed", self.seed, "an int in [-2^63, 2^64)"))
         if not -(2**63) <= self.seed < 2**64:
@@ -90,12 +101,11 @@ class Config:
             ("label_dropout", "a probability", lambda value: 0 <= value <= 1),
         ):
             self._set(name, checked_float(name, getattr(self, name), expected, holds))
-        betas, expected = tuple(self.betas), "two numbers in [0, 1)"
-        if len(betas) != 2:
-            raise ValueError(f"betas: expected {expected}, got {betas}")
-        betas = tuple(checked_float("betas", beta, expected, lambda value: 0 <= value < 1) for beta in betas)
-        self._set("betas", betas)
-        for name in ("flip", "bf16"):
+        self._set_pair("betas", "two numbers in [0, 1)", lambda value: 0 <= value < 1)
+        self._set_pair("ema_profiles", f"two numbers in (0, {WIDEST}]", lambda value: 0 < value <= WIDEST)
+        if self.ema_profiles[0] == self.ema_profiles[1]:
+            raise ValueError(f"ema_profiles: expected two numbers that differ, got {self.ema_profiles}")
+        for name in ("flip", "bf16", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.lr_schedule not in LR_SCHEDULES:
@@ -115,6 +125,12 @@ class Config:
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name}: expected a dict, got {type(getattr(self, name)).__name__}")
             self._set(name, plain(getattr(self, name)))
+
+    def _set_pair(self, name: str, expected: str, holds: Callable[[float], bool]) -> None:
+        values = tuple(getattr(self, name))
+        if len(values) != 2:
+            raise ValueError(f"{name}: expected {expected}, got {values}")
+        self._set(name, tuple(checked_float(name, value, expected, holds) for value in values))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # past ``frozen``

@@ -58,7 +58,10 @@ def locked(out: str | os.PathLike) -> Iterator[int]:
 
 # --- log.csv -----------------------------------------------------------------------------------------------------
 
-COLUMNS = ("step", "loss", "lr", "images_per_second", "validation_loss")
+FORMATS = {"loss": ".6f", "lr": ".6g", "images_per_second": ".1f", "validation_loss": ".6f"}
+"""How log.csv writes the numbers of a step."""
+
+COLUMNS = ("step", *FORMATS)
 """Of log.csv. The last, which may be empty, is not in the logs of earlier versions."""
 
 CURVES = {"training": "loss", "validation": "validation_loss"}
@@ -109,22 +112,19 @@ class Log:
         self.unlogged.add(loss)
         self.count += 1
 
-    def write(self, step: int, lr: float, batch_size: int, validation_loss: float | None = None) -> float:
-        """Append the line of ``step``; returns its mean loss. The rate counts this process's steps alone."""
+    def write(self, step: int, lr: float, batch_size: int, validation_loss: float | None = None) -> dict[str, float]:
+        """Append the line of ``step``; returns its numbers by column. The rate counts this process's steps alone."""
         now = time.monotonic()
         mean, rate = self.unlogged.total / self.unlogged.count, self.count * batch_size / (now - self.since)
-        cells = {
-            "step": f"{step}",
-            "loss": f"{mean:.6f}",
-            "lr": f"{lr:.6g}",
-            "images_per_second": f"{rate:.1f}",
-            "validation_loss": "" if validation_loss is None else f"{validation_loss:.6f}",
-        }
+        numbers = dict(loss=mean, lr=lr, images_per_second=rate)
+        if validation_loss is not None:
+            numbers["validation_loss"] = validation_loss
+        cells = {"step": f"{step}"} | {name: f"{value:{FORMATS[name]}}" for name, value in numbers.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(",".join(cells[name] for name in COLUMNS) + "\n")
+            file.write(",".join(cells.get(name, "") for name in COLUMNS) + "\n")
         self.unlogged.total, self.unlogged.count = 0.0, 0
         self.count, self.since = 0, now
-        return mean
+        return numbers
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """(step, loss) of each line, by the names of :data:`CURVES`."""
