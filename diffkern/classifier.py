@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .io import foreign
 from .io.description import check_schedule
 from .io.files import fill, read, write
 from .model import checked_device
@@ -85,13 +86,17 @@ def save_noisy_classifier(classifier: NoisyClassifier, path: str | os.PathLike) 
 
 
 def load_noisy_classifier(name: str | os.PathLike, device: torch.device | str | None = None) -> NoisyClassifier:
-    """Load a shipped classifier by its name, or a file of :func:`save_noisy_classifier`.
+    """Load a shipped classifier by its name, a file of :func:`save_noisy_classifier`, or one that openai published.
 
     Weights are float32 and frozen. Raises FileNotFoundError for a name or path that is not there, ValueError for a file
     that is no classifier of noisy images.
     """
     shipped = CLASSIFIERS / f"{os.fspath(name)}.safetensors"
     path = shipped if isinstance(name, str) and shipped.exists() else Path(name)
+    if path.is_file() and foreign.is_foreign(path):
+        classifier = NoisyClassifier(**foreign.read_classifier(path))
+        classifier.network.to(checked_device(device))
+        return classifier
     description, tensors = read(path)
     version = description.get("noisy_classifier")
     if type(version) is not int or version != FORMAT:

@@ -20,13 +20,14 @@ from .codec import Codec
 from .conditions import Condition
 from .constraints import Quantile, limit_of
 from .engine import unwrapped
-from .io import pipelines
+from .io import foreign, hub, pipelines
 from .io.description import FORMAT, check_model
 from .io.files import CHECKPOINT, compare, fill, read, restore, state, write
 from .networks import ARCHITECTURES, UNet
 from .networks.blueprint import Blueprint
 from .prediction import PREDICTIONS
 from .process import Process, checked_int
+from .progress import tell
 from .samplers import LEARNED, VARIANCES
 from .schedule import SPACINGS, from_config
 from .system import System
@@ -93,7 +94,7 @@ class Model:
             limit_of(self.clip)
         network = unwrapped(self.network)
         if not self.conditions and _describes(network):
-            shapes = network.config["conditions"].items()
+            shapes = network.config.get("conditions", {}).items()
             self.conditions = tuple(Condition(name, shape, 0.0 if len(shape) == 1 else None) for name, shape in shapes)
         if isinstance(network, UNet):
             channels, num_classes = (network.config[name] for name in ("in_channels", "num_classes"))
@@ -148,6 +149,32 @@ class Model:
         """
         return cls(**pipelines.read(pipeline, ignore), name=name)
 
+    def to_diffusers(self, folder: str | os.PathLike) -> None:
+        """Write a folder from which diffusers loads a ``DDPMPipeline`` of this model, with the same images.
+
+        The scheduler gets the betas, the prediction, and what the model clips, its variance and its spacing. Classes
+        are class embeddings, the null class the last.
+
+        Raises ValueError for a network, a process or a setting that diffusers has not; OSError.
+        """
+        kept = dict(clip=self.clip, variance=self.default_variance, spacing=self.spacing)
+        network, schedule = unwrapped(self.network), self.schedule
+        folder_of = foreign.diffusers.write_folder
+        folder_of(Path(folder), network, shape=self.shape, schedule=schedule, prediction=self.prediction, **kept)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, *, revision: str | None = None, **options: Any) -> "Model":
+        """:func:`load` a local path, or a repository of the Hugging Face Hub by its name (needs ``huggingface_hub``).
+
+        options  as :func:`load` takes them. Files that hold code are not downloaded.
+        """
+        return load(Path(name) if os.path.exists(name) else hub.pull(str(name), revision), **options)
+
+    def push_to_hub(self, name: str, *, private: bool = False, dtype: torch.dtype = torch.float32) -> str:
+        """Upload the model to a repository of the Hugging Face Hub, as the file of :func:`save` (needs
+        ``huggingface_hub``, logged in). Returns its address."""
+        return hub.push(name, lambda path: save(self, path, dtype=dtype), private)
+
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.network(x_t, t, labels)
 
@@ -188,7 +215,7 @@ class Model:
 
     def description(self) -> dict[str, Any]:
         """All but the weights, as JSON holds it. Under "own" are the names of what only its maker's code has: a network
-        that is no ``UNet``, a process of a class of one's own, conditions, a codec."""
+        that is none of ``networks.ARCHITECTURES``, a process of a class of one's own, conditions, a codec."""
         network = unwrapped(self.network)
         if not isinstance(network, nn.Module):
             raise TypeError(f"network: expected a torch.nn.Module to describe, got {type(network).__name__}")
@@ -197,7 +224,7 @@ class Model:
         if self.schedule.own:
             fields = dataclasses.is_dataclass(self.schedule)
             own["schedule"] = repr(self.schedule) if fields else type(self.schedule).__name__
-        told = network.config["conditions"] if ours else ()
+        told = network.config.get("conditions", {}) if ours else ()
         own |= {c.name: "Condition" for c in self.conditions if c.name not in told} | (
             {"codec": "Codec"} if self.codec else {}
         )
@@ -243,20 +270,33 @@ def shipped() -> list[str]:
 
 
 def load(
-    name: str | os.PathLike, device: torch.device | str | None = None, *, into: Model | None = None
+    name: str | os.PathLike, device: torch.device | str | None = None, *, into: Model | None = None, **options: Any
 ) -> "Model | System":
-    """Load a shipped model by its name, a file of :func:`save`, or the averaged model of a run's checkpoint or folder.
+    """Load a shipped model by its name, a file of :func:`save`, the averaged model of a run's checkpoint or folder, or
+    a checkpoint of another library (docs/checkpoints.md), of which stderr gets a line that says what it is.
 
     A file of several models, as unCLIP's, gives a :class:`diffkern.system.System`.
 
     into  a ``Model`` as the one that was saved, whose network gets the weights, in place: needed where that is no
           ``UNet``, and where there are a process of one's own, conditions or a codec, because a file holds no code
+    options  of another library's checkpoint, which it does not hold itself: ``num_heads=4``
 
-    Weights are float32, whatever the file holds, and the network is in eval mode; that of ``into`` keeps its dtypes.
-    Raises FileNotFoundError for a name or path that is not there, ValueError for a file that is no model, and for a
-    name that is both a shipped model and a path.
+    No code of a file is run: pickles are read with ``weights_only=True``. Weights are float32, whatever the file holds,
+    and the network is in eval mode; that of ``into`` keeps its dtypes. Raises FileNotFoundError for a name or path that
+    is not there, ValueError for a file that is no model, and for a name that is both a shipped model and a path;
+    TypeError for options that the checkpoint's family has not.
     """
     path, device = find(name), checked_device(device)
+    if foreign.is_foreign(path):
+        if into is not None:
+            raise TypeError("into: expected None with a checkpoint of another library, got a Model")
+        arguments, found = foreign.read(path, options)
+        tell(found)
+        model = Model(**arguments, name=path.stem)
+        model.network.to(device)
+        return model
+    if options:
+        raise TypeError(f"load: expected no options of a file of diffkern, got {', '.join(options)}")
     description, tensors = read(path)
     if "system" in description:
         return _system(description, tensors, path, device)
@@ -275,7 +315,8 @@ def load_one(name: str | os.PathLike, device: torch.device | str | None = None) 
 
 def is_system(name: str | os.PathLike) -> bool:
     """Whether :func:`load` would give a system."""
-    return "system" in read(find(name))[0]
+    path = find(name)
+    return not foreign.is_foreign(path) and "system" in read(path)[0]
 
 
 def _system(
@@ -306,11 +347,12 @@ def find(name: str | os.PathLike) -> Path:
         raise FileNotFoundError(
             f"model: expected a shipped model ({names}) or an existing file, got {os.fspath(name)!r}"
         )
-    if not path.is_dir():
+    if not path.is_dir() or foreign.is_foreign(path):
         return path
-    if not (path / CHECKPOINT).exists():
-        raise ValueError(f"{path}: expected a file, got a directory without {CHECKPOINT}")
-    return path / CHECKPOINT
+    for file in (path / CHECKPOINT, path / hub.FILE):
+        if file.exists():
+            return file
+    raise ValueError(f"{path}: expected a file, got a directory without {CHECKPOINT}")
 
 
 def checked_device(device: torch.device | str | None) -> torch.device:
@@ -435,6 +477,6 @@ def _planned(description: dict[str, Any], tensors: int, path: str | os.PathLike)
             clip=Quantile(clip["quantile"]) if isinstance(clip, dict) else clip,
             spacing=description.get("spacing"),
         )
-    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         message, *_ = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"{path}: {message[:500]}") from None

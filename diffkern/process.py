@@ -329,6 +329,7 @@ class VE(Process):
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
+    c_noise_scale: float = 1.0  # the network is told ln(c_noise_scale sigma): 0.5 where it counts sigma of [0, 1]
     objective: ClassVar[str] = "dsm"
 
     def __post_init__(self):
@@ -341,7 +342,7 @@ class VE(Process):
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
 
     def c_noise(self, t):
-        return np.log(self.sigma(t))
+        return np.log(self.c_noise_scale * self.sigma(t))
 
 
 @dataclass(frozen=True)

@@ -498,7 +498,7 @@ def test_a_network_of_diffusers_that_ours_is_not_raises_the_options_name():
         (dict(act_fn="gelu"), "act_fn"),
         (dict(mid_block_scale_factor=2**0.5), "mid_block_scale_factor"),
         (dict(up_block_types=("AttnUpBlock2D", "UpBlock2D")), "up_block_types"),
-        (dict(block_out_channels=(32, 48)), "block_out_channels"),
+        (dict(resnet_time_scale_shift="scale_shift"), "attn_norm_num_groups"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             from_diffusers(UNet2DModel(**common | blocks | options))

@@ -9,6 +9,7 @@ from networks import CONFIGS, assert_close, call_twin, config_of, diffusers_twin
 from torch import nn
 
 from diffkern.engine import optimize
+from diffkern.networks import AttentionBlock
 from diffkern.unet import Conv3x3, UNet, timestep_embedding
 
 
@@ -166,8 +167,11 @@ def test_a_wrong_input_raises_its_message(change, message):
         (dict(channels=33, groups=1), "channels: expected an even int, half of them sines, got 33"),
         (dict(channels=2, groups=1), "freq_shift: expected a number below channels / 2 = 1, got 1.0"),
         (dict(channel_mult=()), "channel_mult: expected at least one level, got none"),
-        (dict(channel_mult=(1, 1.5)), "channel_mult: expected ints >= 1, got 1.5"),
-        (dict(channel_mult=(1, 0)), "channel_mult: expected ints >= 1, got (1, 0)"),
+        (dict(channel_mult=(1, 1.51)), "channel_mult: expected a whole number of channels, times 32, got 1.51"),
+        (dict(channel_mult=(1, 0)), "channel_mult: expected a whole number of channels, times 32, got 0"),
+        (dict(heads=7), "heads: expected a divisor of level 1's width 64, got 7"),
+        (dict(heads=2, head_dim=8), "heads: expected None beside head_dim = 8, got 2"),
+        (dict(embedding_channels=33), "embedding_channels: expected an even int, half of them sines, got 33"),
         (dict(blocks=0), "blocks: expected an int >= 1, got 0"),
         (dict(num_classes=-1), "num_classes: expected an int >= 1, got -1"),
         (dict(in_channels=0), "in_channels: expected an int >= 1, got 0"),
@@ -191,6 +195,26 @@ def test_options_of_any_number_type_are_kept_as_python_s():
     config = UNet(**options, attention_levels=()).config
     assert [type(config[name]) for name in ("channels", "norm_eps", "freq_shift")] == [int, float, float]
     assert type(config["channel_mult"][0]) is int and json.loads(json.dumps(config))["norm_eps"] == 0.5
+
+
+def test_heads_are_counted_and_the_embedding_has_a_width_of_its_own():
+    options = config_of("plain") | dict(channel_mult=(1, 1.5), attention_levels=(0, 1))
+    unet = with_random_weights(UNet(**options, heads=4, embedding_channels=64)).eval()
+    blocks = [m for m in unet.modules() if isinstance(m, AttentionBlock)]
+    assert {(m.heads, m.to_q.in_features) for m in blocks} == {(4, 32), (4, 48)}
+    assert unet.time_embedding.linear_1.weight.shape == (256, 64)
+    x, t, labels = inputs(unet)
+    with torch.no_grad():
+        assert_close(optimize(unet)(x, t, labels), unet(x, t, labels))
+
+
+def test_a_time_that_is_no_whole_number_is_told_to_the_engine_as_it_is():
+    unet = with_random_weights(UNet(**config_of("plain"))).eval()
+    x, _, labels = inputs(unet)
+    with torch.no_grad():
+        t = torch.tensor([0.25, 1.5, -1.2])
+        assert_close(optimize(unet)(x, t, labels), unet(x, t, labels))
+        assert not torch.allclose(unet(x, t.trunc(), labels), unet(x, t, labels), atol=1e-2)
 
 
 def test_the_first_level_may_be_wider_than_channels():

@@ -24,6 +24,7 @@ COMMANDS = {
     "data": "List the data sets, or write one as a folder of pictures and captions.",
     "train": "Train a model, or resume the run in --out.",
     "export": "Write a checkpoint's averaged weights as a model file to ship.",
+    "convert": "Write a checkpoint of another library as a model file.",
     "evaluate": "Measure a model, or a folder of images, against real images.",
     "classifier": "Accuracy of a classifier of noisy images, by noise level; trains one where there is none.",
     "show": "Draw a figure of the theory, and print its numbers.",

@@ -19,6 +19,7 @@ FORMAT = 1
 
 LARGEST_INT = 2**31  # of a network's options
 LARGEST_COUNT = 2**62  # of steps and examples: their sums stay within int64
+LEAST_TENSORS = 3  # of a residual block
 MOST_LEVELS = 32  # each halves the image
 MOST_STEPS = 2**20  # T of a schedule: a table of 8 MiB
 MOST_VALUES = 2**28  # C * H * W of an image: 1 GiB
@@ -95,17 +96,19 @@ def _check_network(network: Any, architecture: type, tensors: int) -> None:
         elif isinstance(default, bool | str):
             good, expected = type(value) is type(default), f"a {type(default).__name__}"
         elif isinstance(default, tuple):
-            good = isinstance(value, list) and len(value) <= MOST_LEVELS and all(map(_is_number, value))
-            expected = f"a list of at most {MOST_LEVELS} ints"
+            flags = bool(default) and isinstance(default[0], bool)
+            fits = all((type(v) is bool if flags else _is_number(v)) for v in value) if type(value) is list else False
+            good, expected = fits and len(value) <= MOST_LEVELS, f"a list of at most {MOST_LEVELS} ints"
         else:
             good, expected = value is None or _is_number(value), f"a number below {LARGEST_INT}"
         if not good:
             raise TypeError(f"{name}: expected {expected}, got {_shown(value)}")
     made = options | network
-    blocks = made["blocks"] if isinstance(made["blocks"], int) else 0
+    blocks = made.get("blocks", 2)
+    blocks = blocks if isinstance(blocks, int) else 0
     if "channel_mult" in made:
         blocks = len(made["channel_mult"]) * (2 * blocks + 1)
-    if 6 * blocks > tensors:  # a residual block has at least 6
+    if LEAST_TENSORS * blocks > tensors:
         raise ValueError(f"blocks: expected a network of the file's {tensors} tensors, got {blocks} residual blocks")
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..constraints import Quantile
+from ..constraints import Quantile, limit_of
 from ..networks import UNet, from_diffusers
-from ..networks.diffusers import check_same
+from ..networks.diffusers import DEFAULTS, check_same
 from ..schedule import Schedule
 
 PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -68,7 +68,7 @@ def settings(scheduler: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
     told = [f"sample() does what it is set to if given {', '.join(told)}"] if told else []
     told += [f"sample() has nothing for {_listed(other)}"] if other else []
     if told:
-        warnings.warn(f"scheduler: {'; '.join(told)}", stacklevel=4)
+        warnings.warn(f"scheduler: {'; '.join(told)}", stacklevel=5)
     kept: dict[str, Any] = {}
     if "clip_sample" not in ignore:
         kept["clip"] = _clip(set_to["clip_sample"], config) if "thresholding" not in ignore else set_to["clip_sample"]
@@ -101,6 +101,58 @@ def _in_float32(network: UNet) -> UNet:
     return network
 
 
+# --- out ---
+
+
+def scheduler_config(
+    schedule: Schedule,
+    prediction: str,
+    *,
+    clip: bool | float | Quantile | None = None,
+    variance: str | None = None,
+    spacing: str | None = None,
+) -> dict[str, Any]:
+    """The config of diffusers' ``DDPMScheduler`` that does what ``sample`` does with a ``Model`` that has these.
+
+    Raises ValueError for what diffusers has not.
+    """
+    names = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule: expected one of time steps, as diffusers' DDPMScheduler has, got {schedule}")
+    if prediction not in names:
+        raise ValueError(f"prediction: expected one of {', '.join(names)}, as diffusers has, got {prediction!r}")
+    if variance not in VARIANCE_TYPES:
+        raise ValueError(f"variance: expected one of diffusers' {', '.join(VARIANCE_TYPES)}, got {variance!r}")
+    if spacing not in (None, *DONE["timestep_spacing"]):
+        raise ValueError(f"spacing: expected one of {', '.join(DONE['timestep_spacing'])}, got {spacing!r}")
+    thresholds = isinstance(clip, Quantile)
+    limit = 1.0 if clip is None else limit_of(clip)
+    return dict(
+        **{"_class_name": "DDPMScheduler", "num_train_timesteps": schedule.T, "prediction_type": names[prediction]},
+        **_betas(schedule),
+        clip_sample=limit is not None and not thresholds,
+        clip_sample_range=1.0 if limit is None else limit,
+        thresholding=thresholds,
+        **({"dynamic_thresholding_ratio": clip.q, "sample_max_value": 1.0} if thresholds else {}),
+        variance_type=VARIANCE_TYPES[variance],
+        timestep_spacing=spacing or "trailing",
+        steps_offset=0,
+    )
+
+
+VARIANCE_TYPES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned": "learned_range"}
+
+
+def _betas(schedule: Schedule) -> dict[str, Any]:
+    config = schedule.config()
+    ends = {name: config[name] for name in ("beta_start", "beta_end") if name in config}
+    if config["kind"] in ("linear", "scaled_linear"):
+        return {"beta_schedule": config["kind"], "trained_betas": None, **ends}
+    if schedule == Schedule.cosine(schedule.T):
+        return {"beta_schedule": "squaredcos_cap_v2", "trained_betas": None}
+    return {"trained_betas": schedule.betas.tolist()}
+
+
 # --- all of it ---
 
 
@@ -114,7 +166,17 @@ def read(pipeline: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
     for name, part in getattr(pipeline, "components", {}).items():
         if name not in ("unet", "scheduler") and part is not None:
             raise TypeError(f"{expected} and nothing else, got {type(part).__name__} as {name} too")
-    kind, size = scheduler.config.get("prediction_type"), unet.config.sample_size
+    told = told_by(unet.config, scheduler, ignore)
+    network = from_diffusers(unet)
+    check_same(network, unet)
+    return dict(network=_in_float32(network), **told)
+
+
+def told_by(config: Mapping[str, Any], scheduler: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
+    """The same without the network, from the config of its ``UNet2DModel``."""
+    if not hasattr(scheduler, "betas"):
+        raise ValueError(f"scheduler: expected one with betas, got {type(scheduler).__name__}")
+    kind, size = scheduler.config.get("prediction_type"), config.get("sample_size")
     if kind not in PREDICTION_TYPES:
         got = repr(kind) if kind else f"a {type(scheduler).__name__}, which has none"
         raise ValueError(f"prediction_type: expected one of {', '.join(PREDICTION_TYPES)}, got {got}")
@@ -123,11 +185,9 @@ def read(pipeline: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
     kept = settings(scheduler, ignore)
     schedule = Schedule(scheduler.betas)
     _check_alpha_bar(schedule, scheduler)
-    network = from_diffusers(unet)
-    check_same(network, unet)
     height, width = (size, size) if isinstance(size, int) else size
-    shape = unet.config.in_channels, height, width
-    return dict(network=_in_float32(network), schedule=schedule, prediction=PREDICTION_TYPES[kind], shape=shape, **kept)
+    shape = config.get("in_channels", DEFAULTS["in_channels"]), height, width
+    return dict(schedule=schedule, prediction=PREDICTION_TYPES[kind], shape=shape, **kept)
 
 
 def _check_alpha_bar(schedule: Schedule, scheduler: Any) -> None:

@@ -13,11 +13,14 @@ from .blocks import (
     timestep_embedding,
 )
 from .diffusers import from_diffusers
+from .edm2 import EDM2UNet
 from .half_unet import HalfUNet
 from .mlp import ResidualMLP
+from .ncsnpp import NCSNpp
+from .rms_unet import RMSUNet
 from .unet import UNet
 
-ARCHITECTURES = {"UNet": UNet, "ResidualMLP": ResidualMLP}
+ARCHITECTURES = {architecture.__name__: architecture for architecture in (UNet, NCSNpp, EDM2UNet, RMSUNet, ResidualMLP)}
 """The networks that a model file can describe, by name; each has a ``config`` of its options."""
 
 __all__ = [
@@ -25,9 +28,12 @@ __all__ = [
     "AttentionBlock",
     "Conv3x3",
     "Downsample",
+    "EDM2UNet",
     "HalfUNet",
     "Level",
     "MidBlock",
+    "NCSNpp",
+    "RMSUNet",
     "ResBlock",
     "ResidualMLP",
     "TimestepEmbedding",

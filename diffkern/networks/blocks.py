@@ -9,8 +9,10 @@ from torch.nn import functional as F
 from .. import ops
 
 
-def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> Tensor:
-    """Sinusoids of the time step at ``dim // 2`` frequencies from 1 down to 1/10000 (Vaswani et al. 2017, section 3.5).
+def timestep_embedding(
+    t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0, theta: float = 10000.0
+) -> Tensor:
+    """Sinusoids of the time step at ``dim // 2`` frequencies from 1 down to 1/theta (Vaswani et al. 2017, section 3.5).
 
     t: [N], any number type. Returns [N, dim], (cos, sin), or (sin, cos) without ``flip_sin_to_cos``: in float32, or in
     float64 for a t that is float64.
@@ -18,7 +20,7 @@ def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, fre
     half = dim // 2
     t = t if t.dtype == torch.float64 else t.float()
     index = torch.arange(half, dtype=t.dtype, device=t.device)
-    angle = t[:, None] * torch.exp(-math.log(10000) / (half - freq_shift) * index)
+    angle = t[:, None] * torch.exp(-math.log(theta) / (half - freq_shift) * index)
     sin, cos = angle.sin(), angle.cos()
     return torch.cat((cos, sin) if flip_sin_to_cos else (sin, cos), dim=-1)
 

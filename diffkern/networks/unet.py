@@ -33,11 +33,13 @@ class UNet(nn.Module):
     """Predicts eps (or x_0, v, score) from x_t and t.
 
     in_channels, out_channels   of the image; ``learned_variance`` doubles what is returned (Nichol & Dhariwal 2021)
-    channels, channel_mult      width of the first level, and each level's multiple of it; a level halves H and W
+    channels, channel_mult      width of the first convolution, and each level's multiple of it, 1.5 too where that is
+                                a whole number; a level halves H and W
     blocks                      residual blocks a level (one more on the way up)
     attention_levels            the levels, 0-based from the full resolution, that have self-attention
     mid_attention               self-attention at the bottom of the U
     head_dim                    channels an attention head; None: one head over all channels (Ho et al. 2020)
+    heads                       or how many heads at every level, whatever its width (Nichol & Dhariwal 2021)
     groups, norm_eps            of every GroupNorm
     mid_attention_groups        of the GroupNorm in ``mid_attention``, if not ``groups``
     num_classes                 class-conditional: labels 0..num_classes-1, and -1 for the null class
@@ -49,6 +51,8 @@ class UNet(nn.Module):
     resample_blocks             resolution changes inside residual blocks (BigGAN's) instead of by one convolution
     downsample_padding          0 pads right and below only; 1 pads all around
     flip_sin_to_cos, freq_shift of the sinusoidal embedding; Ho et al. 2020 has (False, 1)
+    t_scale                     the embedding is of t_scale t: 0.25 where T is 4000 and the network counts to 1000
+    embedding_channels          of the sinusoidal embedding, if not ``channels``; all behind it has four times as many
 
     Raises TypeError or ValueError for options of which no U-Net can be made.
     """
@@ -64,6 +68,7 @@ class UNet(nn.Module):
         attention_levels: Sequence[int] = (1,),
         mid_attention: bool = True,
         head_dim: int | None = None,
+        heads: int | None = None,
         groups: int = 32,
         mid_attention_groups: int | None = None,
         norm_eps: float = 1e-6,
@@ -76,13 +81,16 @@ class UNet(nn.Module):
         downsample_padding: int = 0,
         flip_sin_to_cos: bool = False,
         freq_shift: float = 1.0,
+        t_scale: float = 1.0,
+        embedding_channels: int | None = None,
         learned_variance: bool = False,
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
         self.config = _checked_config({k: v for k, v in locals().items() if k not in ("self", "__class__")})
-        widths = [channels * m for m in channel_mult]
-        emb_dim = 4 * channels
+        widths = widths_of(channels, self.config["channel_mult"])
+        emb_channels = embedding_channels or channels
+        emb_dim = 4 * emb_channels
         last = len(widths) - 1
 
         def resblock(c_in: int, c_out: int, resample: str | None = None) -> ResBlock:
@@ -98,12 +106,12 @@ class UNet(nn.Module):
             )
 
         def attention(c: int, groups: int = groups) -> AttentionBlock:
-            return AttentionBlock(c, head_dim=head_dim, groups=groups, eps=norm_eps)
+            return AttentionBlock(c, head_dim=c // heads if heads else head_dim, groups=groups, eps=norm_eps)
 
         conditions = self.config["conditions"]
         beside = sum(shape[0] for shape in conditions.values() if len(shape) == 3)
         self.conv_in = Conv3x3(in_channels + beside, channels, 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels, emb_dim)
+        self.time_embedding = TimestepEmbedding(emb_channels, emb_dim)
         if conditions:
             self.condition_embeddings = condition_embeddings(conditions, channels, emb_dim)
         if num_classes is not None:
@@ -185,12 +193,15 @@ class UNet(nn.Module):
         return self.conv_out(group_norm_silu(self.conv_norm_out, x))
 
     def embedding(self, t: Tensor, labels: Tensor | None, conditions: Mapping[str, Tensor] | None = None) -> Tensor:
-        """What conditions the residual blocks: [N, 4 channels] of t [N], labels [N] or None, and conditions."""
+        """What conditions the residual blocks: [N, 4 embedding_channels], of t [N], labels and conditions."""
         config, num_classes = self.config, self.config["num_classes"]
         dtype = self.conv_in.weight.dtype
         t = t if dtype == torch.float64 else t.float()
+        if config["t_scale"] != 1:
+            t = config["t_scale"] * t
+        channels = config["embedding_channels"] or config["channels"]
         emb = timestep_embedding(
-            t, config["channels"], flip_sin_to_cos=config["flip_sin_to_cos"], freq_shift=config["freq_shift"]
+            t, channels, flip_sin_to_cos=config["flip_sin_to_cos"], freq_shift=config["freq_shift"]
         )
         emb = self.time_embedding(emb.to(dtype))
         if config["conditions"]:
@@ -233,6 +244,11 @@ class UNet(nn.Module):
                     raise ValueError(f"labels: expected values in {low}..{classes - 1}, got {label}")
 
 
+def widths_of(channels: int, channel_mult: Sequence[float]) -> list[int]:
+    """The channels of each level."""
+    return [round(channels * m) for m in channel_mult]
+
+
 FLAGS = ("mid_attention", "null_class", "scale_shift", "resample_blocks", "flip_sin_to_cos", "learned_variance")
 
 
@@ -261,30 +277,44 @@ def _checked_config(options: dict[str, Any]) -> dict[str, Any]:
             raise TypeError(f"{name}: expected a sequence of ints, got {c[name]!r}")
     if not c["channel_mult"]:
         raise ValueError("channel_mult: expected at least one level, got none")
-    optional = [name for name in ("head_dim", "mid_attention_groups", "num_classes") if c[name] is not None]
+    optional = ("head_dim", "heads", "mid_attention_groups", "num_classes", "embedding_channels")
+    optional = [name for name in optional if c[name] is not None]
     for name in FLAGS:
         if not isinstance(c[name], bool):
             raise TypeError(f"{name}: expected True or False, got {c[name]!r}")
-    for name in ("in_channels", "out_channels", "channels", "channel_mult", "blocks", "groups", *optional):
+    for name in ("in_channels", "out_channels", "channels", "blocks", "groups", *optional):
         check(name, 1)
-    widths = [c["channels"] * m for m in c["channel_mult"]]
+    c["channel_mult"] = tuple(_checked_multiple(m, c["channels"]) for m in c["channel_mult"])
+    widths = widths_of(c["channels"], c["channel_mult"])
     last = len(widths) - 1
     check("attention_levels", 0, last)
     check("downsample_padding", 0, 1)
     check_float("norm_eps", "a number >= 0", lambda value: value >= 0)
+    check_float("t_scale", "a number > 0", lambda value: value > 0)
     check_float("dropout", "a number in [0, 1]", lambda value: 0 <= value <= 1)
-    if c["channels"] % 2:
-        raise ValueError(f"channels: expected an even int, half of them sines, got {c['channels']}")
-    half = c["channels"] // 2
-    check_float("freq_shift", f"a number below channels / 2 = {half}", lambda value: value < half)
+    name = "channels" if c["embedding_channels"] is None else "embedding_channels"
+    if c[name] % 2:
+        raise ValueError(f"{name}: expected an even int, half of them sines, got {c[name]}")
+    half = c[name] // 2
+    check_float("freq_shift", f"a number below {name} / 2 = {half}", lambda value: value < half)
     if any(width % c["groups"] for width in (c["channels"], *widths)):
         raise ValueError(f"groups: expected a divisor of every width {widths}, got {c['groups']}")
     mid_groups = c["mid_attention_groups"] or 1
     if widths[last] % mid_groups:
         raise ValueError(f"mid_attention_groups: expected a divisor of the last width {widths[last]}, got {mid_groups}")
+    if c["head_dim"] is not None and c["heads"] is not None:
+        raise ValueError(f"heads: expected None beside head_dim = {c['head_dim']}, got {c['heads']}")
     for level in sorted({*c["attention_levels"], *([last] if c["mid_attention"] else [])}):
-        if c["head_dim"] is not None and widths[level] % c["head_dim"]:
-            raise ValueError(
-                f"head_dim: expected a divisor of level {level}'s width {widths[level]}, got {c['head_dim']}"
-            )
+        for name in ("head_dim", "heads"):
+            if c[name] is not None and widths[level] % c[name]:
+                raise ValueError(f"{name}: expected a divisor of level {level}'s width {widths[level]}, got {c[name]}")
     return c
+
+
+def _checked_multiple(value: Any, channels: int) -> int | float:
+    """A level's multiple of ``channels``: an int where it is one, else a float that makes a whole width."""
+    expected = f"a whole number of channels, times {channels}"
+    number = checked_float("channel_mult", value, expected, lambda value: round(channels * value) >= 1)
+    if not math.isclose(channels * number, round(channels * number), rel_tol=1e-9):
+        raise ValueError(f"channel_mult: expected {expected}, got {value!r}")
+    return int(number) if number == int(number) else number

@@ -1,0 +1,109 @@
+"""Checkpoints of other libraries: what a path holds, and the arguments of the ``Model`` that it is.
+
+A family is a module here. It has
+
+    NAME        of the library
+    ANCHOR      the end of a tensor's name that its files have, and no others
+    OPTIONS     what :func:`diffkern.load` may be told of it, because no file says so: name -> what it is
+    read        (Weights, options) -> the arguments of a ``Model``, without its name
+
+Names and shapes of the tensors decide the network. No code of a file is run: pickles are read with ``weights_only``.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import diffusers, edm, edm2, lucidrains, openai, pytorch_ddpm, score_sde
+from .weights import Weights, is_ours, is_pickle, read_tensors
+
+FAMILIES = (openai, pytorch_ddpm, lucidrains, edm, edm2, score_sde, diffusers)
+
+LOOKS_LIKE = {
+    "model.diffusion_model.": "a latent diffusion model in one file, which diffusers reads",
+    "lora": "LoRA weights, which change another model",
+    "text_model.": "a text encoder",
+    "decoder.conv_in.": "an autoencoder of images",
+    "transformer_blocks.": "a transformer",
+    "fc.weight": "a classifier of images",
+}
+"""A part of a tensor's name -> what a file with it is, for the message that refuses it."""
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether another library wrote this: a folder with a config, a pickle, safetensors without a description."""
+    if path.is_dir():
+        return diffusers.is_folder(path)
+    return path.is_file() and (is_pickle(path) or is_ours(path) is False)  # a pipe would be waited for
+
+
+def read(path: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The arguments of a ``Model``, and one line that says what ``path`` is.
+
+    Raises ValueError for a path of no family, TypeError for options that its family has not.
+    """
+    if path.is_dir() or (diffusers.is_folder(path.parent) and path.name.startswith(diffusers.STEM)):
+        return _read(diffusers, lambda: diffusers.read_folder(path, options), path, options)
+    return read_tree(read_tensors(path), path, options)
+
+
+def read_tree(tree: Any, path: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The same of what a file held: tensors in dicts and lists."""
+    weights = Weights.of(tree, path)
+    for family in FAMILIES:
+        found = weights.below(family.ANCHOR)
+        if found is not None:
+            return _read(family, lambda family=family, found=found: family.read(found, options), path, options)
+    names = ", ".join(family.NAME for family in FAMILIES)
+    raise ValueError(f"{path}: expected a file written by diffkern, or by {names}, got {_looks(weights)}")
+
+
+def read_classifier(path: Path) -> dict[str, Any]:
+    """The arguments of a ``NoisyClassifier``, of a file that openai published. ValueError for another file."""
+    found = Weights.of(read_tensors(path), path).below(openai.ANCHOR)
+    if found is None or found.has("output_blocks"):
+        raise ValueError(f"{path}: expected a classifier of noisy images, got another file")
+    try:
+        return openai.read_classifier(found)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read(family: Any, make: Any, path: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    others = sorted(options.keys() - family.OPTIONS.keys())
+    if others:
+        known = ", ".join(family.OPTIONS) or "none"
+        raise TypeError(f"load: expected options of {family.NAME} ({known}), got {', '.join(others)}")
+    try:
+        arguments = make()
+    except (KeyError, RuntimeError, ValueError) as error:
+        text = f"no tensor {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{os.fspath(path)}: {text} (a checkpoint of {family.NAME})") from None
+    network = arguments["network"]
+    classes = _classes(network)
+    if classes is not None:  # which have no names, but numbers
+        arguments["classes"] = tuple(map(str, range(classes)))
+    parameters = sum(tensor.numel() for tensor in network.parameters())
+    shape = "x".join(map(str, arguments["shape"]))
+    process = arguments["schedule"]
+    noise = f"{len(process)} steps" if process.discrete else repr(process)
+    kind = type(network).__name__
+    return arguments, (
+        f"{path}: {family.NAME}: {kind} of {parameters:,} parameters, predicts {arguments['prediction']} "
+        f"for samples of {shape}, {noise}"
+    )
+
+
+def _classes(network: Any) -> int | None:
+    """How many classes a network has; None where it has none."""
+    config = getattr(getattr(network, "network", network), "config", {})
+    return config.get("num_classes", config.get("num_class_embeds"))
+
+
+def _looks(weights: Weights) -> str:
+    names = list(weights.tensors)
+    for part, what in LOOKS_LIKE.items():
+        if any(part in name for name in names):
+            return f"what looks like {what}"
+    return f"{len(names)} tensors: {', '.join(names[:3])}" if names else "no tensors"
