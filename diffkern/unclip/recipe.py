@@ -109,15 +109,34 @@ def rate(step: int, steps: int) -> float:
     return RATE * min(1, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
+SHIFT, SCALE, TURN = 0.2, 0.15, 0.2  # of half a side; of the size; in radians: at most
+ERASED = 0.5  # the chance that a rectangle of a picture is white
+
+
 def moved(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures shifted by up to 5 % of their side and scaled by up to 10 %, on white."""
-    n = len(x)
-    drawn = torch.rand(n, 3, generator=generator, dtype=torch.float32, device="cpu") * 0.2 - 0.1
-    matrix = torch.zeros(n, 2, 3, dtype=torch.float32, device="cpu")
-    matrix[:, 0, 0] = matrix[:, 1, 1] = 1 + drawn[:, 0]
-    matrix[:, :, 2] = drawn[:, 1:]
-    grid = F.affine_grid(matrix, x.shape, align_corners=False)
-    return 1 - F.grid_sample(1 - x, grid, align_corners=False)
+    """Pictures shifted, scaled and turned a little, on white, of half of which a rectangle is missing.
+
+    Few drawings are seen often: without this, CLIP knows them by heart and others badly.
+    """
+    n, _, height, width = x.shape
+    drawn = torch.rand(n, 9, generator=generator, dtype=torch.float32, device="cpu")
+    shift, (scale, turn) = SHIFT * (2 * drawn[:, :2] - 1), (2 * drawn[:, 2:4] - 1).T
+    size, angle = 1 + SCALE * scale, TURN * turn
+    cos, sin = size * angle.cos(), size * angle.sin()
+    matrix = torch.stack((cos, -sin, shift[:, 0], sin, cos, shift[:, 1]), 1).view(n, 2, 3)
+    x = 1 - F.grid_sample(1 - x, F.affine_grid(matrix, x.shape, align_corners=False), align_corners=False)
+    low, extent = drawn[:, 4:6], 0.1 + 0.3 * drawn[:, 6:8]
+    inside = [
+        (place >= low[:, i, None]) & (place < low[:, i, None] + extent[:, i, None])
+        for i, place in enumerate((_places(height), _places(width)))
+    ]
+    hole = inside[0][:, :, None] & inside[1][:, None, :] & (drawn[:, 8] < ERASED)[:, None, None]
+    return x.masked_fill(hole[:, None], 1.0)
+
+
+def _places(size: int) -> Tensor:
+    """Where pixels are along a side, in [0, 1)."""
+    return torch.arange(size, dtype=torch.float32, device="cpu") / size
 
 
 def _save_clip(out: Path, clip: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
@@ -240,7 +259,7 @@ PARTS = {  # name: dataset, model, settings
     "prior": (ForPrior, prior_model, dict(batch_size=256, lr=5e-4, objective="x0", warmup=100, checkpoint_every=1000)),
     "decoder": (ForDecoder, decoder_model, dict(batch_size=64, lr=6e-4, warmup=200, checkpoint_every=250)),
 }
-STEPS = {"clip": 6000, "prior": 6000, "decoder": 14_000}
+STEPS = {"clip": 5000, "prior": 6000, "decoder": 14_000}
 
 
 def train_part(part: str, out: Path, steps: int, init: str | None = None) -> None:
