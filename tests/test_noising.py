@@ -244,7 +244,7 @@ def test_steps_are_drawn_by_importance_once_each_has_its_terms():
     draws, p = run.batch()[2], run.importance.probabilities()
     assert p.max() > 1.2 * p.min()
     torch.testing.assert_close(draws.weights.double(), torch.from_numpy(1 / (3 * p[draws.t])), rtol=1e-6, atol=0)
-    losses = run._losses(run.network, *run.batch()).detach()
+    losses = run._losses(run.network, run.batch()).detach()
     assert run.loss().item() == pytest.approx((losses * draws.weights).mean().item(), rel=1e-6)
 
 
