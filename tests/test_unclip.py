@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from diffkern import Model, Schedule, UNet, cli, images, interpolate, load, sample, save, similarity, vary
+from diffkern.datasets.emoji import Emoji
 from diffkern.io.files import read, write
 from diffkern.networks import ResidualMLP
 from diffkern.system import part_seeds
-from diffkern.unclip import CLIP, UnCLIP, recipe
+from diffkern.unclip import CLIP, UnCLIP, contrastive, pictures, recipe
 from diffkern.unclip.vocabulary import UnknownWord, Vocabulary
 
 WORDS = ("apple", "blue", "cat", "green", "heart", "red")
@@ -77,8 +78,8 @@ def test_words_have_numbers_and_unknown_ones_are_told_with_their_neighbours():
 
 def test_embeddings_are_unit_vectors_and_a_text_is_embedded_by_itself():
     clip = tiny_clip()
-    pictures, texts = clip.embed_images(torch.rand(3, 3, 20, 24)), clip.embed_texts(["red cat", "apple", "red cat"])
-    for found in (pictures, texts):
+    drawings, texts = clip.embed_images(torch.rand(3, 3, 20, 24)), clip.embed_texts(["red cat", "apple", "red cat"])
+    for found in (drawings, texts):
         torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
     assert torch.equal(texts[0], texts[2]) and torch.equal(texts[1:2], clip.embed_texts(["apple"]))
     with pytest.raises(ValueError, match=r"images: expected floats \[N, 3, H, W\], got \(3, 16, 16\)"):
@@ -224,25 +225,26 @@ def test_the_commands_take_texts(system, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def few_pictures():
-    pictures = recipe.Pictures("test")
-    pictures.x, pictures.things = pictures.x[:32], pictures.things[:32]
-    return pictures
+    few = pictures.Pictures("test")
+    few.x, few.things = few.x[:32], few.things[:32]
+    return few
 
 
 def test_the_recipe_trains_all_parts_and_resumes_clip_to_the_bit(tmp_path, monkeypatch, few_pictures):
     for name, value in dict(
-        Pictures=lambda split="train": few_pictures,
         BATCH=8,
         retrieval=lambda clip, pictures: (0.0, 0.0),
         rate=lambda step, steps: 1e-3,  # of the step alone, so that a run can end early
     ).items():
-        monkeypatch.setattr(recipe, name, value)
+        monkeypatch.setattr(contrastive, name, value)
+    for module in (contrastive, recipe):
+        monkeypatch.setattr(module, "Pictures", lambda split="train": few_pictures)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for out, stops in ((whole, (3,)), (parts, (2, 3))):
         out.mkdir()
         for steps in stops:
-            recipe.train_clip(out, steps)
-    (_, a), (_, b) = (read(out / recipe.CLIP_FILE) for out in (whole, parts))
+            contrastive.train_clip(out, steps)
+    (_, a), (_, b) = (read(out / contrastive.CLIP_FILE) for out in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     for part in ("prior", "decoder"):
         dataset, make, settings = recipe.PARTS[part]
@@ -254,7 +256,7 @@ def test_the_recipe_trains_all_parts_and_resumes_clip_to_the_bit(tmp_path, monke
 
 
 def test_the_decoder_learns_without_each_condition(few_pictures):
-    data = recipe.ForDecoder(recipe.CLIP(recipe.emoji.Emoji.vocabulary()).eval(), few_pictures)
+    data = recipe.ForDecoder(CLIP(Emoji.vocabulary()).eval(), few_pictures)
     torch.manual_seed(0)
     items = [data[i] for i in range(len(data))] * 4
     left_out = {name: sum(not item[name].any() for item in items) / len(items) for name in recipe.LEFT_OUT}

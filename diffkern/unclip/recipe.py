@@ -15,183 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..data import epoch_order
-from ..datasets import emoji
-from ..io.files import CHECKPOINT, read, state, write
+from ..io.files import CHECKPOINT
 from ..model import Model, load
 from ..model import save as save_model
 from ..networks import ResidualMLP, UNet
-from ..progress import bar as progress_bar
 from ..schedule import Schedule
 from ..training import Config, Trainer
-from ..training.runs import signals
-from . import files
 from .clip import CLIP
+from .contrastive import by_parts, embeddings, train_clip, trained_clip
+from .pictures import Pictures
 from .system import UnCLIP
 
-CLIP_FILE = "clip.safetensors"
 CAPTIONS = 4  # of each picture, with other tags and without parts, for the prior and the decoder
-DROP = 0.5  # the chance that a caption leaves out its tag, and its style
 LEFT_OUT = {"embedding": 0.1, "caption": 0.4}
 """The chance that the decoder learns without one of its conditions, beside the trainer's chance to drop both."""
-
-# --- pictures and their captions ---
-
-
-class Pictures:
-    """The drawings of a split in memory: ``x`` uint8 [P, 3, 32, 32], the number of the thing of each, captions."""
-
-    def __init__(self, split: str = "train"):
-        self.set = emoji.Emoji(split=split, drop=DROP)
-        self.x = torch.stack([self.set[i]["x"] for i in range(len(self.set))])
-        self.things = torch.tensor([thing for thing, _ in emoji.pairs(split)], dtype=torch.int64, device="cpu")
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def pixels(self, index: Tensor) -> Tensor:
-        return self.x[index].float() / 127.5 - 1
-
-    def captions(self, index: Tensor, round: int) -> list[str]:
-        """Another one of the same picture in each ``round``."""
-        return [self.set.caption(i + round * len(self)) for i in index.tolist()]
-
-
-# --- CLIP ---
-
-BATCH, RATE, WARMUP = 128, 1e-3, 50
-
-
-def train_clip(out: Path, steps: int) -> None:
-    """Train the two towers, by counters alone: a resumed run is the one that was not interrupted."""
-    pictures = Pictures()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        clip = CLIP(emoji.Emoji.vocabulary())
-    named = dict(clip.named_parameters())
-    optimizer = torch.optim.AdamW(named.values(), RATE, (0.9, 0.98), weight_decay=0.05, fused=True)
-    done = _resume_clip(out, named, optimizer)
-    with progress_bar(steps * BATCH, "training", "img", True, initial=done * BATCH) as bar, signals() as received:
-        while done < steps and not received.take():
-            loss = _clip_step(clip, pictures, optimizer, done, steps)
-            done += 1
-            bar.update(BATCH)
-            if done % 100 == 0:
-                bar.report(step=done, loss=f"{loss:.3f}")
-            if done % 500 == 0:
-                _save_clip(out, clip, optimizer, done)
-    _save_clip(out, clip, optimizer, done)
-    for split in ("test", "train"):
-        top_1, top_5 = retrieval(clip.eval(), Pictures(split))
-        print(f"{split}: a drawing's label among {len(emoji.THINGS):,}: top-1 {top_1:.3f}, top-5 {top_5:.3f}")
-
-
-def _clip_step(clip: CLIP, pictures: Pictures, optimizer: torch.optim.Optimizer, step: int, steps: int) -> float:
-    examples = torch.arange(step * BATCH, (step + 1) * BATCH, dtype=torch.int64, device="cpu")
-    epochs, places = examples // len(pictures), examples % len(pictures)
-    orders = {epoch: epoch_order(len(pictures), epoch, 0) for epoch in epochs.unique().tolist()}
-    index = torch.stack([orders[epoch][place] for epoch, place in zip(epochs.tolist(), places, strict=True)])
-    captions = pictures.captions(index, int(epochs[0]))
-    for group in optimizer.param_groups:
-        group["lr"] = rate(step, steps)
-    x = moved(pictures.pixels(index), torch.Generator().manual_seed(step))
-    loss = clip.loss(x, clip.vocabulary.rows(captions, clip.config["length"]), pictures.things[index])
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
-def rate(step: int, steps: int) -> float:
-    """The learning rate of a step: a short warm-up, then half a cosine."""
-    return RATE * min(1, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
-SHIFT, SCALE, TURN = 0.2, 0.15, 0.2  # of half a side; of the size; in radians: at most
-ERASED = 0.5  # the chance that a rectangle of a picture is white
-
-
-def moved(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures shifted, scaled and turned a little, on white, of half of which a rectangle is missing.
-
-    Few drawings are seen often: without this, CLIP knows them by heart and others badly.
-    """
-    n, _, height, width = x.shape
-    drawn = torch.rand(n, 9, generator=generator, dtype=torch.float32, device="cpu")
-    shift, (scale, turn) = SHIFT * (2 * drawn[:, :2] - 1), (2 * drawn[:, 2:4] - 1).T
-    size, angle = 1 + SCALE * scale, TURN * turn
-    cos, sin = size * angle.cos(), size * angle.sin()
-    matrix = torch.stack((cos, -sin, shift[:, 0], sin, cos, shift[:, 1]), 1).view(n, 2, 3)
-    x = 1 - F.grid_sample(1 - x, F.affine_grid(matrix, x.shape, align_corners=False), align_corners=False)
-    low, extent = drawn[:, 4:6], 0.1 + 0.3 * drawn[:, 6:8]
-    inside = [
-        (place >= low[:, i, None]) & (place < low[:, i, None] + extent[:, i, None])
-        for i, place in enumerate((_places(height), _places(width)))
-    ]
-    hole = inside[0][:, :, None] & inside[1][:, None, :] & (drawn[:, 8] < ERASED)[:, None, None]
-    return x.masked_fill(hole[:, None], 1.0)
-
-
-def _places(size: int) -> Tensor:
-    """Where pixels are along a side, in [0, 1)."""
-    return torch.arange(size, dtype=torch.float32, device="cpu") / size
-
-
-def _save_clip(out: Path, clip: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
-    named = dict(clip.named_parameters())
-    moments = {
-        f"{kind}.{name}": optimizer.state[parameter][kind]
-        for kind in ("exp_avg", "exp_avg_sq")
-        for name, parameter in named.items()
-        if done
-    }
-    weights = {f"clip.{name}": tensor for name, tensor in state(clip).items()}
-    write(out / CLIP_FILE, {"clip": files.describe(clip), "steps": done}, {**weights, **moments})
-
-
-def _resume_clip(out: Path, named: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """The steps that were taken; weights and moments are set to what they were then."""
-    if not (out / CLIP_FILE).exists():
-        return 0
-    description, tensors = read(out / CLIP_FILE)
-    done = description["steps"]
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(tensors[f"clip.{name}"])
-            if done:
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(done), dtype=torch.float32, device="cpu"),
-                    **{kind: tensors[f"{kind}.{name}"].clone() for kind in ("exp_avg", "exp_avg_sq")},
-                }
-    return done
-
-
-def trained_clip(out: Path) -> CLIP:
-    """CLIP of a run's folder, in eval mode."""
-    description, tensors = read(out / CLIP_FILE)
-    return files.filled(description["clip"], tensors, out / CLIP_FILE, torch.device("cpu"))
-
-
-@torch.no_grad()
-def retrieval(clip: CLIP, pictures: Pictures) -> tuple[float, float]:
-    """How often a drawing's label is the nearest of all things' labels, and one of the five nearest."""
-    texts = _by_parts(clip.text, clip.vocabulary.rows([thing.label for thing in emoji.THINGS], clip.config["length"]))
-    scores = embeddings(clip, pictures) @ texts.T
-    rank = (scores > scores.gather(1, pictures.things[:, None])).sum(1)
-    return (rank < 1).float().mean().item(), (rank < 5).float().mean().item()
-
-
-@torch.no_grad()
-def embeddings(clip: CLIP, pictures: Pictures) -> Tensor:
-    index = torch.arange(len(pictures), dtype=torch.int64, device="cpu")
-    return torch.cat([clip.image(pictures.pixels(part)) for part in index.split(256)])
-
-
-def _by_parts(network: Any, rows: Tensor) -> Tensor:
-    return torch.cat([network(part) for part in rows.split(256)])
-
 
 # --- what the prior and the decoder learn from ---
 
@@ -205,7 +43,7 @@ class Embedded(torch.utils.data.Dataset):
         index = torch.arange(len(pictures), dtype=torch.int64, device="cpu")
         texts = [text for round in range(CAPTIONS) for text in pictures.captions(index, round)]
         with torch.no_grad():
-            self.text = _by_parts(clip.text, clip.vocabulary.rows(texts, clip.config["length"])) * scale
+            self.text = by_parts(clip.text, clip.vocabulary.rows(texts, clip.config["length"])) * scale
 
     def __len__(self) -> int:
         return len(self.text)
