@@ -24,7 +24,10 @@ class Condition:
     def __eq__(self, other: Any) -> bool:
         if not isinstance(other, Condition):
             return NotImplemented
-        nulls = [None if null is None else torch.as_tensor(null) for null in (self.null, other.null)]
+        nulls = [
+            None if null is None else torch.as_tensor(null, dtype=torch.float32, device="cpu")
+            for null in (self.null, other.null)
+        ]
         same = nulls[0] is nulls[1] or (None not in (self.null, other.null) and torch.equal(*nulls))
         return same and (self.name, self.shape, self.encode) == (other.name, other.shape, other.encode)
 

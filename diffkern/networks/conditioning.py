@@ -11,36 +11,11 @@ from .blocks import TimestepEmbedding, timestep_embedding
 
 Shapes = Mapping[str, Sequence[int]]
 RANKS = (0, 1, 3)  # a number, a vector, an image
-TAKEN = frozenset(
-    [
-        "x_t",
-        "t",
-        "model",
-        "n",
-        "seeds",
-        "labels",
-        "sampler",
-        "steps",
-        "guidance",
-        "clip",
-        "start",
-        "constraint",
-        "noise",
-        "callback",
-        "run",
-        "spacing",
-        "x_T",
-        "schedule",
-        "prediction",
-        "shape",
-        "batch_size",
-        "device",
-        "dtype",
-        "engine",
-        "cuda_graph",
-        "progress",
-    ]
-)
+TAKEN = {
+    "x_t", "t", "model", "n", "seeds", "labels", "sampler", "steps", "guidance", "clip", "start", "constraint", "noise",
+    "callback", "run", "spacing", "x_T", "schedule", "prediction", "shape", "batch_size", "device", "dtype", "engine",
+    "cuda_graph", "progress",
+}  # fmt: skip
 """Arguments of networks and of ``sample``, which no condition can be called."""
 
 
