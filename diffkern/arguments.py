@@ -18,7 +18,7 @@ from .classifier import NoisyClassifier, load_noisy_classifier
 from .constraints import From, Inpaint
 from .engine import dtype_of, optimize, unwrapped
 from .guidance import Guidance
-from .model import Model, checked_device, is_system, load, load_one
+from .model import Model, checked_device, load, load_one
 from .networks import UNet
 from .process import checked_count, checked_float, checked_int
 from .program import FIRST_VISIT, Program
@@ -43,11 +43,9 @@ def run_of(run: Run | None, options: dict[str, Any]) -> Run:
     return replace(run or Run(), **named)
 
 
-def system_of(model: Any, run: Run) -> System | None:
-    """The system that ``model`` is or names; None for anything else."""
-    if isinstance(model, str | os.PathLike) and is_system(model):
-        model = load(model, run.device)
-    return model if isinstance(model, System) else None
+def loaded(model: Any, run: Run) -> Any:
+    """What a name or a path names; anything else as it is."""
+    return load(model, run.device) if isinstance(model, str | os.PathLike) else model
 
 
 def guidance_of(guidance: Any, model: Model, device: torch.device) -> Guidance:

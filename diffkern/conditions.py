@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Condition:
     """A tensor [N, *shape] that the network gets as a keyword of this name.
 
@@ -20,6 +20,19 @@ class Condition:
     shape: tuple[int, ...]
     null: float | Tensor | None = None
     encode: Callable[[Any], Tensor] | None = None
+
+    def __eq__(self, other: Any) -> bool:
+        if not isinstance(other, Condition):
+            return NotImplemented
+        nulls = [
+            None if null is None else torch.as_tensor(null, dtype=torch.float32, device="cpu")
+            for null in (self.null, other.null)
+        ]
+        same = nulls[0] is nulls[1] or (None not in (self.null, other.null) and torch.equal(*nulls))
+        return same and (self.name, self.shape, self.encode) == (other.name, other.shape, other.encode)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.shape))
 
     def batch(self, value: Any, n: int) -> Tensor:
         """The condition for n samples, from one for each or one for all: float32 [n, *shape]."""

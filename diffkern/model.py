@@ -93,9 +93,7 @@ class Model:
         if self.clip is not None:
             limit_of(self.clip)
         network = unwrapped(self.network)
-        if not self.conditions and _describes(network):
-            shapes = network.config.get("conditions", {}).items()
-            self.conditions = tuple(Condition(name, shape, 0.0 if len(shape) == 1 else None) for name, shape in shapes)
+        self.conditions = tuple(self.conditions) or _own_conditions(network)
         if isinstance(network, UNet):
             channels, num_classes = (network.config[name] for name in ("in_channels", "num_classes"))
             if len(self.shape) != 3 or self.shape[0] != channels:
@@ -202,6 +200,16 @@ class Model:
         parameter = next(_parameters(self.network), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
+    @torch.no_grad()
+    def to_latents(self, images: Tensor) -> Tensor:
+        """What the model diffuses, of images [N, ...]: the images themselves, or what its codec makes of them."""
+        return images if self.codec is None else self.codec.to_model(images.to(self.device))
+
+    @torch.no_grad()
+    def to_images(self, x: Tensor) -> Tensor:
+        """The images of what the model has drawn, [N, ...]."""
+        return x if self.codec is None else self.codec.to_images(x)
+
     def label(self, text: str) -> int:
         """The class of that name, upper or lower case, or else of that number; -1, the null class, of "none"."""
         classes = self.classes or ()
@@ -224,10 +232,10 @@ class Model:
         if self.schedule.own:
             fields = dataclasses.is_dataclass(self.schedule)
             own["schedule"] = repr(self.schedule) if fields else type(self.schedule).__name__
-        told = network.config.get("conditions", {}) if ours else ()
-        own |= {c.name: "Condition" for c in self.conditions if c.name not in told} | (
-            {"codec": "Codec"} if self.codec else {}
-        )
+        own |= {
+            condition.name: "Condition" for condition in self.conditions if condition not in _own_conditions(network)
+        }
+        own |= {"codec": "Codec"} if self.codec else {}
         clip = {"quantile": self.clip.q} if isinstance(self.clip, Quantile) else self.clip
         kept = dict(variance=self.variance, clip=clip, spacing=self.spacing)
         return {
@@ -253,6 +261,12 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not shape or min(shape) < 1:
         raise ValueError(f"shape: expected {expected}, got {shape}")
     return shape
+
+
+def _own_conditions(network: Any) -> tuple[Condition, ...]:
+    """Those that the config of a diffkern network names: a vector's null value is 0."""
+    shapes = network.config.get("conditions", {}) if _describes(network) else {}
+    return tuple(Condition(name, tuple(shape), 0.0 if len(shape) == 1 else None) for name, shape in shapes.items())
 
 
 def _describes(network: Any) -> bool:
@@ -311,12 +325,6 @@ def load_one(name: str | os.PathLike, device: torch.device | str | None = None) 
     if isinstance(model, System):
         raise TypeError(f"model: expected one network, got the system {os.fspath(name)}")
     return model
-
-
-def is_system(name: str | os.PathLike) -> bool:
-    """Whether :func:`load` would give a system."""
-    path = find(name)
-    return not foreign.is_foreign(path) and "system" in read(path)[0]
 
 
 def _system(

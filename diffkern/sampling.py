@@ -18,11 +18,11 @@ from .arguments import (
     check_x_T,
     conditions_of,
     guidance_of,
+    loaded,
     program_of,
     resolve,
     run_of,
     samples_of,
-    system_of,
 )
 from .constraints import From, Inpaint, Quantile, limit_of, rows_of
 from .guidance import Guidance
@@ -34,6 +34,7 @@ from .progress import bar as progress_bar
 from .runtime import Loop, Run
 from .runtime.loop import Network as Network
 from .samplers import Sampler
+from .system import System
 
 FIRST_BLEND = (1 << 20) - 1  # the address of the known part's noise at the start of a run
 MASK_STREAM = 6  # of the known part's noise, as ``ops.reverse_step`` draws it
@@ -114,11 +115,11 @@ def sample(
     Raises TypeError or ValueError for an argument that does not fit.
     """
     run = run_of(run, options)
-    system = system_of(model, run)
-    if system is not None:
+    model = loaded(model, run)
+    if isinstance(model, System):
         given = dict(seeds=seeds, labels=labels, sampler=sampler, steps=steps, guidance=guidance, clip=clip)
         given |= dict(start=start, constraint=constraint, noise=noise, callback=callback, run=run)
-        return system.sample(n, **given, **options)
+        return model.sample(n, **given, **options)
     model, network, device, dtype = resolve(model, run, options)
     process, x_T = model.schedule, options.pop("x_T", None)
     guidance = guidance_of(guidance, model, device)
@@ -162,7 +163,7 @@ def sample(
         dtype=dtype,
     )
     if model.codec is not None:
-        start, constraint = (given and replace(given, x=model.codec.to_model(given.x)) for given in (start, constraint))
+        start, constraint = (given and replace(given, x=model.to_latents(given.x)) for given in (start, constraint))
     beginning = _Beginning(model, program.grid, x_T, start, constraint, n)
 
     images: Tensor | None = None
@@ -184,7 +185,7 @@ def sample(
             else:
                 loop.run(bar.update, callback and _reporter(callback, kept, process))
             drawn = loop.x[: kept.stop - kept.start]
-            decoded = drawn if model.codec is None else model.codec.to_images(drawn)
+            decoded = model.to_images(drawn)
             if images is None:
                 images = torch.empty((n, *decoded.shape[1:]), dtype=torch.float32, device=device)
             images[kept] = decoded
@@ -224,7 +225,7 @@ def _latent(model: Any, x: Tensor) -> tuple[Any, Tensor]:
     if not isinstance(model, Model) or model.codec is None:
         return model, x
     clip = False if model.clip is None else model.clip  # latents have no range
-    return replace(model, codec=None, clip=clip), model.codec.to_model(x)
+    return replace(model, codec=None, clip=clip), model.to_latents(x)
 
 
 def interpolate(
@@ -246,13 +247,13 @@ def interpolate(
     options   as :func:`sample` takes them; a label is that of all images. Without ``fraction`` the sampler is ddim
     """
     checked_count("n", n, 2)
-    system = system_of(model, run_of(options.get("run"), {}))
-    if system is not None:
+    run = run_of(options.pop("run", None), options)
+    model = loaded(model, run)
+    if isinstance(model, System):
         if fraction is not None:
             raise ValueError(f"fraction: expected None with a model of embeddings, got {fraction}")
-        return system.interpolate(a, b, n, seed=seed, steps=steps, **options)
+        return model.interpolate(a, b, n, seed=seed, steps=steps, run=run, **options)
     _refuse(options, "x_T", "seeds", "start", "clip", "noise", "constraint", *(["sampler"] if fraction is None else []))
-    run = run_of(options.pop("run", None), options)
     model, _, device, _ = resolve(model, run, options)
     for name, end in (("a", a), ("b", b)):
         if not isinstance(end, Tensor):
@@ -271,7 +272,7 @@ def interpolate(
     inner, ends = _latent(model, torch.stack([end.to(device) for end in ends]))
     mixed = torch.stack([torch.lerp(*ends, float(weight)) for weight in weights])
     x = sample(inner, **dict(seeds=[seed] * n, start=From(mixed, fraction)) | given)
-    return x if inner is model else model.codec.to_images(x)
+    return x if inner is model else torch.cat([model.to_images(batch) for batch in x.split(16)])
 
 
 def _noise_of(model: Model, end: Tensor | int, options: dict[str, Any], device: torch.device) -> Tensor:

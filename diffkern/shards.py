@@ -20,6 +20,7 @@ import torch
 from . import __version__, images
 from .io.files import digest_of, write_atomically
 from .model import Model, unwrapped
+from .ops.seeds import as_seeds
 from .process import checked_count
 from .progress import bar as progress_bar
 from .sampling import sample
@@ -44,8 +45,8 @@ def sample_to(
 ) -> int:
     """Draw the image of each seed into ``folder``, as 0000000.png, 0000001.png, .. in their order.
 
-    seeds     a range or any ints; labels: the class of each, or None
-    settings  what ``manifest.json`` and each PNG tell of how the images were made, beside the model's weights
+    seeds     a range or any ints, as ``sample`` takes them; labels: the class of each, or None
+    settings  what ``manifest.json`` and each PNG tell beside the model and the options
     shard     how many images a process takes at a time: what an interruption loses, at most
     options   as :func:`diffkern.sample` takes them
 
@@ -57,8 +58,13 @@ def sample_to(
     """
     folder, shard = Path(folder), checked_count("shard", shard)
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = range(seeds.start, seeds.stop) if isinstance(seeds, range) and seeds.step == 1 else list(seeds)
-    told = _told(model, seeds, labels, shard, settings or {})
+    if not isinstance(seeds, range) or seeds.step != 1:
+        seeds = as_seeds(seeds, "cpu").tolist()
+    labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64, device="cpu").tolist()
+    for name, values in (("seeds", seeds), ("labels", seeds if labels is None else labels)):
+        if not len(seeds) or len(values) != len(seeds):
+            raise ValueError(f"{name}: expected one for each image, and an image, got {len(values)}")
+    told = _told(model, seeds, labels, shard, {**(settings or {}), **{k: _plain(v) for k, v in options.items()}})
     work = _Work(folder, len(seeds), shard)
     with _Locks(folder) as locks, progress_bar(len(seeds), "sampling", "img", progress) as bar:
         with locks.waited():
@@ -156,6 +162,7 @@ def _told(
         "labels": None if labels is None else _digest(json.dumps(list(labels))),
         "shard": shard,
         "weights": _weights(model),
+        "model": _digest(json.dumps(model.description(), sort_keys=True)),
         "settings": dict(settings),
         "versions": {"diffkern": __version__, "torch": torch.__version__},
     }
@@ -166,7 +173,7 @@ def _agree(folder: Path, told: dict[str, Any]) -> None:
     """Write the manifest, or raise ValueError where the folder's own says something else."""
     path = folder / MANIFEST
     if not path.exists():
-        others = [entry.name for entry in os.scandir(folder) if entry.name != LOCK]
+        others = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
         if others:
             got = f"{str(folder)!r} with {others[0]}"
             raise ValueError(f"folder: expected the folder of such a run, or an empty one, got {got}")
@@ -188,6 +195,13 @@ def _agree(folder: Path, told: dict[str, Any]) -> None:
 def _weights(model: Model | System) -> str:
     networks = model.networks() if isinstance(model, System) else {"": unwrapped(model.network)}
     return _digest("".join(part + digest_of(network) for part, network in networks.items()))
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON holds it: by its own words where that has none, a tensor by its numbers' digest."""
+    if isinstance(value, torch.Tensor):
+        return _digest(repr((value.dtype, tuple(value.shape), value.tolist())))
+    return value if isinstance(value, bool | int | float | str | None) else repr(value)
 
 
 def _digest(text: str) -> str:

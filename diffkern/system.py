@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .model import Model
 
 PART_STREAM, PART_STEP = 8, 3 << 30
-"""The Philox stream of the seeds of a system's parts, and the step of part 0."""
+"""The Philox stream of the seeds of a system's parts; part j >= 1 has the step PART_STEP + j."""
 
 
 class System(ABC):
@@ -34,6 +34,10 @@ class System(ABC):
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
         """Return all networks, by the prefix of their tensors in a file."""
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """Return all but the weights, as JSON holds it."""
 
     @abstractmethod
     def sample(self, n: int | None = None, **options: Any) -> Tensor:

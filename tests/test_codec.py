@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffkern import Model, Schedule, sample
+from diffkern import Model, Schedule, interpolate, sample
 from diffkern.codec import Codec
 
 SMALL = dict(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, layers_per_block=1)
@@ -51,6 +51,9 @@ def test_a_model_of_its_latents_draws_images():
     with torch.no_grad():
         expected = autoencoder.decode(torch.full((2, 4, 8, 8), 0.25)).sample  # x_0 is 0
     torch.testing.assert_close(x, expected)
+    assert not x.requires_grad
+    between = interpolate(model, torch.rand(3, 16, 16), 1, 3, fraction=0.5, steps=4, progress=False)
+    assert between.shape == (3, 3, 16, 16) and not between.requires_grad
 
 
 def test_what_is_no_such_autoencoder_is_refused():

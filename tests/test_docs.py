@@ -41,7 +41,7 @@ def small(tmp_path, monkeypatch):
     small = model.Model(network, shipped.schedule, "eps", shipped.shape, shipped.classes, name=shipped.name)
     diffkern.save(small, "models/fashion-mnist.safetensors")
     diffkern.save(small, "model.safetensors")
-    diffkern.save(test_unclip.tiny((3, 32, 32)), "models/emoji.safetensors")
+    diffkern.save(test_unclip.tiny((3, 32, 32)), "emoji.safetensors")
     monkeypatch.setattr(model, "MODELS", tmp_path / "models")
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,12 +54,15 @@ def child(work: Callable[[], None]) -> int:
 
 def test_a_folder_has_the_images_of_sample_and_tells_of_what_they_are_made(model, tmp_path):
     labels = [0, 1, 0, 1, 0]
-    assert sample_to(tmp_path, model, range(5), labels=labels, settings={"steps": 2}, shard=2, **OPTIONS) == 0
+    (tmp_path / ".manifest.json.left").mkdir()  # by a process that was killed
+    assert sample_to(tmp_path, model, torch.arange(5), labels=torch.tensor(labels), shard=2, **OPTIONS) == 0
     assert np.array_equal(pixels(tmp_path), drawn(model, 5, labels=labels))
     told = images.read_settings(tmp_path / "0000003.png")
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert told["seed"] == 3 and told["steps"] == 2 and told["weights"] == manifest["weights"]
-    assert manifest["seeds"] == [0, 5] and manifest["images"] == 5
+    assert manifest["images"] == 5
+    with pytest.raises(ValueError, match="seeds: expected that of"):
+        sample_to(tmp_path, model, range(5), labels=labels, shard=2, **OPTIONS)
 
 
 def test_three_processes_make_what_one_does_and_no_image_twice(model, tmp_path):
@@ -122,14 +126,18 @@ def test_a_shard_that_another_process_holds_is_left_to_it(model, tmp_path):
 
 
 def test_another_run_is_refused_by_name(model, tmp_path):
-    given = dict(labels=[0, 0], settings={"steps": 2, "guidance": 1.0}, shard=2, **OPTIONS)
+    given = dict(labels=[0, 0], shard=2, guidance=1.0, **OPTIONS)
     assert sample_to(tmp_path, model, range(2), **given) == 0
     other = Model(UNet(**model.network.config | {"channels": 16}), model.schedule, shape=model.shape)
     for change, message in (
         (dict(seeds=range(1, 3)), r"seeds: expected that of .*manifest.json, \[0, 2\], got \[1, 3\]"),
         (dict(seeds=range(3), labels=[0] * 3), "images: expected that of .*, 2, got 3"),
         (dict(labels=[0, 1]), "labels: expected that of"),
-        (dict(settings={"steps": 3, "guidance": 1.0}), "settings.steps: expected that of .*, 2, got 3"),
+        (dict(steps=3), "settings.steps: expected that of .*, 2, got 3"),
+        (dict(settings={"by": "me"}), "settings.by: expected that of .*, None, got 'me'"),
+        (dict(model=replace(model, prediction="v")), "model: expected that of"),
+        (dict(seeds=range(0), labels=None), "seeds: expected one for each image, and an image, got 0"),
+        (dict(labels=[0]), "labels: expected one for each image, and an image, got 1"),
         (dict(shard=1), "shard: expected that of .*, 2, got 1"),
         (dict(model=other), "weights: expected that of"),
     ):

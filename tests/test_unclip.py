@@ -1,17 +1,22 @@
 """unCLIP: the words, the towers, what it draws, its file, its recipe. The networks are tiny and mostly untrained."""
 
+import inspect
 import json
 import math
 import re
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from PIL import Image
 
-from diffkern import Model, Schedule, UNet, cli, images, interpolate, load, sample, save, similarity, vary
+from diffkern import Model, Run, Schedule, UNet, cli, images, interpolate, load, sample, save, similarity, vary
+from diffkern.arguments import DESCRIBED
+from diffkern.conditions import Condition
 from diffkern.datasets.emoji import Emoji
 from diffkern.io.files import read, write
 from diffkern.networks import ResidualMLP
+from diffkern.networks.conditioning import TAKEN
 from diffkern.system import part_seeds
 from diffkern.unclip import CLIP, UnCLIP, contrastive, pictures, recipe
 from diffkern.unclip.vocabulary import UnknownWord, Vocabulary
@@ -112,6 +117,8 @@ def test_a_picture_depends_on_its_seed_and_its_text_alone(system):
     both = draw(system, prompt=["red cat", "blue heart"], seeds=[1, 2], batch_size=2)
     assert both.shape == (2, 3, 16, 16) and both.abs().max() <= 1
     alone = draw(system, prompt="blue heart", seeds=[5, 2], batch_size=2)
+    one, state = draw(system, prompt="blue heart", seeds=[2], batch_size=2), torch.get_rng_state()
+    assert torch.equal(one[0], both[1]) and torch.equal(state, torch.get_rng_state())
     assert torch.equal(both[1], alone[1]) and not torch.equal(alone[0], alone[1])
     assert not torch.equal(draw(system, prompt="red heart", seeds=[2, 2])[0], both[1])
     assert torch.equal(draw(system, n=1), draw(system, seeds=[0]))  # of anything
@@ -162,6 +169,7 @@ BAD = {
     "end": (lambda s: interpolate(s, 0.5, 1), "a: expected a picture .*, a text or a seed, got float"),
     "fraction": (lambda s: interpolate(s, 0, 1, fraction=0.5), "fraction: expected None with a model of embeddings"),
     "option": (lambda s: draw(s, n=1, prompts="cat"), "prompts: expected "),
+    "both": (lambda s: vary(s, torch.zeros(3, 16, 16), 3, seeds=[1]), "seeds: expected 3, one for each picture, got 1"),
     "model": (lambda s: vary("fashion-mnist", torch.zeros(3, 16, 16)), "model: expected an UnCLIP, .*, got Model"),
     "parts": (lambda s: UnCLIP(s.clip, s.decoder, s.prior), r"decoder: expected a model with the conditions \('text',"),
 }
@@ -194,6 +202,9 @@ def test_a_file_holds_all_three_networks(system, tmp_path):
         (lambda d: d | {"clip": None}, "clip: expected an object, got None"),
         (lambda d: d | {"clip": d["clip"] | {"words": [1]}}, "words: expected a list of words, got list"),
         (lambda d: d | {"clip": d["clip"] | {"widths": [8]}}, "expected the tensors of its network|shape"),
+        (lambda d: d | {"clip": d["clip"] | {"widths": []}}, "widths: expected multiples of 8"),
+        (lambda d: d | {"clip": d["clip"] | {"heads": 3}}, "heads: expected a divisor of text_width 16, got 3"),
+        (lambda d: d | {"clip": d["clip"] | {"text_layers": 10**9}}, "text_layers: expected at most 64"),
         (lambda d: d | {"prior": d["decoder"]}, "expected|prior"),
     ],
 )  # fmt: skip
@@ -270,6 +281,11 @@ def test_the_decoder_learns_without_each_condition(few_pictures):
 # --- the networks' conditions ---
 
 
+def test_no_condition_has_the_name_of_an_argument_of_sample():
+    known = {*inspect.signature(sample).parameters, *(field.name for field in fields(Run)), *DESCRIBED}
+    assert known - {"options"} | {"x_t", "t", "x_T", "spacing"} == TAKEN
+
+
 def test_conditions_enter_by_their_shape():
     """A number, a vector and an image change the output; each is checked by name."""
     torch.manual_seed(0)
@@ -288,6 +304,9 @@ def test_conditions_enter_by_their_shape():
         net(x, t, **given, other=x)
     model = Model(net, Schedule.linear(10), shape=(3, 8, 8))
     assert [condition.null for condition in model.conditions] == [None, 0.0, None]
+    assert "own" not in model.description()
+    changed = replace(model, conditions=(*model.conditions[::2], Condition("z", (5,), null=1.0)))
+    assert changed.description()["own"] == {"z": "Condition"}  # which no file can hold
     drawn = sample(model, 2, steps=2, progress=False, guidance=2.0, **given)
     assert drawn.shape == x.shape and drawn.isfinite().all()
 
@@ -296,7 +315,9 @@ def test_conditions_enter_by_their_shape():
     ("conditions", "error", "message"),
     [
         ([("z", (5,))], TypeError, "conditions: expected a shape by name"),
-        ({"t": ()}, ValueError, "conditions: expected names for arguments beside x_t, t and labels, got 't'"),
+        ({"t": ()}, ValueError, "conditions: expected names that no argument of sample and no module has, got 't'"),
+        ({"type": (4,)}, ValueError, "no module has, got 'type'"),
+        ({"progress": ()}, ValueError, "no module has, got 'progress'"),
         ({"z": 5}, TypeError, r"conditions: expected \(\), \(D,\) or \(C, H, W\) of positive ints as z, got 5"),
         ({"z": (5, 5)}, ValueError, "as z, got"),
         ({"z": (0,)}, ValueError, "as z, got"),

@@ -15,14 +15,14 @@ from .pictures import read_picture
 
 EXAMPLES = """\
   diffkern interpolate 3 8 --label Sneaker
-  diffkern interpolate --model emoji "red heart" "blue heart"
+  diffkern interpolate --model emoji.safetensors "red heart" "blue heart"
   diffkern interpolate mine.png yours.png --n 12 --gif between.gif"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_long_options(parser)
     parser.add_argument(
-        "ends", nargs=2, metavar="END", help="an image file, the seed of an image, or for a model as emoji a text"
+        "ends", nargs=2, metavar="END", help="an image file, the seed of an image, or for unCLIP a text"
     )
     add_model(parser)
     parser.add_argument("--n", type=count, default=9, help="how many images, the ends too (default: 9)")

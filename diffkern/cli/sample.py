@@ -41,7 +41,7 @@ EXAMPLES = """\
   diffkern sample --steps 20
   diffkern sample --n 40 --steps 50 --seeds random
   diffkern sample --labels Sneaker --guide fashion-mnist-noisy --guidance 4 --steps 50
-  diffkern sample --model emoji --prompt "red apple in fluent 3d style" --n 8
+  diffkern sample --model emoji.safetensors --prompt "red apple in fluent 3d style" --n 8
   torchrun --nproc-per-node 8 -m diffkern sample --device cuda --seeds 0:50000 --folder samples
   diffkern sample --model run --labels cat --guidance 2 --seeds 100:116 --out cats.png"""
 
@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels", "--label", nargs="+", metavar="LABEL", help="classes by name or number, none for the null class"
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="what to draw, for a model that reads text, as emoji")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="what to draw, for a model that reads text (docs/systems/unclip.md)"
+    )
     add_guidance(parser, None)
     parser.add_argument("--steps", type=count, help="(default: all for ddpm, 50 for ddim, 20 for most others)")
     parser.add_argument("--sampler", choices=SAMPLERS, help="(default: ddpm for all steps, unipc for fewer)")
@@ -179,13 +181,13 @@ def _into_folder(
 ) -> int:
     """A PNG for each image. Says how many others are still making."""
     seeds = ranges[0] if len(ranges) == 1 else [seed for numbers in ranges for seed in numbers]
-    told = {"model": str(arguments.model), **settings, "guide": arguments.guide, "dtype": arguments.dtype}
+    told = {"source": str(arguments.model)}
     left = sample_to(
         arguments.folder,
         source,
         seeds,
         labels=labels,
-        settings=told | {"clip": repr(settings["clip"])},
+        settings=told,
         shard=arguments.shard,
         dtype=dtype_of(arguments.dtype),
         progress=arguments.progress,

@@ -78,7 +78,7 @@ def held_out_loss(
             for index in torch.arange(n, dtype=torch.int64, device="cpu").split(batch_size):
                 x_0 = data.x_0(order[index]).to(device)
                 if model.codec is not None:
-                    x_0 = model.codec.to_model(x_0).float()
+                    x_0 = model.to_latents(x_0).float()
                 given = {c.name: c.batch(None, len(index)).to(device) for c in model.conditions}
                 if labels is not None:
                     given["labels"] = labels[order[index]].to(device)

@@ -138,8 +138,7 @@ def _checked(x: Tensor, levels: Any, model: Model) -> Tensor:
     if model.codec is not None:
         if levels is not None:
             raise ValueError(f"levels: expected None with a model of latents, got {levels}")
-        with torch.no_grad():
-            x = model.codec.to_model(x)
+        x = model.to_latents(x)
     check_x_T(x, model.shape, "x")
     check_levels(x, levels)
     return x.detach().float()

@@ -10,7 +10,13 @@ from ..process import checked_int
 from .blocks import TimestepEmbedding, timestep_embedding
 
 Shapes = Mapping[str, Sequence[int]]
-RANKS = {0: "a number", 1: "a vector", 3: "an image"}
+RANKS = (0, 1, 3)  # a number, a vector, an image
+TAKEN = {
+    "x_t", "t", "model", "n", "seeds", "labels", "sampler", "steps", "guidance", "clip", "start", "constraint", "noise",
+    "callback", "run", "spacing", "x_T", "schedule", "prediction", "shape", "batch_size", "device", "dtype", "engine",
+    "cuda_graph", "progress",
+}  # fmt: skip
+"""Arguments of networks and of ``sample``, which no condition can be called."""
 
 
 def checked_conditions(conditions: Any) -> dict[str, tuple[int, ...]]:
@@ -19,8 +25,8 @@ def checked_conditions(conditions: Any) -> dict[str, tuple[int, ...]]:
         raise TypeError(f"conditions: expected a shape by name, got {conditions!r}")
     expected, found = "(), (D,) or (C, H, W) of positive ints", {}
     for name, shape in (conditions or {}).items():
-        if not isinstance(name, str) or not name.isidentifier() or name in ("x_t", "t", "labels"):
-            raise ValueError(f"conditions: expected names for arguments beside x_t, t and labels, got {name!r}")
+        if not isinstance(name, str) or not name.isidentifier() or name in TAKEN or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"conditions: expected names that no argument of sample and no module has, got {name!r}")
         if not isinstance(shape, Sequence) or isinstance(shape, str):
             raise TypeError(f"conditions: expected {expected} as {name}, got {shape!r}")
         sizes = tuple(checked_int("conditions", size, f"{expected} as {name}") for size in shape)

@@ -97,8 +97,7 @@ class Batches:
         if flip:
             x_0 = torch.where(draws.flip.view(-1, *[1] * (x_0.ndim - 1)), x_0.flip(-1), x_0)
         if self.model.codec is not None:
-            with torch.no_grad():
-                x_0 = self.model.codec.to_model(x_0.to(self.model.device)).float()
+            x_0 = self.model.to_latents(x_0).float()
         if tuple(x_0.shape[1:]) != self.model.shape:
             raise ValueError(f"data: expected items of shape {self.model.shape}, got {tuple(x_0.shape[1:])}")
         labels = None if labels is None else labels.masked_fill(draws.null, -1)

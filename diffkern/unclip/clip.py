@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..networks.blocks import Conv3x3, group_norm_silu
+from ..process import checked_count
 from .vocabulary import Vocabulary
 
 GROUPS, EPS = 8, 1e-5  # of every GroupNorm
 LARGEST_SCALE = 50.0  # of the cosines in the loss
+LARGEST = {"size": 2**12, "features": 2**16, "text_width": 2**16, "text_layers": 64, "heads": 2**10, "length": 2**16}
 
 
 class CLIP(nn.Module):
@@ -25,7 +27,7 @@ class CLIP(nn.Module):
     text_width, text_layers, heads, length
                 of the text tower: a transformer of that many layers over at most ``length`` words
 
-    ``config`` holds the options but for the words.
+    ``config`` holds the options but for the words. Raises TypeError or ValueError for those of which none can be made.
     """
 
     def __init__(
@@ -41,15 +43,13 @@ class CLIP(nn.Module):
         length: int = 16,
     ):
         super().__init__()
-        self.config: dict[str, Any] = dict(
-            size=size,
-            features=features,
-            widths=tuple(widths),
-            text_width=text_width,
-            text_layers=text_layers,
-            heads=heads,
-            length=length,
-        )
+        sizes = dict(size=size, features=features, text_width=text_width, text_layers=text_layers, heads=heads)
+        self.config: dict[str, Any] = {
+            **{name: _checked(name, value) for name, value in (sizes | dict(length=length)).items()},
+            "widths": _checked_widths(widths, size),
+        }
+        if text_width % heads:
+            raise ValueError(f"heads: expected a divisor of text_width {text_width}, got {heads}")
         self.vocabulary = Vocabulary(words)
         self.image = ImageTower(size, widths, features)
         self.text = TextTower(len(words), text_width, text_layers, heads, length, features)
@@ -63,7 +63,7 @@ class CLIP(nn.Module):
             raise ValueError(f"images: expected floats [N, 3, H, W], got {got}")
         if x.shape[2:] != (size, size):
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-        return self.image(x)
+        return self.image(x.to(self.log_scale.device))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts as unit vectors [N, features], each by itself: the others change no bit of it.
@@ -73,7 +73,8 @@ class CLIP(nn.Module):
         known: dict[str, Tensor] = {}
         for text in texts:
             if text not in known:
-                known[text] = self.text(self.vocabulary.rows([text], self.config["length"]))
+                words = self.vocabulary.rows([text], self.config["length"])
+                known[text] = self.text(words.to(self.log_scale.device))
         return torch.cat([known[text] for text in texts])
 
     def loss(self, images: Tensor, texts: Tensor, things: Tensor) -> Tensor:
@@ -87,6 +88,22 @@ class CLIP(nn.Module):
         right = same / same.sum(1, keepdim=True)
         by_image, by_text = (-(right * scores.log_softmax(1)).sum(1).mean() for scores in (logits, logits.T))
         return (by_image + by_text) / 2
+
+
+def _checked(name: str, value: Any) -> int:
+    if checked_count(name, value) > LARGEST[name]:
+        raise ValueError(f"{name}: expected at most {LARGEST[name]}, got {value}")
+    return value
+
+
+def _checked_widths(widths: Any, size: int) -> tuple[int, ...]:
+    expected = f"widths: expected multiples of {GROUPS}, as many as halve {size} to a whole number"
+    if not isinstance(widths, Sequence) or isinstance(widths, str):
+        raise TypeError(f"{expected}, got {widths!r}")
+    widths = tuple(checked_count("widths", width) for width in widths)
+    if not widths or size % 2 ** len(widths) or any(width % GROUPS or width > LARGEST["features"] for width in widths):
+        raise ValueError(f"{expected}, got {widths}")
+    return widths
 
 
 class ImageTower(nn.Module):
@@ -123,7 +140,8 @@ class TextTower(nn.Module):
     def __init__(self, words: int, width: int, layers: int, heads: int, length: int, features: int):
         super().__init__()
         self.embedding = nn.Embedding(words + 1, width, padding_idx=0)
-        self.position = nn.Parameter(0.02 * torch.randn(length, width, dtype=torch.float32, device="cpu"))
+        self.position = nn.Parameter(torch.empty(length, width, dtype=torch.float32, device="cpu"))
+        nn.init.normal_(self.position, std=0.02)
         layer = nn.TransformerEncoderLayer(width, heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.linear = nn.Linear(width, features)

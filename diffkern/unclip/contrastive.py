@@ -74,7 +74,7 @@ def _save_clip(out: Path, clip: CLIP, optimizer: torch.optim.Optimizer, done: in
         if done
     }
     weights = {f"clip.{name}": tensor for name, tensor in state(clip).items()}
-    write(out / CLIP_FILE, {"clip": files.describe(clip), "steps": done}, {**weights, **moments})
+    write(out / CLIP_FILE, {"clip": files.describe_clip(clip), "steps": done}, {**weights, **moments})
 
 
 def _resume_clip(out: Path, named: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:

@@ -22,15 +22,6 @@ NUMBERS = ("guidance", "prior_guidance", "steps", "prior_steps")
 
 def save(system: "UnCLIP", path: str | os.PathLike, dtype: torch.dtype) -> None:
     """Write what :func:`read` reads; floating-point weights as ``dtype``."""
-    models = {"prior": system.prior, "decoder": system.decoder}
-    description = {
-        "system": KIND,
-        "format": FORMAT,
-        "name": system.name,
-        **{name: getattr(system, name) for name in NUMBERS},
-        "clip": describe(system.clip),
-        **{name: model.description() | {"prefix": f"{name}."} for name, model in models.items()},
-    }
     tensors = {
         f"{part}.{key}": tensor for part, network in system.networks().items() for key, tensor in state(network).items()
     }
@@ -38,7 +29,20 @@ def save(system: "UnCLIP", path: str | os.PathLike, dtype: torch.dtype) -> None:
     for key, tensor in halves.items():
         if not tensor.isfinite().all():
             raise ValueError(f"model: expected weights that are finite in {dtype}, got others in {key}")
-    write(path, description, halves)
+    write(path, describe(system), halves)
+
+
+def describe(system: "UnCLIP") -> dict[str, Any]:
+    """All but the weights, as JSON holds it."""
+    models = {"prior": system.prior, "decoder": system.decoder}
+    return {
+        "system": KIND,
+        "format": FORMAT,
+        "name": system.name,
+        **{name: getattr(system, name) for name in NUMBERS},
+        "clip": describe_clip(system.clip),
+        **{name: model.description() | {"prefix": f"{name}."} for name, model in models.items()},
+    }
 
 
 def read(
@@ -65,7 +69,7 @@ def read(
         raise ValueError(message if message.startswith(str(path)) else f"{path}: {message[:500]}") from None
 
 
-def describe(clip: CLIP) -> dict[str, Any]:
+def describe_clip(clip: CLIP) -> dict[str, Any]:
     return {**clip.config, "words": clip.vocabulary.words}
 
 

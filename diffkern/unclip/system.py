@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model import Model, load, unwrapped
+from ..arguments import loaded, run_of
+from ..model import Model, unwrapped
 from ..ops.seeds import as_seeds
 from ..process import checked_count
-from ..sampling import sample
+from ..runtime import Run
+from ..sampling import sample, turn
 from ..system import System, part_seeds
 from . import files
 from .clip import CLIP
@@ -84,17 +86,29 @@ class UnCLIP(System):
         if texts is None and prompt is not None:
             texts = [prompt] * len(seeds)
         caption = None if texts is None else self._scaled(self._texts(texts))
-        embedding = self.draw_embeddings(caption, seeds, prior_guidance)
+        run = run_of(options.pop("run", None), options)
+        embedding = self.draw_embeddings(caption, seeds, prior_guidance, batch_size=run.batch_size)
+        options["run"] = run
         return self._decode(embedding, caption, seeds, guidance, steps, options)
 
     def vary(
-        self, image: Tensor, n: int = 8, *, seeds: Any = None, guidance: Any = None, steps: Any = None, **options: Any
+        self,
+        image: Tensor,
+        n: int | None = None,
+        *,
+        seeds: Any = None,
+        guidance: Any = None,
+        steps: Any = None,
+        **options: Any,
     ) -> Tensor:
-        """Draw pictures [n, 3, H, W] of what ``image`` [3, H, W] in [-1, 1] shows: those that have its embedding."""
+        """Draw pictures [n, 3, H, W] of what ``image`` [3, H, W] in [-1, 1] shows: those that have its embedding.
+
+        Eight of them, of the seeds 0 to 7, unless n or seeds say otherwise.
+        """
         if not isinstance(image, Tensor) or image.ndim != 3:
             got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise ValueError(f"image: expected a picture [3, H, W], got {got}")
-        seeds = _seeds(n if seeds is None else None, seeds)
+        seeds = _seeds(8 if n is None and seeds is None else n, seeds)
         embedding = self._scaled(self._images(image[None])).expand(len(seeds), -1)
         return self._decode(embedding, None, seeds, guidance, steps, options)
 
@@ -107,11 +121,8 @@ class UnCLIP(System):
         """
         checked_count("n", n, 2)
         ends = [self._end(name, end) for name, end in (("a", a), ("b", b))]
-        w = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")[:, None]
-        a, b = (F.normalize(end.double(), dim=0) for end in ends)
-        angle = torch.arccos((a @ b).clamp(-1, 1))
-        turned = torch.lerp(a, b, w) if angle.sin() < 1e-6 else (((1 - w) * angle).sin() * a + (w * angle).sin() * b)
-        embedding = self._scaled(F.normalize(turned, dim=1).float())
+        w = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
+        embedding = self._scaled(turn(*ends, w))
         return self._decode(embedding, None, _seeds(None, [seed] * n), guidance, steps, options)
 
     @torch.no_grad()
@@ -129,14 +140,20 @@ class UnCLIP(System):
     def networks(self) -> dict[str, nn.Module]:
         return {"clip": self.clip, "prior": unwrapped(self.prior.network), "decoder": unwrapped(self.decoder.network)}
 
+    def description(self) -> dict[str, Any]:
+        return files.describe(self)
+
     # --- its parts ---
 
     @torch.no_grad()
-    def draw_embeddings(self, text: Tensor | None, seeds: Tensor, guidance: float | None = None) -> Tensor:
+    def draw_embeddings(
+        self, text: Tensor | None, seeds: Tensor, guidance: float | None = None, *, batch_size: int | None = None
+    ) -> Tensor:
         """Draw an image embedding for each text's [N, D], or of anything for None: [N, D], of length sqrt(D)."""
         weight = self.prior_guidance if guidance is None else guidance
         given = dict(guidance=1.0) if text is None else dict(text=text, guidance=weight)
-        z = sample(self.prior, seeds=part_seeds(seeds, 1), steps=self.prior_steps, progress=False, **given)
+        given |= dict(steps=self.prior_steps, batch_size=batch_size, progress=False)
+        z = sample(self.prior, seeds=part_seeds(seeds, 1), **given)
         return self._scaled(F.normalize(z, dim=1))
 
     def _decode(
@@ -183,19 +200,19 @@ def _seeds(n: int | None, seeds: Any) -> Tensor:
     return seeds
 
 
-def vary(model: str | os.PathLike | UnCLIP, image: Tensor, n: int = 8, **options: Any) -> Tensor:
+def vary(model: str | os.PathLike | UnCLIP, image: Tensor, n: int | None = None, **options: Any) -> Tensor:
     """Draw n pictures of what ``image`` shows: :meth:`UnCLIP.vary` of a model, or of a name or a file of one."""
-    return _loaded(model, options).vary(image, n, **options)
+    run = run_of(options.pop("run", None), options)
+    return _loaded(model, run).vary(image, n, run=run, **options)
 
 
 def similarity(model: str | os.PathLike | UnCLIP, images: Tensor, texts: Sequence[str]) -> Tensor:
     """The cosine of each picture and each text, [N, K]: :meth:`UnCLIP.similarity` of a model, a name or a file."""
-    return _loaded(model, {}).similarity(images, texts)
+    return _loaded(model, Run()).similarity(images, texts)
 
 
-def _loaded(model: Any, options: dict[str, Any]) -> UnCLIP:
-    if isinstance(model, str | os.PathLike):
-        model = load(model, options.get("device"))
+def _loaded(model: Any, run: Run) -> UnCLIP:
+    model = loaded(model, run)
     if not isinstance(model, UnCLIP):
         raise TypeError(f"model: expected an UnCLIP, or the name or file of one, got {type(model).__name__}")
     return model
