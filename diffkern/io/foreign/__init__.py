@@ -4,14 +4,14 @@ A family is a module here. It has
 
     NAME        of the library
     ANCHOR      the end of a tensor's name that its files have, and no others
-    OPTIONS     what :func:`diffkern.load` may be told of it, because no file says so: name -> what it is
+    OPTIONS     what :func:`diffkern.load` may be told of it, because no file says so: name -> its kind, and what it is
     read        (Weights, options) -> the arguments of a ``Model``, without its name
 
 Names and shapes of the tensors decide the network. No code of a file is run: pickles are read with ``weights_only``.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,17 @@ def read_tree(tree: Any, path: Path, options: Mapping[str, Any]) -> tuple[dict[s
     weights = Weights.of(tree, path)
     for family in FAMILIES:
         found = weights.below(family.ANCHOR)
-        if found is not None:
+        if found is None:
+            continue
+        looks = _looks([f"{found.prefix}{name}" for name in found.tensors])  # others have the anchor too
+        if looks is None:
             return _read(family, lambda family=family, found=found: family.read(found, options), path, options)
-    names = ", ".join(family.NAME for family in FAMILIES)
-    raise ValueError(f"{path}: expected a file written by diffkern, or by {names}, got {_looks(weights)}")
+        break
+    else:
+        names = list(weights.tensors)
+        looks = _looks(names) or (f"{len(names)} tensors: {', '.join(names[:3])}" if names else "no tensors")
+    known = ", ".join(family.NAME for family in FAMILIES)
+    raise ValueError(f"{path}: expected a file written by diffkern, or by {known}, got {looks}")
 
 
 def read_classifier(path: Path) -> dict[str, Any]:
@@ -75,15 +82,16 @@ def _read(family: Any, make: Any, path: Path, options: Mapping[str, Any]) -> tup
     if others:
         known = ", ".join(family.OPTIONS) or "none"
         raise TypeError(f"load: expected options of {family.NAME} ({known}), got {', '.join(others)}")
+    for name, value in options.items():
+        family.OPTIONS[name].check(name, value)
     try:
         arguments = make()
     except (KeyError, RuntimeError, ValueError) as error:
         text = f"no tensor {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{os.fspath(path)}: {text} (a checkpoint of {family.NAME})") from None
     network = arguments["network"]
-    classes = _classes(network)
-    if classes is not None:  # which have no names, but numbers
-        arguments["classes"] = tuple(map(str, range(classes)))
+    if network.num_classes is not None:  # which have no names, but numbers
+        arguments["classes"] = tuple(map(str, range(network.num_classes)))
     parameters = sum(tensor.numel() for tensor in network.parameters())
     shape = "x".join(map(str, arguments["shape"]))
     process = arguments["schedule"]
@@ -95,15 +103,8 @@ def _read(family: Any, make: Any, path: Path, options: Mapping[str, Any]) -> tup
     )
 
 
-def _classes(network: Any) -> int | None:
-    """How many classes a network has; None where it has none."""
-    config = getattr(getattr(network, "network", network), "config", {})
-    return config.get("num_classes", config.get("num_class_embeds"))
-
-
-def _looks(weights: Weights) -> str:
-    names = list(weights.tensors)
+def _looks(names: Collection[str]) -> str | None:
     for part, what in LOOKS_LIKE.items():
         if any(part in name for name in names):
             return f"what looks like {what}"
-    return f"{len(names)} tensors: {', '.join(names[:3])}" if names else "no tensors"
+    return None

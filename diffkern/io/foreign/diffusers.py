@@ -17,13 +17,13 @@ from ...networks import UNet
 from ...networks.diffusers import DEFAULTS, config_of, options_of
 from .. import pipelines
 from ..files import write_atomically
-from .weights import Weights, fill, read_tensors
+from .weights import Option, Weights, fill, read_tensors
 
 NAME = "diffusers"
 ANCHOR = "time_embedding.linear_1.weight"
 OPTIONS = {
-    "scheduler": "a scheduler of diffusers, where the folder has none",
-    "ignore": "settings of the scheduler to leave aside",
+    "scheduler": Option(object, "a scheduler of diffusers, where the folder has none"),
+    "ignore": Option(list, "settings of the scheduler to leave aside"),
 }
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 STEM = "diffusion_pytorch_model"  # variants follow: .fp16
@@ -39,6 +39,9 @@ class DiffusersUNet(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
+        kind, embeds = network.config["class_embed_type"], network.config["num_class_embeds"]
+        self.num_classes = embeds if kind is None else None  # "timestep": labels are any numbers
+        self.null_class = kind == "identity" or (kind is None and embeds is None)
 
     def forward(
         self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, *, class_embedding: Tensor | None = None
