@@ -278,8 +278,9 @@ def load(
 
     A file of several models, as unCLIP's, gives a :class:`diffkern.system.System`.
 
-    into  a ``Model`` as the one that was saved, whose network gets the weights, in place: needed where that is no
-          ``UNet``, and where there are a process of one's own, conditions or a codec, because a file holds no code
+    into  a ``Model`` as the one that was saved, whose network gets the weights, in place: needed where that is none of
+          ``networks.ARCHITECTURES``, and where there are a process of one's own, conditions that the network's config
+          does not name or a codec, because a file holds no code
     options  of another library's checkpoint, which it does not hold itself: ``num_heads=4``
 
     No code of a file is run: pickles are read with ``weights_only=True``. Weights are float32, whatever the file holds,

@@ -3,8 +3,8 @@
 A family is a module here. It has
 
     NAME        of the library
-    ANCHOR      the end of a tensor's name that its files have, and no others
-    OPTIONS     what :func:`diffkern.load` may be told of it, because no file says so: name -> its kind, and what it is
+    ANCHOR      the end of a tensor's name that its files have, and those of no other family
+    OPTIONS     what :func:`diffkern.load` may be told of it, because no file says so: name -> :class:`Option`
     read        (Weights, options) -> the arguments of a ``Model``, without its name
 
 Names and shapes of the tensors decide the network. No code of a file is run: pickles are read with ``weights_only``.
@@ -51,19 +51,15 @@ def read(path: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 def read_tree(tree: Any, path: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The same of what a file held: tensors in dicts and lists."""
     weights = Weights.of(tree, path)
-    for family in FAMILIES:
-        found = weights.below(family.ANCHOR)
-        if found is None:
-            continue
-        looks = _looks([f"{found.prefix}{name}" for name in found.tensors])  # others have the anchor too
-        if looks is None:
-            return _read(family, lambda family=family, found=found: family.read(found, options), path, options)
-        break
-    else:
-        names = list(weights.tensors)
-        looks = _looks(names) or (f"{len(names)} tensors: {', '.join(names[:3])}" if names else "no tensors")
+    anchored = ((family, weights.below(family.ANCHOR)) for family in FAMILIES)
+    family, found = next((pair for pair in anchored if pair[1] is not None), (None, weights))
+    names = [f"{found.prefix}{name}" for name in found.tensors]
+    looks = _looks(names)  # before the family: other models have anchors too
+    if family is not None and looks is None:
+        return _read(family, lambda: family.read(found, options), path, options)
+    got = looks or (f"{len(names)} tensors: {', '.join(names[:3])}" if names else "no tensors")
     known = ", ".join(family.NAME for family in FAMILIES)
-    raise ValueError(f"{path}: expected a file written by diffkern, or by {known}, got {looks}")
+    raise ValueError(f"{path}: expected a file written by diffkern, or by {known}, got {got}")
 
 
 def read_classifier(path: Path) -> dict[str, Any]:
@@ -104,6 +100,7 @@ def _read(family: Any, make: Any, path: Path, options: Mapping[str, Any]) -> tup
 
 
 def _looks(names: Collection[str]) -> str | None:
+    """What has tensors of such names; None where nothing in ``LOOKS_LIKE`` has."""
     for part, what in LOOKS_LIKE.items():
         if any(part in name for name in names):
             return f"what looks like {what}"

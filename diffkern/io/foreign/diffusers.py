@@ -87,6 +87,13 @@ def write_folder(folder: Path, network: UNet, *, shape: tuple[int, ...], **kept:
         raise ValueError(f"network: expected a UNet, which diffusers has too, got {type(network).__name__}")
     config = config_of(network) | {"sample_size": shape[1] if shape[1] == shape[2] else shape[1:]}
     scheduler = pipelines.scheduler_config(**kept)
+    outputs, learned = network.conv_out.out_channels, kept["variance"] == "learned"
+    if learned != (outputs == 2 * shape[0]):
+        expected = "a fixed one" if learned else "'learned'"
+        raise ValueError(
+            f"variance: expected {expected}, as diffusers has for {outputs} channels of the network's output, "
+            f"got {kept['variance']!r}"
+        )
     if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).exists():
         raise ValueError(f"{folder}: expected an empty folder or one of diffusers, got another")
     for part in ("unet", "scheduler"):

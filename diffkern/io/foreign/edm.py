@@ -47,6 +47,8 @@ IGNORED = ("map_augment.weight",)  # of the augmentation in training: absent whe
 def levels_of(weights: Weights) -> tuple[list[int], int]:
     """(the resolution of each level, from the first down; blocks a level): both are in the blocks' names."""
     sizes = sorted({int(name[4:].split("x")[0]) for name in weights.tensors if name.startswith("enc.")}, reverse=True)
+    if not sizes:
+        raise ValueError("expected tensors of an encoder, enc.*, got none")
     return sizes, sum(weights.has(f"enc.{sizes[0]}x{sizes[0]}_block{j}") for j in range(64))
 
 
