@@ -231,9 +231,10 @@ def samples_of(n: Any, seeds: Any, labels: Any, x_T: Tensor | None, model: Model
 
 def labels_of(labels: Any, model: Model) -> Tensor:
     """int64: [] of one label, [n] of several."""
-    low, high, expected = -1, 2**63, "ints >= -1"
+    low, high = -1 if model.null_class else 0, 2**63
+    expected = f"ints >= {low}"
     if model.num_classes is not None:
-        low, high = -1 if model.null_class else 0, model.num_classes
+        high = model.num_classes
         expected = f"ints in {low}..{high - 1}"
     if isinstance(labels, Tensor):
         if labels.dtype != torch.int64 or labels.ndim > 1:

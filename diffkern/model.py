@@ -41,7 +41,7 @@ class Model:
     """What the network predicts, of which process, for samples of which shape.
 
     network     any callable or module, called as ``network(x_t, t, labels, **conditions)``: [N, ...], [N], [N] int64 or
-                None
+                None. Its attributes ``num_classes`` (None for none) and ``null_class`` say which labels it takes
     schedule    the betas that it was trained on, or another :class:`diffkern.process.Process`
     prediction  a name in :data:`diffkern.prediction.PREDICTIONS`
     shape       of a sample: (C, H, W) of an image
@@ -95,27 +95,24 @@ class Model:
         network = unwrapped(self.network)
         self.conditions = tuple(self.conditions) or _own_conditions(network)
         if isinstance(network, UNet):
-            channels, num_classes = (network.config[name] for name in ("in_channels", "num_classes"))
+            channels = network.config["in_channels"]
             if len(self.shape) != 3 or self.shape[0] != channels:
                 raise ValueError(f"shape: expected the network's {channels} channels, got {self.shape}")
-            if self.classes is not None and len(self.classes) != num_classes:
-                raise ValueError(
-                    f"classes: expected names for the network's num_classes, {num_classes}, got {len(self.classes)}"
-                )
+        if self.classes is not None and len(self.classes) != self.num_classes:
+            raise ValueError(
+                f"classes: expected names for the network's num_classes, {self.num_classes}, got {len(self.classes)}"
+            )
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes the network has; None where nobody knows."""
-        network = unwrapped(self.network)
-        if isinstance(network, UNet):
-            return network.config["num_classes"]
-        return None if self.classes is None else len(self.classes)
+        """How many classes the network has: what it says as ``num_classes``, else as many as have names; None for none,
+        and where nobody knows."""
+        return getattr(unwrapped(self.network), "num_classes", None if self.classes is None else len(self.classes))
 
     @property
     def null_class(self) -> bool:
-        """Whether the network takes -1 for no class: True where nobody knows."""
-        network = unwrapped(self.network)
-        return not isinstance(network, UNet) or network.config["num_classes"] is None or network.config["null_class"]
+        """Whether the network takes -1 for no class: what it says as ``null_class``; True where nobody knows."""
+        return getattr(unwrapped(self.network), "null_class", True)
 
     @property
     def learned_variance(self) -> bool:
@@ -153,8 +150,12 @@ class Model:
         The scheduler gets the betas, the prediction, and what the model clips, its variance and its spacing. Classes
         are class embeddings, the null class the last.
 
-        Raises ValueError for a network, a process or a setting that diffusers has not; OSError.
+        Raises ValueError for a network, a process or a setting that diffusers has not, for conditions and a codec;
+        OSError.
         """
+        for name in ("conditions", "codec"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: expected none, as a DDPMPipeline has none, got {getattr(self, name)}")
         kept = dict(clip=self.clip, variance=self.default_variance, spacing=self.spacing)
         network, schedule = unwrapped(self.network), self.schedule
         folder_of = foreign.diffusers.write_folder
@@ -291,8 +292,9 @@ def load(
 
     A file of several models, as unCLIP's, gives a :class:`diffkern.system.System`.
 
-    into  a ``Model`` as the one that was saved, whose network gets the weights, in place: needed where that is no
-          ``UNet``, and where there are a process of one's own, conditions or a codec, because a file holds no code
+    into  a ``Model`` as the one that was saved, whose network gets the weights, in place: needed where that is none of
+          ``networks.ARCHITECTURES``, and where there are a process of one's own, conditions that the network's config
+          does not name or a codec, because a file holds no code
     options  of another library's checkpoint, which it does not hold itself: ``num_heads=4``
 
     No code of a file is run: pickles are read with ``weights_only=True``. Weights are float32, whatever the file holds,

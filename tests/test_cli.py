@@ -27,6 +27,7 @@ from diffkern.cli import main
 from diffkern.cli import plot as plot_command
 from diffkern.cli import sample as sample_command
 from diffkern.cli import train as train_command
+from diffkern.cli.options import named
 from diffkern.constraints import Quantile
 from diffkern.evaluate import Classifier, save_classifier
 from diffkern.images import read_settings, to_uint8
@@ -831,3 +832,15 @@ def test_a_reader_that_leaves_early_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+# --- options of samplers and of checkpoints ---
+
+
+def test_an_option_is_written_as_json_or_python_writes_it():
+    tokens = ["a=false", "b=False", "c=null", "d=None", "e=[1, 2]", "f=(1, 2)", "g=1e-3", "h=linear", "i=", "j='4'"]
+    values = [False, False, None, None, [1, 2], (1, 2), 1e-3, "linear", "", "4"]
+    assert named(tokens) == dict(zip("abcdefghij", values, strict=True))
+    for token in ("a", "=1", "a b=1"):
+        with pytest.raises(ValueError, match=f"option: expected NAME=VALUE, got '{token}'"):
+            named([token])

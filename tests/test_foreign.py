@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffkern.classifier import load_noisy_classifier
 from diffkern.cli import main
+from diffkern.codec import Codec
 from diffkern.guidance import Guidance
 from diffkern.io.foreign import openai
 from diffkern.model import Model, load, save
@@ -143,6 +144,7 @@ def test_files_of_openai_are_known_by_name(tmp_path):
     assert (model.num_classes, model.null_class, model.label("4")) == (5, False, 4)
     with pytest.raises(ValueError, match="labels: expected none or one of 0 0, 1 1, 2 2, 3 3, 4 4, got '5'"):
         model.label("5")
+    assert load(tmp_path / "64x64_diffusion.pt", num_heads=2).network.config["heads"] == 2
     torch.save(weights_of("openai"), tmp_path / "x.pt")
     told = OPENAI | dict(num_heads=4, diffusion_steps=4000)
     with pytest.raises(ValueError, match=r"x\.pt: rescale_timesteps: expected it as an option, .* got none"):
@@ -223,6 +225,12 @@ def test_the_package_of_lucidrains_itself_agrees(objective, tmp_path):
     assert (x0_hat - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
+@pytest.mark.parametrize(("options", "clip"), [({}, None), (dict(latents=True), False)])
+def test_latents_of_edm2_are_not_clipped(options, clip, tmp_path):
+    torch.save(weights_of("edm2"), tmp_path / "x.pt")
+    assert load(tmp_path / "x.pt", head_dim=16, **options).clip is clip
+
+
 def test_an_upsampler_gets_the_small_image(tmp_path):
     torch.save(weights_of("openai_upsampler"), tmp_path / "x.pt")
     model = load(tmp_path / "x.pt", **CASES["openai_upsampler"])
@@ -230,6 +238,10 @@ def test_an_upsampler_gets_the_small_image(tmp_path):
     images = sample(model, 2, low_res=small, steps=2, progress=False)
     assert images.shape == (2, 3, 8, 8)
     assert not torch.equal(images, sample(model, 2, low_res=small + 0.5, steps=2, progress=False))
+    by_class = UNet(6, 3, channels=8, channel_mult=(1, 2), blocks=1, groups=4, num_classes=2, null_class=False)
+    model.network = openai.SuperResolution(by_class)
+    with pytest.raises(ValueError, match="labels: expected a class for each image with a network without a null class"):
+        sample(model, 2, low_res=small, steps=2, progress=False)
 
 
 ERRORS = {
@@ -241,6 +253,12 @@ ERRORS = {
     ),
     "no x_T": ("pytorch_ddpm", {}, "img_size: expected the images' size as an option"),
     "another option": ("pytorch_ddpm", dict(heads=4), "load: expected options of w86763777/pytorch-ddpm .*, got heads"),
+    "another kind": (
+        "openai",
+        OPENAI | dict(num_heads=4, use_new_attention_order="flase"),
+        "use_new_attention_order: expected bool, got 'flase'",
+    ),
+    "no whole number": ("openai", OPENAI | dict(num_heads=True), "num_heads: expected int, got True"),
     "another value": ("pytorch_ddpm", dict(img_size=8, mean_type="v"), "mean_type: expected one of epsilon.*, got 'v'"),
 }
 
@@ -254,7 +272,10 @@ def test_options_that_are_missing_or_unknown_raise(name, options, message, tmp_p
 
 FILES = {
     "unknown": ({"a.weight": torch.zeros(1)}, "expected a file written by diffkern, or by .*, got 1 tensors: a.weight"),
-    "latent": ({"model.diffusion_model.x": torch.zeros(1)}, "got what looks like a latent diffusion model"),
+    "latent": (
+        {"model.diffusion_model.time_embed.0.weight": torch.zeros(4, 4)},
+        "expected a file written by diffkern, or by .*, got what looks like a latent diffusion model",
+    ),
     "code": ({"x": foreign.record}, "expected a pickle of tensors alone, got .*: diffkern convert reads more kinds"),
     "unet alone": ({"time_embedding.linear_1.weight": torch.zeros(4, 4)}, "expected config.json beside a UNet2DModel"),
     "part": ({"time_embed.0.weight": torch.zeros(4, 4)}, "got a classifier of noisy images"),
@@ -324,6 +345,26 @@ def test_a_folder_of_diffusers_is_what_it_computes(options, kind, tmp_path):
         assert (out - expected).abs().max() <= PARITY * expected.abs().max()
         assert kind is None or isinstance(model.network, kind)
         assert (model.prediction, model.schedule, model.shape) == ("v", Schedule(scheduler.betas), (3, 8, 8))
+    assert (model.num_classes, model.null_class) == (options.get("num_class_embeds"), labels is None)
+    if labels is not None:
+        for given, message in (
+            ({}, "labels: expected a class for each image with a network without a null class, got None"),
+            (dict(labels=-1), "labels: expected ints"),
+            (dict(labels=2, guidance=2.0), "guidance: expected 1 with a network without a null class, got 2"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                sample(model, 2, steps=2, progress=False, **given)
+
+
+def test_a_variance_is_learned_by_any_network_of_diffusers(tmp_path):
+    diffusers, unet = unet2d(out_channels=6, act_fn="gelu")
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert not isinstance(model.network, UNet) and model.default_variance == "learned" and model.learned_variance
+    options = dict(sampler="ddpm", steps=2, progress=False)
+    learned, fixed = (sample(model, 1, variance=v, **options) for v in (None, "fixed_small"))
+    assert learned.isfinite().all() and not torch.equal(learned, fixed)
 
 
 def test_old_names_half_precision_and_parts_are_read(tmp_path):
@@ -448,6 +489,15 @@ REFUSED = {
         dict(network=UNet(3, channels=8, channel_mult=(1, 2), groups=4, t_scale=0.25)),
         "t_scale: expected what a UNet2DModel of diffusers has, got 0.25",
     ),
+    "conditions": (
+        dict(network=UNet(3, channels=8, channel_mult=(1, 2), groups=4, conditions={"text": (4,)})),
+        "conditions: expected none, as a DDPMPipeline has none, got .*text",
+    ),
+    "codec": (dict(codec=Codec(scale=0.5)), "codec: expected none, as a DDPMPipeline has none, got Codec"),
+    "fixed of a learned": (
+        dict(network=UNet(3, channels=8, channel_mult=(1, 2), groups=4, learned_variance=True), variance="fixed_large"),
+        "variance: expected 'learned', as diffusers has for 6 channels of the network's output, got 'fixed_large'",
+    ),
     "network": (dict(network=torch.nn.Identity()), "network: expected a UNet, which diffusers has too, got Identity"),
 }
 
@@ -482,6 +532,10 @@ def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch):
 
 
 # --- pickles with code ---
+
+
+class Empty:
+    """Its pickle has no state."""
 
 
 class Evil:
@@ -530,7 +584,7 @@ def test_a_pickle_of_edm_is_converted_without_running_its_code(persistent, tmp_p
     monkeypatch.chdir(tmp_path)
     network = module_of(weights_of("edm_ddpmpp"), persistent)
     network.class_name, network.beta_min, network.beta_d, network.epsilon_t = "VPPrecond", 0.2, 19.8, 1e-4
-    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"ema": network, "evil": Evil()}))
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"ema": network, "evil": Evil(), "empty": Empty()}))
     with pytest.raises(ValueError, match="x.pkl: expected a pickle of tensors alone, got .*: diffkern convert reads"):
         load("x.pkl")
     assert main(["convert", "x.pkl", "--out", "x.safetensors"]) == 0
@@ -542,9 +596,10 @@ def test_a_pickle_of_edm_is_converted_without_running_its_code(persistent, tmp_p
     assert error_of(denoised(model, said), said["out"]) < PARITY
 
 
-def test_a_module_saved_whole_is_converted(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_module_saved_whole_is_converted(zipped, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    torch.save(module_of(weights_of("pytorch_ddpm")), "x.pt")
+    torch.save(module_of(weights_of("pytorch_ddpm")), "x.pt", _use_new_zipfile_serialization=zipped)
     assert main(["convert", "x.pt", "--out", "x.safetensors"]) == 2
     assert "x.pt: img_size: expected the images' size as an option" in capsys.readouterr().err
     arguments = ["convert", "x.pt", "--out", "x.safetensors", "--option", "img_size=8", "--option"]
@@ -565,9 +620,16 @@ def _hidden(weights):
     return {f"net.{name}": tensor for name, tensor in weights.items()}
 
 
-def test_code_is_run_only_if_asked_for(tmp_path, monkeypatch, capsys):
+WRITERS = {
+    "pickle": lambda content, path: path.write_bytes(pickle.dumps(content)),
+    "torch before 1.6": lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_code_is_run_only_if_asked_for(write, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": Hidden()}) + b"")
+    write({"a": Hidden()}, tmp_path / "x.pkl")
     arguments = ["convert", "x.pkl", "--out", "x.safetensors", "--option", "img_size=8"]
     assert main(arguments) == 2
     assert "got no tensors" in capsys.readouterr().err

@@ -1,10 +1,8 @@
 """``diffkern convert``: a checkpoint of another library as a model file."""
 
 import argparse
-import ast
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,7 +11,7 @@ from ..io.foreign import pickles
 from ..io.foreign.weights import is_pickle
 from ..model import Model, find, load, save
 from ..progress import tell
-from .options import DTYPES
+from .options import DTYPES, named
 from .outputs import check_file
 
 EXAMPLES = """\
@@ -46,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_file("out", arguments.out, ".safetensors")
     if os.path.exists(arguments.out) and os.path.samefile(path, arguments.out):
         raise ValueError(f"out: expected another file than the one to convert, got {arguments.out!r}")
-    name, options = arguments.name or Path(arguments.out).stem, dict(map(_option, arguments.option))
+    name, options = arguments.name or Path(arguments.out).stem, named(arguments.option)
     if path.is_file() and is_pickle(path):
         tree, told, how = pickles.read(path, arguments.unsafe_pickle)
         tell(f"{path}: {how}")
@@ -63,13 +61,3 @@ def run(arguments: argparse.Namespace) -> int:
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
     print(f"{arguments.out}: {parameters} parameters, {os.path.getsize(arguments.out) / 1e6:.1f} MB")
     return 0
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise ValueError(f"option: expected NAME=VALUE, got {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return name, value

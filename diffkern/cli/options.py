@@ -1,6 +1,9 @@
 """Options that several commands have, and what they stand for."""
 
 import argparse
+import ast
+import contextlib
+import json
 import secrets
 from typing import Any
 
@@ -121,6 +124,24 @@ def labels_of(tokens: list[str] | None, model: Any, n: int) -> list[int] | None:
     if len(labels) not in (1, n):
         raise ValueError(f"labels: expected 1 or {n}, one for each image, got {len(labels)}")
     return labels * n if len(labels) == 1 else labels
+
+
+def named(tokens: list[str]) -> dict[str, Any]:
+    """The values of ``--option NAME=VALUE``, as JSON (true, null) or Python (True, None) writes them, else text."""
+    options = {}
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if not (name.isidentifier() and equals):
+            raise ValueError(f"option: expected NAME=VALUE, got {token!r}")
+        options[name] = _value(value)
+    return options
+
+
+def _value(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(SyntaxError, TypeError, ValueError):
+            return read(text)
+    return text
 
 
 def dtype_of(name: str) -> Any:

@@ -31,6 +31,7 @@ from .options import (
     fresh_seeds,
     guidance,
     labels_of,
+    named,
     seed_ranges,
 )
 from .outputs import check_file
@@ -128,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
         "clip": clip,
         "batch_size": arguments.batch_size,
         **({} if arguments.noise == "step" else {"noise": arguments.noise}),
-        **_options(arguments.option),
+        **named(arguments.option),
     }
     if arguments.folder is not None:
         return _into_folder(source, ranges, labels, settings, weight, arguments)
@@ -232,20 +233,6 @@ def _shown_steps(model: Model, steps: int | None, spacing: str, sampler: str) ->
 def _length(model: Model) -> int | None:
     """How many time steps its schedule has; None of another process."""
     return model.schedule.T if model.schedule.discrete else None
-
-
-def _options(tokens: list[str]) -> dict[str, Any]:
-    """The sampler's options, each a number, true, false or text."""
-    options = {}
-    for token in tokens:
-        name, equals, value = token.partition("=")
-        if not (name.isidentifier() and equals):
-            raise ValueError(f"option: expected NAME=VALUE, got {token!r}")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    return options
 
 
 def _check_size(n: int, model: Model, arguments: argparse.Namespace, columns: int | None, frames: int) -> None:

@@ -186,7 +186,10 @@ def told_by(config: Mapping[str, Any], scheduler: Any, ignore: Collection[str] =
     schedule = Schedule(scheduler.betas)
     _check_alpha_bar(schedule, scheduler)
     height, width = (size, size) if isinstance(size, int) else size
-    shape = config.get("in_channels", DEFAULTS["in_channels"]), height, width
+    channels, out_channels = ((DEFAULTS | config)[name] for name in ("in_channels", "out_channels"))
+    shape = channels, height, width
+    if out_channels == 2 * channels:  # the second half is a variance, whatever the network is
+        kept.setdefault("variance", "learned")
     return dict(schedule=schedule, prediction=PREDICTION_TYPES[kind], shape=shape, **kept)
 
 

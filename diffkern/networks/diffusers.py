@@ -113,6 +113,7 @@ def config_of(unet: UNet) -> dict[str, Any]:
         "channel_mult": widths[0] == c["channels"],
         "embedding_channels": c["embedding_channels"] in (None, c["channels"]),
         "t_scale": c["t_scale"] == 1,
+        "conditions": not c["conditions"],
     }
     for name, holds in allowed.items():
         if not holds:

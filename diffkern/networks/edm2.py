@@ -114,6 +114,7 @@ class EDM2UNet(nn.Module):
         self.register_buffer("freqs", torch.zeros(noise_channels, dtype=torch.float32, device="cpu"))
         self.register_buffer("phases", torch.zeros(noise_channels, dtype=torch.float32, device="cpu"))
         self.emb_noise = nn.Linear(noise_channels, emb_dim, bias=False)
+        self.num_classes, self.null_class = num_classes, True
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + 1, emb_dim)  # the last row is the null class
         self.conv_in = Conv3x3(in_channels + 1, widths[0], 3, padding=1, bias=False)

@@ -24,6 +24,8 @@ class ResidualMLP(nn.Module):
     ``config`` holds the options. Raises TypeError or ValueError for those of which none can be made.
     """
 
+    num_classes, null_class = None, True
+
     def __init__(
         self,
         features: int,

@@ -153,6 +153,7 @@ class NCSNpp(nn.Module):
         if embedding == "fourier":
             self.register_buffer("freqs", torch.zeros(channels, dtype=torch.float32, device="cpu"))
         self.time_embedding = TimestepEmbedding(features, emb_dim)
+        self.num_classes, self.null_class = num_classes, True
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + 1, features)  # the last row is the null class
         self.conv_in = Conv3x3(in_channels, channels, 3, padding=1)

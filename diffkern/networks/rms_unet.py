@@ -88,6 +88,8 @@ class RMSUNet(nn.Module):
     frequencies                of the embedding, learned or random; 0: sinusoids of ``theta``
     """
 
+    num_classes, null_class = None, True
+
     def __init__(
         self,
         in_channels: int = 3,

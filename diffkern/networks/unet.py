@@ -114,6 +114,7 @@ class UNet(nn.Module):
         self.time_embedding = TimestepEmbedding(emb_channels, emb_dim)
         if conditions:
             self.condition_embeddings = condition_embeddings(conditions, channels, emb_dim)
+        self.num_classes, self.null_class = num_classes, null_class or num_classes is None
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + null_class, emb_dim)  # the last row is the null class
 

@@ -101,8 +101,9 @@ class Trainer:
     ) -> "Trainer":
         """Continue the run of a checkpoint. ``changes`` are fields of its :class:`Config` that shall differ.
 
-        into  a ``Model`` as the one that the run began with, whose network is trained on: needed where that is no
-              ``UNet``, and where there are a process of one's own, conditions or a codec
+        into  a ``Model`` as the one that the run began with, whose network is trained on: needed where that is none
+              of ``networks.ARCHITECTURES``, and where there are a process of one's own, conditions that the network's
+              config does not name or a codec
 
         Weights, moments, average, counters and data order continue to the bit, on the same kind of machine. Warns of
         other images than the run has seen. Raises ValueError for a change of the network, the process, the objective

@@ -3,15 +3,15 @@
 A family is a module here. It has
 
     NAME        of the library
-    ANCHOR      the end of a tensor's name that its files have, and no others
-    OPTIONS     what :func:`diffkern.load` may be told of it, because no file says so: name -> what it is
+    ANCHOR      the end of a tensor's name that its files have, and those of no other family
+    OPTIONS     what :func:`diffkern.load` may be told of it, because no file says so: name -> :class:`Option`
     read        (Weights, options) -> the arguments of a ``Model``, without its name
 
 Names and shapes of the tensors decide the network. No code of a file is run: pickles are read with ``weights_only``.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,15 @@ def read(path: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 def read_tree(tree: Any, path: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The same of what a file held: tensors in dicts and lists."""
     weights = Weights.of(tree, path)
-    for family in FAMILIES:
-        found = weights.below(family.ANCHOR)
-        if found is not None:
-            return _read(family, lambda family=family, found=found: family.read(found, options), path, options)
-    names = ", ".join(family.NAME for family in FAMILIES)
-    raise ValueError(f"{path}: expected a file written by diffkern, or by {names}, got {_looks(weights)}")
+    anchored = ((family, weights.below(family.ANCHOR)) for family in FAMILIES)
+    family, found = next((pair for pair in anchored if pair[1] is not None), (None, weights))
+    names = [f"{found.prefix}{name}" for name in found.tensors]
+    looks = _looks(names)  # before the family: other models have anchors too
+    if family is not None and looks is None:
+        return _read(family, lambda: family.read(found, options), path, options)
+    got = looks or (f"{len(names)} tensors: {', '.join(names[:3])}" if names else "no tensors")
+    known = ", ".join(family.NAME for family in FAMILIES)
+    raise ValueError(f"{path}: expected a file written by diffkern, or by {known}, got {got}")
 
 
 def read_classifier(path: Path) -> dict[str, Any]:
@@ -75,15 +78,16 @@ def _read(family: Any, make: Any, path: Path, options: Mapping[str, Any]) -> tup
     if others:
         known = ", ".join(family.OPTIONS) or "none"
         raise TypeError(f"load: expected options of {family.NAME} ({known}), got {', '.join(others)}")
+    for name, value in options.items():
+        family.OPTIONS[name].check(name, value)
     try:
         arguments = make()
     except (KeyError, RuntimeError, ValueError) as error:
         text = f"no tensor {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{os.fspath(path)}: {text} (a checkpoint of {family.NAME})") from None
     network = arguments["network"]
-    classes = _classes(network)
-    if classes is not None:  # which have no names, but numbers
-        arguments["classes"] = tuple(map(str, range(classes)))
+    if network.num_classes is not None:  # which have no names, but numbers
+        arguments["classes"] = tuple(map(str, range(network.num_classes)))
     parameters = sum(tensor.numel() for tensor in network.parameters())
     shape = "x".join(map(str, arguments["shape"]))
     process = arguments["schedule"]
@@ -95,15 +99,9 @@ def _read(family: Any, make: Any, path: Path, options: Mapping[str, Any]) -> tup
     )
 
 
-def _classes(network: Any) -> int | None:
-    """How many classes a network has; None where it has none."""
-    config = getattr(getattr(network, "network", network), "config", {})
-    return config.get("num_classes", config.get("num_class_embeds"))
-
-
-def _looks(weights: Weights) -> str:
-    names = list(weights.tensors)
+def _looks(names: Collection[str]) -> str | None:
+    """What has tensors of such names; None where nothing in ``LOOKS_LIKE`` has."""
     for part, what in LOOKS_LIKE.items():
         if any(part in name for name in names):
             return f"what looks like {what}"
-    return f"{len(names)} tensors: {', '.join(names[:3])}" if names else "no tensors"
+    return None

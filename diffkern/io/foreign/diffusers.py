@@ -17,13 +17,13 @@ from ...networks import UNet
 from ...networks.diffusers import DEFAULTS, config_of, options_of
 from .. import pipelines
 from ..files import write_atomically
-from .weights import Weights, fill, read_tensors
+from .weights import Option, Weights, fill, read_tensors
 
 NAME = "diffusers"
 ANCHOR = "time_embedding.linear_1.weight"
 OPTIONS = {
-    "scheduler": "a scheduler of diffusers, where the folder has none",
-    "ignore": "settings of the scheduler to leave aside",
+    "scheduler": Option(object, "a scheduler of diffusers, where the folder has none"),
+    "ignore": Option(list, "settings of the scheduler to leave aside"),
 }
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 STEM = "diffusion_pytorch_model"  # variants follow: .fp16
@@ -39,6 +39,9 @@ class DiffusersUNet(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
+        kind, embeds = network.config["class_embed_type"], network.config["num_class_embeds"]
+        self.num_classes = embeds if kind is None else None  # "timestep": labels are any numbers
+        self.null_class = kind == "identity" or (kind is None and embeds is None)
 
     def forward(
         self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, *, class_embedding: Tensor | None = None
@@ -84,6 +87,13 @@ def write_folder(folder: Path, network: UNet, *, shape: tuple[int, ...], **kept:
         raise ValueError(f"network: expected a UNet, which diffusers has too, got {type(network).__name__}")
     config = config_of(network) | {"sample_size": shape[1] if shape[1] == shape[2] else shape[1:]}
     scheduler = pipelines.scheduler_config(**kept)
+    outputs, learned = network.conv_out.out_channels, kept["variance"] == "learned"
+    if learned != (outputs == 2 * shape[0]):
+        expected = "a fixed one" if learned else "'learned'"
+        raise ValueError(
+            f"variance: expected {expected}, as diffusers has for {outputs} channels of the network's output, "
+            f"got {kept['variance']!r}"
+        )
     if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).exists():
         raise ValueError(f"{folder}: expected an empty folder or one of diffusers, got another")
     for part in ("unet", "scheduler"):

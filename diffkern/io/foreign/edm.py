@@ -13,18 +13,18 @@ from torch import Tensor
 from ...networks import NCSNpp, UNet
 from ...process import EDM, VE, VP, Process
 from ...schedule import Schedule
-from .weights import Weights, fill, split_qkv, unet_options, unet_places, unet_weights
+from .weights import Option, Weights, fill, split_qkv, unet_options, unet_places, unet_weights
 
 NAME = "NVlabs/edm"
 ANCHOR = "map_layer0.weight"
 OPTIONS = {
-    "precond": "'edm', 'vp', 've' or 'iddpm': how the network was trained",
-    "sigma_data": "of 'edm' (0.5)",
-    "beta_d": "of 'vp' (19.9)",
-    "beta_min": "of 'vp' (0.1)",
-    "epsilon_t": "of 'vp' (1e-5)",
-    "sigma_min": "of 've' (0.02)",
-    "sigma_max": "of 've' (100)",
+    "precond": Option(str, "'edm', 'vp', 've' or 'iddpm': how the network was trained"),
+    "sigma_data": Option(float, "of 'edm' (0.5)"),
+    "beta_d": Option(float, "of 'vp' (19.9)"),
+    "beta_min": Option(float, "of 'vp' (0.1)"),
+    "epsilon_t": Option(float, "of 'vp' (1e-5)"),
+    "sigma_min": Option(float, "of 've' (0.02)"),
+    "sigma_max": Option(float, "of 've' (100)"),
 }
 PRECONDS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 
@@ -44,20 +44,23 @@ FILTER = re.compile(r"(^|\.)resample_filter$")
 IGNORED = ("map_augment.weight",)  # of the augmentation in training: absent where images are drawn
 
 
-def resolutions(weights: Weights) -> list[int]:
-    """Of the levels, from the first down: they are in the blocks' names."""
-    return sorted({int(name[4:].split("x")[0]) for name in weights.tensors if name.startswith("enc.")}, reverse=True)
+def levels_of(weights: Weights) -> tuple[list[int], int]:
+    """(the resolution of each level, from the first down; blocks a level): both are in the blocks' names."""
+    sizes = sorted({int(name[4:].split("x")[0]) for name in weights.tensors if name.startswith("enc.")}, reverse=True)
+    if not sizes:
+        raise ValueError("expected tensors of an encoder, enc.*, got none")
+    return sizes, sum(weights.has(f"enc.{sizes[0]}x{sizes[0]}_block{j}") for j in range(64))
 
 
 def read(weights: Weights, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a ``Model``."""
-    sizes = resolutions(weights)
+    sizes, blocks = levels_of(weights)
     precond = options.get("precond", None if weights.beside("u") is None else "iddpm")
     if precond not in PRECONDS.values():
         raise ValueError(f"precond: expected {OPTIONS['precond']}, as an option, got {precond!r}")
     process, prediction = _process(precond, options, weights)
     read_network = _adm if weights.has("out_conv") else _song
-    network, channels = read_network(weights, sizes, sign=-1.0 if precond == "ve" else 1.0)
+    network, channels = read_network(weights, sizes, blocks, sign=-1.0 if precond == "ve" else 1.0)
     return dict(
         network=network,
         schedule=process,
@@ -79,15 +82,13 @@ def _process(precond: str, options: Mapping[str, Any], weights: Weights) -> tupl
     return Schedule.from_alpha_bar(1 / (1 + sigma.square())), "eps"
 
 
-def _places(weights: Weights, sizes: list[int]) -> tuple[int, list[str], list[str]]:
-    """(blocks a level, the prefixes of the levels on the way down, and on the way up)."""
-    names = [f"{size}x{size}" for size in sizes]
-    blocks = sum(weights.has(f"enc.{names[0]}_block{j}") for j in range(64))
-    return blocks, [f"enc.{name}" for name in names], [f"dec.{name}" for name in names[::-1]]
+def _prefixes(sizes: list[int]) -> tuple[list[str], list[str]]:
+    """(those of the levels on the way down, and on the way up)."""
+    return [f"enc.{size}x{size}" for size in sizes], [f"dec.{size}x{size}" for size in sizes[::-1]]
 
 
-def _adm(weights: Weights, sizes: list[int], sign: float) -> tuple[UNet, int]:
-    blocks, down, up = _places(weights, sizes)
+def _adm(weights: Weights, sizes: list[int], blocks: int, sign: float) -> tuple[UNet, int]:
+    down, up = _prefixes(sizes)
 
     def side(way: str, level: int, j: int) -> tuple[str, str]:
         if way == "down":
@@ -136,8 +137,8 @@ TAPS = {2: (1, 1), 4: (1, 3, 3, 1)}
 """Filters between resolutions, by their length."""
 
 
-def _song(weights: Weights, sizes: list[int], sign: float) -> tuple[NCSNpp, int]:
-    blocks, down, up = _places(weights, sizes)
+def _song(weights: Weights, sizes: list[int], blocks: int, sign: float) -> tuple[NCSNpp, int]:
+    down, up = _prefixes(sizes)
     tensors, last = weights.tensors, len(sizes) - 1
     places = {"conv_in": f"{down[0]}_conv", "mid.0": f"{up[0]}_in0", "mid.1": f"{up[0]}_in1"}
     for level in range(len(sizes)):

@@ -10,12 +10,16 @@ from torch import Tensor
 
 from ...networks import EDM2UNet
 from ...process import EDM
-from .edm import resolutions
-from .weights import Weights, fill
+from .edm import levels_of
+from .weights import Option, Weights, fill
 
 NAME = "NVlabs/edm2"
 ANCHOR = "emb_fourier.freqs"
-OPTIONS = {"sigma_data": "the data's standard deviation (0.5)", "head_dim": "channels a head (64)"}
+OPTIONS = {
+    "sigma_data": Option(float, "the data's standard deviation (0.5)"),
+    "head_dim": Option(int, "channels a head (64)"),
+    "latents": Option(bool, "whether it diffuses latents, which are not clipped (True of 4 channels)"),
+}
 PARTS = {
     "conv_res0": "conv0",
     "emb_linear": "emb",
@@ -28,9 +32,9 @@ NAMES = {"emb_noise.weight": "emb_noise.weight", "emb_fourier.freqs": "freqs", "
 
 
 def read(weights: Weights, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a ``Model``. Those for images of 512 diffuse latents, [4, 64, 64]."""
-    sizes = resolutions(weights)
-    made, blocks, tensors = {}, _blocks(weights, sizes), weights.tensors
+    """The arguments of a ``Model``. Those that NVIDIA published for images of 512 diffuse latents, [4, 64, 64]."""
+    sizes, blocks = levels_of(weights)
+    made, tensors = {}, weights.tensors
     places = _places(sizes, blocks)
     for name, tensor in tensors.items():
         head, part, kind = ([*name.rsplit(".", 2)] + ["", ""])[:3]
@@ -69,12 +73,8 @@ def read(weights: Weights, options: Mapping[str, Any]) -> dict[str, Any]:
         schedule=EDM(options.get("sigma_data", 0.5)),
         prediction="edm",
         shape=(with_ones - 1, sizes[0], sizes[0]),
-        clip=False if with_ones - 1 == 4 else None,
+        clip=False if options.get("latents", with_ones - 1 == 4) else None,
     )
-
-
-def _blocks(weights: Weights, sizes: list[int]) -> int:
-    return sum(weights.has(f"enc.{sizes[0]}x{sizes[0]}_block{j}") for j in range(64))
 
 
 def _places(sizes: list[int], blocks: int) -> dict[str, str]:

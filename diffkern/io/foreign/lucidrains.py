@@ -9,15 +9,15 @@ from torch import Tensor
 
 from ...networks import RMSUNet
 from ...schedule import Schedule
-from .weights import Weights, fill
+from .weights import Option, Weights, fill
 
 NAME = "lucidrains/denoising-diffusion-pytorch"
 ANCHOR = "init_conv.weight"
 OPTIONS = {
-    "image_size": "of the images",
-    "objective": "'pred_v', 'pred_noise' or 'pred_x0', where the file has no loss_weight, which shows it",
-    "betas": "where the file has none",
-    "theta": "of the sinusoids (10000)",
+    "image_size": Option(int, "of the images"),
+    "objective": Option(str, "'pred_v', 'pred_noise' or 'pred_x0', where the file has no loss_weight, which shows it"),
+    "betas": Option(list, "where the file has none"),
+    "theta": Option(float, "of the sinusoids (10000)"),
 }
 PREDICTIONS = {"pred_v": "v", "pred_noise": "eps", "pred_x0": "x0"}
 

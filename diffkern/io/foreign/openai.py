@@ -14,21 +14,21 @@ from torch.nn import functional as F
 from ...conditions import Condition
 from ...networks import HalfUNet, UNet
 from ...schedule import Schedule
-from .weights import Weights, fill, split_qkv, unet_options, unet_places, unet_weights
+from .weights import Option, Weights, fill, split_qkv, unet_options, unet_places, unet_weights
 
 NAME = "openai/guided-diffusion"
 ANCHOR = "time_embed.0.weight"
 OPTIONS = {
-    "image_size": "of the images (large_size of an upsampler)",
-    "small_size": "of an upsampler's low_res; 0 of no upsampler, where half the channels may be one",
-    "num_heads": "attention heads at every level",
-    "num_head_channels": "or channels of a head",
-    "use_new_attention_order": "whether q, k and v are split before heads (False)",
-    "noise_schedule": "'linear' or 'cosine'",
-    "diffusion_steps": "T (1000)",
-    "rescale_timesteps": "where T is not 1000: whether the network counts to 1000 nonetheless",
-    "predict_xstart": "whether the network predicts x_0 (False)",
-    "sigma_small": "whether the variance is the small one, where none is learned (False)",
+    "image_size": Option(int, "of the images (large_size of an upsampler)"),
+    "small_size": Option(int, "of an upsampler's low_res; 0 of no upsampler, where half the channels may be one"),
+    "num_heads": Option(int, "attention heads at every level"),
+    "num_head_channels": Option(int, "or channels of a head"),
+    "use_new_attention_order": Option(bool, "whether q, k and v are split before heads (False)"),
+    "noise_schedule": Option(str, "'linear' or 'cosine'"),
+    "diffusion_steps": Option(int, "T (1000)"),
+    "rescale_timesteps": Option(bool, "where T is not 1000: whether the network counts to 1000 nonetheless"),
+    "predict_xstart": Option(bool, "whether the network predicts x_0 (False)"),
+    "sigma_small": Option(bool, "whether the variance is the small one, where none is learned (False)"),
 }
 
 _ADM = dict(noise_schedule="linear", num_head_channels=64)
@@ -96,6 +96,7 @@ class SuperResolution(nn.Module):
     def __init__(self, network: UNet):
         super().__init__()
         self.network = network
+        self.num_classes, self.null_class = network.num_classes, network.null_class
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, *, low_res: Tensor) -> Tensor:
         """x_t: [N, C, H, W]; low_res: [N, C, h, w] in [-1, 1]."""
@@ -158,7 +159,7 @@ def read(weights: Weights, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a ``Model``."""
     if not weights.has("output_blocks"):
         raise ValueError("expected a U-Net, got a classifier of noisy images, which Guidance(classifier=path) takes")
-    options = PUBLISHED.get(weights.path.stem, {}) | dict(options)
+    options = _published(weights.path.stem, options) | dict(options)
     last = {i: weights.count(f"output_blocks.{i}") - 1 for i in range(weights.count("output_blocks"))}
     ups = [i for i, sub in last.items() if sub > 0 and not weights.has(f"output_blocks.{i}.{sub}.qkv")]
     levels = len(ups) + 1
@@ -207,6 +208,13 @@ def read(weights: Weights, options: Mapping[str, Any]) -> dict[str, Any]:
         variance="learned" if learned else fixed,
         conditions=conditions,
     )
+
+
+def _published(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a published file. One that is given of the two that set the heads takes the other away."""
+    heads = {"num_heads", "num_head_channels"}
+    without = heads if heads & given.keys() else set()
+    return {flag: value for flag, value in PUBLISHED.get(name, {}).items() if flag not in without}
 
 
 def _heads(options: Mapping[str, Any]) -> dict[str, int]:

@@ -16,12 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.serialization import MAGIC_NUMBER
 
 from .weights import Weights, read_tensors
 
 
 class Record(dict):
     """An object of a class that was not imported: its arguments, its state, and its items if it was a dict."""
+
+    args: tuple[Any, ...] = ()  # of an object that is made without a call
+    state: Mapping[str, Any] = {}  # and without attributes
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__()
@@ -103,10 +107,15 @@ def read(path: Path, unsafe: bool = False) -> tuple[Any, dict[str, Any], str]:
     return _modules(content), {}, "a pickle whose code was run"
 
 
+MAGIC = MAGIC_NUMBER.to_bytes(10, "little")
+"""The first pickle of a file of ``torch.save`` before 1.6, and of ``_use_new_zipfile_serialization=False``."""
+
+
 def _read(path: Path, module: Any) -> Any:
-    if zipfile.is_zipfile(path):
-        return torch.load(path, map_location="cpu", pickle_module=module, weights_only=False)
     with open(path, "rb") as file:
+        if zipfile.is_zipfile(path) or MAGIC in file.read(64):
+            return torch.load(path, map_location="cpu", pickle_module=module, weights_only=False)
+        file.seek(0)
         return module.Unpickler(file).load()
 
 

@@ -7,16 +7,16 @@ import torch
 
 from ...networks import UNet
 from ...schedule import Schedule
-from .weights import Weights, fill, unet_options, unet_places, unet_weights
+from .weights import Option, Weights, fill, unet_options, unet_places, unet_weights
 
 NAME = "w86763777/pytorch-ddpm"
 ANCHOR = "time_embedding.timembedding.0.weight"
 OPTIONS = {
-    "beta_1": "the first beta (1e-4)",
-    "beta_T": "the last beta (0.02)",
-    "mean_type": "'epsilon', 'xstart' or 'xprev' ('epsilon')",
-    "var_type": "'fixedlarge' or 'fixedsmall' ('fixedlarge')",
-    "img_size": "of a file without its x_T, which shows it",
+    "beta_1": Option(float, "the first beta (1e-4)"),
+    "beta_T": Option(float, "the last beta (0.02)"),
+    "mean_type": Option(str, "'epsilon', 'xstart' or 'xprev' ('epsilon')"),
+    "var_type": Option(str, "'fixedlarge' or 'fixedsmall' ('fixedlarge')"),
+    "img_size": Option(int, "of a file without its x_T, which shows it"),
 }
 PREDICTIONS = {"epsilon": "eps", "xstart": "x0", "xprev": "mu"}
 VARIANCES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}

@@ -12,18 +12,18 @@ from torch import Tensor
 from ...networks import NCSNpp
 from ...process import VE, VP, Process, SubVP
 from .edm import negate, song_names, song_options
-from .weights import Weights, fill, unet_weights
+from .weights import Option, Weights, fill, unet_weights
 
 NAME = "yang-song/score_sde_pytorch"
 ANCHOR = "sigmas"
 OPTIONS = {
-    "sde": "'vp', 'subvp' or 've'",
-    "image_size": "of the images",
-    "fir": "whether images are resampled by the filter 1, 3, 3, 1 (True in NCSN++, False in DDPM++)",
-    "skip_rescale": "whether sums are scaled (True)",
-    "centered": "whether data are in [-1, 1], not [0, 1] (True of VP, False of VE)",
-    "beta_min": "of VP (0.1)",
-    "beta_max": "of VP (20)",
+    "sde": Option(str, "'vp', 'subvp' or 've'"),
+    "image_size": Option(int, "of the images"),
+    "fir": Option(bool, "whether images are resampled by the filter 1, 3, 3, 1 (True in NCSN++, False in DDPM++)"),
+    "skip_rescale": Option(bool, "whether sums are scaled (True)"),
+    "centered": Option(bool, "whether data are in [-1, 1], not [0, 1] (True of VP, False of VE)"),
+    "beta_min": Option(float, "of VP (0.1)"),
+    "beta_max": Option(float, "of VP (20)"),
 }
 PARTS = (
     ("", ""),

@@ -3,10 +3,11 @@
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,23 @@ from ..files import compare, floating
 
 MOST_TENSORS = 100_000
 DEEPEST = 12  # dicts and lists, one in another
+
+
+class Option(NamedTuple):
+    """What :func:`diffkern.load` may be told of a file, as text that says what it is."""
+
+    kind: type
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def check(self, name: str, value: Any) -> None:
+        """TypeError for a value of another kind. An int is a float, and any sequence a list."""
+        kinds = {int: Integral, float: Real, list: Collection}
+        wrong = isinstance(value, bool) and self.kind in (int, float) or isinstance(value, str) and self.kind is list
+        if wrong or not isinstance(value, kinds.get(self.kind, self.kind)):
+            raise TypeError(f"{name}: expected {self.kind.__name__}, got {value!r:.80}")
 
 
 def is_ours(path: Path) -> bool | None:
