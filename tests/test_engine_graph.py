@@ -1,14 +1,19 @@
 """The engine on any network: what is captured, what the rules make of it, and when the network runs itself."""
 
+import collections
 import copy
+import functools
 import gc
 import importlib.metadata
 import math
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import with_random_weights
@@ -357,6 +362,77 @@ def test_a_processor_a_list_and_a_class_that_change_are_noticed(monkeypatch):
     monkeypatch.setattr(F, "silu", F.relu)
     network.processor = lambda x: F.silu(x)
     assert_close(fast(X, T), network(X, T))
+
+
+@dataclass(slots=True)
+class Slots:
+    factor: Any = 1.0
+
+    def times(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def a_cell() -> tuple[Callable[[Tensor], Tensor], Callable[[], None]]:
+    factor = 1.0
+
+    def change() -> None:
+        nonlocal factor
+        factor = 3.0
+
+    return lambda x: x * factor, change
+
+
+def holders() -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], None]]]:
+    """A callable that keeps an option, by where it does, and what changes the option."""
+    slots, tensor, bound, part, deque = Slots(), Slots(torch.ones(())), Slots(), {}, collections.deque([1.0])
+    unset, array, default = Slots(), np.ones(1), [1.0]
+    del unset.factor
+    return {
+        "slots": (Processor(lambda x, kept: kept.times(x), slots), lambda: setattr(slots, "factor", 3.0)),
+        "a slot of a tensor": (
+            Processor(lambda x, kept: kept.times(x), tensor), lambda: setattr(tensor, "factor", 3 * torch.ones(())),
+        ),
+        "a slot that is set": (
+            Processor(lambda x, kept: x * getattr(kept, "factor", 1.0), unset), lambda: setattr(unset, "factor", 3.0),
+        ),
+        "a bound method": (bound.times, lambda: setattr(bound, "factor", 3.0)),
+        "a partial": (functools.partial(lambda x, kept: x * kept.get("factor", 1.0), kept=part),
+                      lambda: part.update(factor=3.0)),
+        "a deque": (Processor(lambda x, kept: x * sum(kept), deque), lambda: deque.append(2.0)),
+        "an array": (Processor(lambda x, kept: x * float(kept[0]), array), lambda: array.fill(3.0)),
+        "a closure": a_cell(),
+        "a default": (lambda x, kept=default: x * sum(kept), lambda: default.append(2.0)),
+    }  # fmt: skip
+
+
+class Processor:
+    def __init__(self, function: Callable[..., Tensor], kept: Any):
+        self.function, self.kept = function, kept
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x, self.kept)
+
+
+@pytest.mark.parametrize("where", holders())
+def test_an_option_is_noticed_wherever_it_is_kept(where):
+    network = network_of(lambda n, x, t: n.processor(n.conv(x)))
+    network.processor, change = holders()[where]
+    fast = optimize(network)
+    before = fast(X, T)
+    assert not _compiled[network].update(network, False) and len(_compiled[network].cases) == 1
+    change()
+    assert_close(fast(X, T), network(X, T))
+    assert not torch.allclose(fast(X, T), before, atol=1e-2)
+
+
+def test_a_large_array_among_attributes_is_the_networks_matter():
+    network = network_of(lambda n, x, t: n.conv(x) * float(n.factors[-1]))
+    network.factors = np.ones(100_000)
+    fast = optimize(network)
+    fast(X, T)
+    network.factors[-1] = 3.0
+    assert torch.equal(fast(X, T), network(X, T))
+    assert "a ndarray of 800000 bytes" in str(explain(network, X, T))
 
 
 def test_a_tensor_among_attributes_that_gives_way_to_an_equal_one_is_noticed():
