@@ -6,6 +6,7 @@ import functools
 import gc
 import importlib.metadata
 import math
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from diffkern import UNet, explain, ops, optimize
 from diffkern.engine import compiled as compiled_module
 from diffkern.engine import diffkern as backend
-from diffkern.engine import unwrapped
+from diffkern.engine import is_optimized, unwrapped
 from diffkern.engine.compiled import _compiled
 from diffkern.ops import attention, group_norm_silu
 
@@ -483,15 +484,22 @@ def test_a_network_is_recorded_once_its_hooks_are_taken_off():
     assert [case.why_not for case in _compiled[network].cases.values()] == [""]
 
 
-def test_an_optimized_network_shares_all_and_is_of_its_class():
+def test_an_optimized_network_shares_all_and_is_of_a_subclass_by_the_same_name():
     network = network_of(lambda n, x, t: n.conv(x))
     fast = optimize(network)
-    assert isinstance(fast, Net) and type(fast).__name__ == "Net"
+    assert isinstance(fast, Net) and type(fast) is not Net and type(fast).__name__ == "Net"
     assert fast.state_dict().keys() == network.state_dict().keys() and fast.conv is network.conv
     fast.conv = fast.other
     assert network.conv is network.other
     assert_close(fast(X, T), network(X, T))
     assert fast.train() is fast and network.conv.training
+
+
+def test_a_pickle_of_an_optimized_network_is_optimized_where_it_is_loaded():
+    fast = optimize(nn.Sequential(nn.Conv2d(8, 8, 3)).eval().requires_grad_(False))
+    loaded = pickle.loads(pickle.dumps(fast))
+    assert is_optimized(loaded) and torch.equal(loaded(X), fast(X))
+    assert b"diffkern" not in pickle.dumps(unwrapped(fast))
 
 
 # --- samples, memory ---
