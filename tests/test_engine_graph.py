@@ -1,14 +1,20 @@
 """The engine on any network: what is captured, what the rules make of it, and when the network runs itself."""
 
+import collections
 import copy
+import functools
 import gc
 import importlib.metadata
 import math
+import pickle
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import with_random_weights
@@ -19,7 +25,7 @@ from torch.nn import functional as F
 from diffkern import UNet, explain, ops, optimize
 from diffkern.engine import compiled as compiled_module
 from diffkern.engine import diffkern as backend
-from diffkern.engine import unwrapped
+from diffkern.engine import is_optimized, unwrapped
 from diffkern.engine.compiled import _compiled
 from diffkern.ops import attention, group_norm_silu
 
@@ -359,6 +365,77 @@ def test_a_processor_a_list_and_a_class_that_change_are_noticed(monkeypatch):
     assert_close(fast(X, T), network(X, T))
 
 
+@dataclass(slots=True)
+class Slots:
+    factor: Any = 1.0
+
+    def times(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def a_cell() -> tuple[Callable[[Tensor], Tensor], Callable[[], None]]:
+    factor = 1.0
+
+    def change() -> None:
+        nonlocal factor
+        factor = 3.0
+
+    return lambda x: x * factor, change
+
+
+def holders() -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], None]]]:
+    """A callable that keeps an option, by where it does, and what changes the option."""
+    slots, tensor, bound, part, deque = Slots(), Slots(torch.ones(())), Slots(), {}, collections.deque([1.0])
+    unset, array, default = Slots(), np.ones(1), [1.0]
+    del unset.factor
+    return {
+        "slots": (Processor(lambda x, kept: kept.times(x), slots), lambda: setattr(slots, "factor", 3.0)),
+        "a slot of a tensor": (
+            Processor(lambda x, kept: kept.times(x), tensor), lambda: setattr(tensor, "factor", 3 * torch.ones(())),
+        ),
+        "a slot that is set": (
+            Processor(lambda x, kept: x * getattr(kept, "factor", 1.0), unset), lambda: setattr(unset, "factor", 3.0),
+        ),
+        "a bound method": (bound.times, lambda: setattr(bound, "factor", 3.0)),
+        "a partial": (functools.partial(lambda x, kept: x * kept.get("factor", 1.0), kept=part),
+                      lambda: part.update(factor=3.0)),
+        "a deque": (Processor(lambda x, kept: x * sum(kept), deque), lambda: deque.append(2.0)),
+        "an array": (Processor(lambda x, kept: x * float(kept[0]), array), lambda: array.fill(3.0)),
+        "a closure": a_cell(),
+        "a default": (lambda x, kept=default: x * sum(kept), lambda: default.append(2.0)),
+    }  # fmt: skip
+
+
+class Processor:
+    def __init__(self, function: Callable[..., Tensor], kept: Any):
+        self.function, self.kept = function, kept
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x, self.kept)
+
+
+@pytest.mark.parametrize("where", holders())
+def test_an_option_is_noticed_wherever_it_is_kept(where):
+    network = network_of(lambda n, x, t: n.processor(n.conv(x)))
+    network.processor, change = holders()[where]
+    fast = optimize(network)
+    before = fast(X, T)
+    assert not _compiled[network].update(network, False) and len(_compiled[network].cases) == 1
+    change()
+    assert_close(fast(X, T), network(X, T))
+    assert not torch.allclose(fast(X, T), before, atol=1e-2)
+
+
+def test_a_large_array_among_attributes_is_the_networks_matter():
+    network = network_of(lambda n, x, t: n.conv(x) * float(n.factors[-1]))
+    network.factors = np.ones(100_000)
+    fast = optimize(network)
+    fast(X, T)
+    network.factors[-1] = 3.0
+    assert torch.equal(fast(X, T), network(X, T))
+    assert "a ndarray of 800000 bytes" in str(explain(network, X, T))
+
+
 def test_a_tensor_among_attributes_that_gives_way_to_an_equal_one_is_noticed():
     network = network_of(lambda n, x, t: n.conv(x) * n.factor)
     network.factor = torch.full((), 2.0)
@@ -407,15 +484,22 @@ def test_a_network_is_recorded_once_its_hooks_are_taken_off():
     assert [case.why_not for case in _compiled[network].cases.values()] == [""]
 
 
-def test_an_optimized_network_shares_all_and_is_of_its_class():
+def test_an_optimized_network_shares_all_and_is_of_a_subclass_by_the_same_name():
     network = network_of(lambda n, x, t: n.conv(x))
     fast = optimize(network)
-    assert isinstance(fast, Net) and type(fast).__name__ == "Net"
+    assert isinstance(fast, Net) and type(fast) is not Net and type(fast).__name__ == "Net"
     assert fast.state_dict().keys() == network.state_dict().keys() and fast.conv is network.conv
     fast.conv = fast.other
     assert network.conv is network.other
     assert_close(fast(X, T), network(X, T))
     assert fast.train() is fast and network.conv.training
+
+
+def test_a_pickle_of_an_optimized_network_is_optimized_where_it_is_loaded():
+    fast = optimize(nn.Sequential(nn.Conv2d(8, 8, 3)).eval().requires_grad_(False))
+    loaded = pickle.loads(pickle.dumps(fast))
+    assert is_optimized(loaded) and torch.equal(loaded(X), fast(X))
+    assert b"diffkern" not in pickle.dumps(unwrapped(fast))
 
 
 # --- samples, memory ---

@@ -18,6 +18,7 @@ from diffkern.flows import ActNorm, Chain, Coupling, Flow, Glow, Half, Linear, P
 from diffkern.show.densities import DENSITIES, eight_gaussians
 from diffkern.show.gaussians import Gaussians
 from diffkern.training import CHECKPOINT, Config, FlowTrainer, train_flow
+from diffkern.training.batches import Batches
 
 FLOAT64 = dict(dtype=torch.float64, device="cpu")
 SMALL_GLOW = dict(shape=(1, 8, 8), levels=2, steps=1, width=8)
@@ -215,11 +216,32 @@ def test_a_trained_flow_is_trained_on_from_where_it_is():
     assert torch.equal(again.flow.layers[0].mean, flow.layers[0].mean)
 
 
+def test_a_flow_is_resumed_with_what_was_frozen(tmp_path):
+    data, config = eight_gaussians().draw(200, 0), Config(steps=4, batch_size=16, warmup=0)
+    flow = RealNVP(**SMALL_NVP)
+    next(layer for layer in flow.modules() if isinstance(layer, Coupling)).requires_grad_(False)
+    whole = FlowTrainer(flow, data, config)
+    whole.step()
+    whole.save(tmp_path / CHECKPOINT)
+    again = FlowTrainer.resume(tmp_path / CHECKPOINT, data)
+    assert again.trained.keys() == whole.trained.keys() < dict(flow.named_parameters()).keys()
+    assert again.step() == whole.step()
+
+
+def test_a_flow_of_own_layers_is_trained_and_its_workers_end_but_no_file_is_begun(tmp_path, monkeypatch):
+    data, closed = torch.linspace(-1, 1, 20).view(10, 2), []
+    monkeypatch.setattr(Batches, "close", lambda batches: closed.append(batches))
+    flow, config = Flow((2,), [ActNorm(2)]), Config(steps=1, batch_size=5)
+    assert train_flow(flow, data, config, progress=False).log_prob(data).isfinite().all() and len(closed) == 1
+    with pytest.raises(TypeError, match="flow: expected a RealNVP or a Glow to describe, got Flow"):
+        FlowTrainer(flow, data, config).run(tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(flow=nn.Identity()), "flow: expected a Flow, got Identity"),
-        (dict(flow=Flow((2,), [ActNorm(2)])), "flow: expected a RealNVP or a Glow to describe, got Flow"),
         (dict(data=torch.zeros(5, 3)), r"data: expected samples of shape \(2,\), got \(3,\)"),
         (dict(data=torch.zeros(0, 2)), "data: expected at least one item, got none"),
         (dict(validation=torch.zeros(5, 3)), r"validation: expected samples of shape \(2,\), got \(3,\)"),

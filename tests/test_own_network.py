@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from diffkern import load, sample, save
 from diffkern.codec import Codec
 from diffkern.conditions import Condition
-from diffkern.data import Dataset, Items
+from diffkern.data import EXAMPLE_STREAM, Dataset, Items
 from diffkern.io.files import read
 from diffkern.model import Model
+from diffkern.philox import words
 from diffkern.process import EDM, Process, RectifiedFlow
 from diffkern.training import CHECKPOINT, Config, Trainer, new_model
+from diffkern.training.draws import step_seed
 
 
 class Small(nn.Module):
@@ -442,6 +444,39 @@ def test_parts_of_a_step_have_dropout_of_their_own():
     run = Trainer(mine, PLAIN, Config(**CONFIG | dict(batch_size=8, accumulate=2)))
     run.step()
     assert len(masks) == 2 and not torch.equal(*masks)
+
+
+def test_steps_and_processes_of_a_run_have_seeds_of_their_own():
+    places = [(seed, step, rank) for seed in (-1, 0, 1, 2**63) for step in range(5) for rank in range(3)]
+    seeds = [step_seed(*place) for place in places]
+    assert len({seed % 2**32 for seed in seeds}) == len(places)  # all that torch's generator of a CPU takes
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    low, high, *_ = words(np.array([4]), 3, EXAMPLE_STREAM, 7)[0].tolist()
+    assert step_seed(7, 4, 1) == low | high % 2**31 << 32
+
+
+def test_dropout_of_a_run_is_that_of_no_other_seed_a_step_later():
+    masks = []
+
+    def dropped(seed: int, steps: int) -> Tensor:
+        mine = model(0.5)
+        mine.network.drop.register_forward_hook(lambda module, args, out: masks.append(out == 0))
+        take(Trainer(mine, PLAIN, Config(**CONFIG | dict(seed=seed))), steps)
+        return masks[-1]
+
+    assert not torch.equal(dropped(seed=0, steps=2), dropped(seed=1, steps=1))
+
+
+def test_modules_in_eval_mode_stay_so_in_a_run_that_resumes(tmp_path):
+    whole = model(0.5)
+    whole.network.drop.eval()
+    whole.network.norm.eval()
+    whole = Trainer(whole, PLAIN, Config(**CONFIG))
+    take(whole, 2)
+    whole.save(tmp_path / CHECKPOINT)
+    again = Trainer.resume(tmp_path / CHECKPOINT, PLAIN, into=model(0.5))
+    assert [name for name, module in again.network.named_modules() if not module.training] == ["norm", "drop"]
+    assert take(again, 2) == take(whole, 2)
 
 
 def test_the_held_out_loss_is_the_averaged_networks_on_the_same_draws_each_time(tmp_path):

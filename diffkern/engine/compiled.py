@@ -1,6 +1,6 @@
 """A network's recordings: which calls they serve, and whether they still hold.
 
-call -> signature -> Case: a capture, rewritten, planned and recorded, with the conditions of its samples
+call -> signature -> Case: a capture, rewritten, planned and recorded, with the embeddings of its samples
 """
 
 import collections
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from . import rules
 from .capture import Capture, NotCaptured, capture
-from .conditions import Rows, Small, conditions, evaluate, frontier
+from .embeddings import Rows, Small, embeddings, evaluate, frontier
 from .packing import Store, terms_of
 from .plan import Plan
 from .trees import mapped
@@ -48,8 +48,8 @@ def signature(tree: Any, leaves: list[Any]) -> Any:
 class Case:
     """A network's call, for one signature: what runs it, or ``why_not``.
 
-    steady  says whether the network's modules are as they were
-    first   the network's own result, in a tuple, where its only run so far gave one and no recording is to be had
+    steady      says whether the network's modules are as they were
+    own_result  the network's own result, in a tuple, where its only run so far gave one and no recording is to be had
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class Case:
         steady: Callable[[], bool],
     ):
         self.why_not, self.dtype, self.terms, self.store, self.steady = "", dtype, terms_of(dtype), store, steady
-        self.first: tuple[Any] | None = None
+        self.own_result: tuple[Any] | None = None
         self._ready: list[Tensor] | None = None  # the results of the call that this was made for
         try:
             self._build(run, args, kwargs, tensors)
         except NotCaptured as why:
             self.why_not = str(why)
-            self.first = why.result if why.result and _is_finite(why.result) else None
+            self.own_result = why.result if why.result and _is_finite(why.result) else None
 
     def _build(self, run: Callable[..., Any], args: tuple, kwargs: dict, tensors: list[Tensor]) -> None:
         leaves: list[Any] = []
@@ -102,7 +102,7 @@ class Case:
         def alone() -> tuple[fx.Graph, dict[fx.Node, Any], Small] | None:
             return self._of_one(run, args, kwargs, samples) if batch else None
 
-        self.conditions = conditions(self.graph, static, small, samples, alone)
+        self.embeddings = embeddings(self.graph, static, small, samples, alone)
         self.plan = Plan(
             self.graph, static, [*(node for _, node in main), *self.read], self.store, self.dtype, self.terms
         )
@@ -154,11 +154,11 @@ class Case:
                 raise NotCaptured("its recording gives another result")
 
     def _fill(self, inputs: list[Tensor], leaves: list[Any]) -> bool:
-        """Put the inputs and their conditions into the plan's memory. Returns whether there are such conditions."""
+        """Put the inputs and their embeddings into the plan's memory. Returns whether there are such embeddings."""
         for buffer, place in zip(inputs, self._places, strict=False):
             buffer.copy_(leaves[place])
         try:
-            return not self.read or self.conditions.fill(inputs[len(self._places) :], leaves)
+            return not self.read or self.embeddings.fill(inputs[len(self._places) :], leaves)
         except (IndexError, RuntimeError):  # a class that there is not: the network says so
             return False
 
@@ -170,7 +170,7 @@ class Case:
         ready, self._ready = self._ready, None
         results = ready or self._results(leaves)
         if results is None:
-            raise NotCaptured("its conditions are not finite")
+            raise NotCaptured("its embeddings are not finite")
         results = iter(results)
         found = [next(results) if isinstance(leaf, fx.Node) else leaf for leaf in self.output.leaves]
         return pytree.tree_unflatten(found, self.output.output)

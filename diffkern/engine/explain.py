@@ -84,7 +84,7 @@ def explain(network: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     operations = {node: _operations(node) for node in main}
     total = sum(operations.values())
     share = sum(count for node, count in operations.items() if rules.is_ours(node, *rules.OURS)) / max(1, total)
-    independent = (not case.read or case.conditions.alone) and others.keys() <= APART
+    independent = (not case.read or case.embeddings.alone) and others.keys() <= APART
     return Explanation("", dict(ours), dict(others), share, independent, case.plan.memory.bytes)
 
 

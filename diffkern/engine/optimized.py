@@ -24,9 +24,10 @@ def optimize(network: Any, *, dtype: torch.dtype = torch.float32) -> Any:
     dtype    float32; or bfloat16: images and weights between input and output, products of convolutions and of
              attention. Their sums, softmax, the embeddings and statistics stay float32, and so does the result
 
-    Returns a module of the same class with the same attributes: it shares all of them with ``network``, so that what is
-    done to one is done to both, ``.to``, ``.train``, ``load_state_dict``, new layers and hooks. It is saved, pickled
-    and copied as ``network`` is. Or a ``Model`` that holds it.
+    Returns a module of a subclass by the same name with the same attributes: it shares all of them with ``network``, so
+    that what is done to one is done to both, ``.to``, ``.train``, ``load_state_dict``, new layers and hooks. Its copies
+    and what is loaded from its pickles are optimized too: those need diffkern where they are loaded. Or a ``Model``
+    that holds it.
 
     In float32, ``torch.set_float32_matmul_precision`` says what products may be, as it does for torch. With "highest",
     the default, they are those of floats, or as exact; with "high" or "medium", where the processor has AMX, those of
@@ -97,7 +98,7 @@ class Runner:
     """The ``forward`` of an optimized network."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype):
-        self.network, self.dtype, self._first, self._told = network, dtype, True, False
+        self.network, self.dtype, self._is_new, self._told = network, dtype, True, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -133,8 +134,8 @@ class Runner:
             raise NotCaptured("")
         one = compiled(network)
         with one.lock, torch.inference_mode(False), torch.no_grad():
-            first, self._first = self._first, False
-            why_not = one.update(network, first)
+            exact, self._is_new = self._is_new, False
+            why_not = one.update(network, exact)
             if why_not or (grad and one.learns):
                 raise NotCaptured(CHANGES if why_not == CHANGES else "")
 
@@ -144,8 +145,8 @@ class Runner:
 
             case = one.case(key, run, args, kwargs, self.dtype)
             if case.why_not:
-                first, case.first = case.first, None
-                raise NotCaptured("" if case.why_not in QUIET else case.why_not, first)
+                own_result, case.own_result = case.own_result, None
+                raise NotCaptured("" if case.why_not in QUIET else case.why_not, own_result)
             try:
                 return case.run(leaves)
             except NotCaptured:

@@ -2,17 +2,22 @@
 
 A capture holds what Python did: which modules, classes, options and processors it found. All of these are looked at in
 every call, and so are the numbers of the weights. What is not looked at: functions outside classes and
-``torch.nn.functional``, and what they read.
+``torch.nn.functional``, and the global variables that they read; and the contents of C types without members.
 """
 
+import array
+import collections
+import functools
 import itertools
 import operator
+import pathlib
 import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
@@ -20,9 +25,17 @@ from torch.utils.hooks import RemovableHandle
 from .. import _C
 
 MANY = 100_000  # objects: more than this are not looked at in every call
+MANY_BYTES = 1 << 16  # of an array: more than this are not looked at in every call
 
-_LEAVES = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, torch.Generator)
-_IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout)
+_LEAVES = (type, types.BuiltinFunctionType, types.ModuleType, torch.Generator, fx.Graph, fx.Node)
+_IMMUTABLE = (
+    *(type(None), bool, int, float, complex, str, bytes, range, slice, pathlib.PurePath, np.generic, np.dtype),
+    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+)
+_MUTABLE = (list, set, collections.deque)
+_CONTAINERS = (dict, *_MUTABLE, tuple, frozenset)
+_ARRAYS = (np.ndarray, bytearray, array.array, memoryview)
+_UNSET = object()  # what a slot or a cell holds that holds nothing
 _MEMBERS = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}  # the attributes that every module has
@@ -41,6 +54,7 @@ class Modules:
         self._getters: list[Callable[[dict], Any]] = []  # of what is looked at in each of them
         self._held: list[tuple[dict, Any]] = []  # where tensors are among them
         self._lists: list[Any] = []
+        self._looks: list[Callable[[], list[Any]]] = []  # at slots, cells, arrays, and lists of tensors
         self._owners: list[dict] = []  # of members
         self._empty: list[Any] = []
         self._hooks: list[dict] = []  # dictionaries for hooks, empty ones
@@ -77,9 +91,13 @@ class Modules:
         values = [get(table) for get, table in zip(self._getters, self._tables, strict=True)]
         values += map(len, self._tables)
         values += every(self._lists)
+        values += map(len, self._lists)
         values += map(type, self._holders)
         values += every(table.values() for table in self._classes)
         members = [*every(map(dict.values, self._owners)), *(table[key] for table, key in self._held)]
+        for look in self._looks:
+            for value in look():
+                (members if isinstance(value, Tensor) else values).append(value)
         return members, values
 
     def _explore(self, network: nn.Module) -> set[type]:
@@ -102,18 +120,16 @@ class Modules:
             elif isinstance(thing, nn.Module):
                 classes.add(type(thing))
                 self._module(thing, stack, root=thing is network)
-            elif isinstance(thing, dict):
-                self._attributes(thing, list(thing), stack)
-                if type(thing) is not dict and hasattr(thing, "__dict__"):
-                    self._attributes(vars(thing), list(vars(thing)), stack)
-            elif isinstance(thing, (list, set, tuple, frozenset)):
-                if isinstance(thing, (list, set)):
-                    (self._lists if thing else self._empty).append(thing)
-                stack += thing
-            elif isinstance(getattr(thing, "__dict__", None), dict):
-                classes.add(type(thing))
-                self._holders.append(thing)
-                self._attributes(vars(thing), list(vars(thing)), stack)
+            elif isinstance(thing, _CONTAINERS):
+                self._container(thing, stack)
+            elif isinstance(thing, types.FunctionType):
+                stack += [*(thing.__closure__ or ()), *(thing.__defaults__ or ()), thing.__kwdefaults__]
+            elif isinstance(thing, types.CellType):
+                self._look(functools.partial(_contents, thing), stack)
+            elif isinstance(thing, _ARRAYS):
+                self._array(thing)
+            else:
+                self._object(thing, stack, classes)
         return classes
 
     def _module(self, module: nn.Module, stack: list[Any], *, root: bool) -> None:
@@ -128,6 +144,41 @@ class Modules:
         for name in _MEMBERS:
             (self._owners if table[name] else self._empty).append(table[name])
             stack += table[name].values()
+
+    def _container(self, thing: Any, stack: list[Any]) -> None:
+        if isinstance(thing, dict):
+            self._attributes(thing, list(thing), stack)
+        elif isinstance(thing, _MUTABLE) and any(isinstance(item, Tensor) for item in thing):
+            self._look(functools.partial(list, thing), stack)
+        else:
+            if isinstance(thing, _MUTABLE):
+                (self._lists if thing else self._empty).append(thing)
+            stack += thing
+        if isinstance(getattr(thing, "__dict__", None), dict):  # of a subclass
+            self._attributes(vars(thing), list(vars(thing)), stack)
+
+    def _object(self, thing: Any, stack: list[Any], classes: set[type]) -> None:
+        """What is in its ``__dict__``, its ``__slots__``, and the members of C types, as those of a partial."""
+        has_dict, members = isinstance(getattr(thing, "__dict__", None), dict), _members(type(thing))
+        if has_dict or members:
+            classes.add(type(thing))
+            self._holders.append(thing)
+        if has_dict:
+            self._attributes(vars(thing), list(vars(thing)), stack)
+        if members:
+            self._look(functools.partial(_held_by, thing, members), stack)
+
+    def _array(self, thing: Any) -> None:
+        values = np.asarray(thing)
+        if values.nbytes > MANY_BYTES or values.dtype.hasobject:
+            what = "objects" if values.dtype.hasobject else f"{values.nbytes} bytes"
+            self.why_not = f"its modules hold a {type(thing).__name__} of {what}"
+        else:
+            self._looks.append(functools.partial(_numbers, thing))
+
+    def _look(self, look: Callable[[], list[Any]], stack: list[Any]) -> None:
+        self._looks.append(look)
+        stack += look()
 
     def _watch_hooks(self, hooks: dict, why_not: str) -> None:
         if hooks:
@@ -145,6 +196,34 @@ class Modules:
         self._getters.append(operator.itemgetter(*keys))
         self._held += [(table, key) for key in keys if isinstance(table[key], Tensor)]
         stack += [table[key] for key in keys]
+
+
+def _members(kind: type) -> list[Any]:
+    """The descriptors of its ``__slots__``, or of what a C type shows of itself (but for pointers)."""
+    items = itertools.chain.from_iterable(vars(one).items() for one in kind.__mro__)
+    return [item for name, item in items if type(item) is types.MemberDescriptorType and not name.endswith("offset__")]
+
+
+def _held_by(thing: Any, members: list[Any]) -> list[Any]:
+    values = []
+    for member in members:
+        try:
+            values.append(member.__get__(thing))
+        except AttributeError:
+            values.append(_UNSET)
+    return values
+
+
+def _contents(cell: types.CellType) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:
+        return [_UNSET]
+
+
+def _numbers(thing: Any) -> list[Any]:
+    values = np.asarray(thing)
+    return [values.dtype, values.shape, values.tobytes()]
 
 
 class Numbers:

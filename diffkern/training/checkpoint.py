@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..io.description import check_model, checked_training
 from ..io.files import read
@@ -23,16 +23,34 @@ def read_checkpoint(
     config = checked_training(description, path, Config)
     try:
         check(description, len(tensors))
-        _check_optional(**{key: description["training"].get(key) for key in ("data", "log", "frozen")})
+        _check_optional(**{key: description["training"].get(key) for key in ("data", "log", "frozen", "eval")})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     return description, tensors, config
 
 
-def _check_optional(data: Any, log: Any, frozen: Any) -> None:
+def modes(network: nn.Module) -> dict[str, list[str]]:
+    """The names of the parameters that are not trained, if there are some, and of the modules in eval mode."""
+    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    evaluating = [name for name, module in network.named_modules() if not module.training]
+    return ({"frozen": frozen} if frozen else {}) | {"eval": evaluating}
+
+
+def restore_modes(network: nn.Module, training: dict[str, Any]) -> None:
+    """Freeze the parameters, and put the modules into eval mode, that were so in a run. A checkpoint of an earlier
+    version does not tell of modules: they stay as they are."""
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name not in (training.get("frozen") or ()))
+    if training.get("eval") is not None:
+        for name, module in network.named_modules():
+            module.training = name not in training["eval"]
+
+
+def _check_optional(data: Any, log: Any, frozen: Any, eval: Any) -> None:
     """What earlier versions did not write."""
     if not isinstance(data, dict | None) or (data and type(data.get("images")) is not int):
         raise TypeError(f"data: expected an object with a number of images, got {data!r:.80}")
-    if not isinstance(frozen, list | None):
-        raise TypeError(f"frozen: expected a list of names, got {frozen!r:.80}")
+    for name, names in (("frozen", frozen), ("eval", eval)):
+        if not isinstance(names, list | None):
+            raise TypeError(f"{name}: expected a list of names, got {names!r:.80}")
     Unlogged(**(log or {}))

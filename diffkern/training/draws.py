@@ -13,6 +13,12 @@ from .times import Importance, Times, Uniform, at, steps
 UNIFORM = Uniform()
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of what torch draws in a step of a run, such as dropout, in one of its processes."""
+    low, high, *_ = words(np.array([step]), 2 + rank, EXAMPLE_STREAM, seed)[0].tolist()
+    return low | (high & 0x7FFFFFFF) << 32
+
+
 @dataclass(frozen=True)
 class Draws:
     """What chance decides for N examples, each a function of its number and the run's seed."""

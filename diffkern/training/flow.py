@@ -1,5 +1,6 @@
 """Training of a flow by maximum likelihood: :class:`Trainer` with another loss, -log2 p(x) / D."""
 
+import contextlib
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..likelihood.draws import dequantized
 from ..model import checked_device
 from ..progress import bar as progress_bar
 from .batches import Batches, Given
-from .checkpoint import read_checkpoint
+from .checkpoint import read_checkpoint, restore_modes
 from .config import Config
 from .fitting import Fitted, changed, check_parts
 from .times import Uniform
@@ -59,8 +60,8 @@ class FlowTrainer(Trainer):
     :class:`diffkern.data.Dataset` are dequantized with new noise each time that they are seen. Items of other datasets
     are continuous. Files, resumption and processes are those of :class:`Trainer`.
 
-    flow        a ``RealNVP`` or ``Glow``. It is trained in place. The layers that start from data take their mean and
-                scale from the first step's batch
+    flow        a ``RealNVP`` or ``Glow``; or any ``Flow``, which ``run`` and ``save`` refuse. It is trained in place.
+                The layers that start from data take their mean and scale from the first step's batch
     data        a :class:`diffkern.data.Dataset`; or any map-style dataset, such as points [K, D]
     config      its settings but those in ``DIFFUSION``, which must keep their defaults
     validation  held-out data of the same kind, or None
@@ -100,6 +101,7 @@ class FlowTrainer(Trainer):
         description, tensors, config = read_checkpoint(path, check_flow)
         training = description["training"]
         model = FlowModel(build(description, tensors, Path(path), prefix="network."))
+        restore_modes(model.network, training)
         config = changed(config, changes, model, training["steps"], path)
         run = fitted(model, data, config, device=device, validation=validation)
         self = cls.__new__(cls)
@@ -124,10 +126,11 @@ class FlowTrainer(Trainer):
 def train_flow(flow: Flow, data: Any, config: Config, *, progress: bool = True, **options: Any) -> Flow:
     """Train ``flow`` in place for all of ``config.steps``, and return its average; nothing is written.
 
-    For the arguments, the options and the errors see :class:`FlowTrainer`.
+    ``flow`` may be of any layers. For the arguments, the options and the errors see :class:`FlowTrainer`.
     """
     trainer = FlowTrainer(flow, data, config, **options)
-    with progress_bar(config.steps, "flow", "step", progress) as bar:
+    bar = progress_bar(config.steps, "flow", "step", progress)
+    with contextlib.closing(trainer.batches), bar:
         for step in range(config.steps):
             loss = trainer.step()
             bar.update()
@@ -138,7 +141,6 @@ def train_flow(flow: Flow, data: Any, config: Config, *, progress: bool = True, 
 
 def fitted(model: FlowModel, data: Any, config: Config, *, device: Any, validation: Any) -> Fitted:
     """Check what a run is made of; nothing is changed. Raises TypeError or ValueError."""
-    model.description()  # what cannot be written is refused now
     for field in fields(Config):
         expected, got = getattr(Config(), field.name), getattr(config, field.name)
         if field.name in DIFFUSION and got != expected:

@@ -22,8 +22,9 @@ from ..runtime.loop import call
 from ..sampling import sample
 from . import loop
 from .batches import Batches, Given
-from .checkpoint import read_checkpoint
+from .checkpoint import modes, read_checkpoint, restore_modes
 from .config import Config
+from .draws import step_seed
 from .ema import PowerAverages, ema_decay
 from .fitting import Fitted, changed, fitted, settled
 from .runs import Unlogged
@@ -115,8 +116,7 @@ class Trainer:
         config = changed(settled(config, planned), changes, planned, training["steps"], path)
         run = fitted(planned, dataset, config, device=device, validation=validation)
         model = build(description, tensors, path, prefix="network.", device=run.device, into=into)
-        for name, parameter in model.network.named_parameters():
-            parameter.requires_grad_(name not in (training.get("frozen") or ()))
+        restore_modes(model.network, training)
         self = cls.__new__(cls)
         self._begin(replace(run, model=model))
         self._continue(training, tensors, path)
@@ -161,10 +161,8 @@ class Trainer:
             "examples": self.examples,
             "data": self.data,
             "log": asdict(self.unlogged),
+            **modes(self.network),
         }
-        frozen = [name for name, _ in self.network.named_parameters() if name not in self.trained]
-        if frozen:
-            training["frozen"] = frozen
         return {**self.model.description(), "prefix": "ema.", "training": training}
 
     def save(self, path: str | os.PathLike) -> None:
@@ -226,7 +224,7 @@ class Trainer:
         self.optimizer.zero_grad()
         losses, parts = [], self.config.accumulate
         self._terms.clear()
-        with _seeded((self.config.seed + self.steps + (parallel.rank() << 40)) % 2**63, self.model.device):
+        with _seeded(step_seed(self.config.seed, self.steps, parallel.rank()), self.model.device):
             for part in range(parts):
                 with parallel.apart(self.predict) if part < parts - 1 else contextlib.nullcontext():
                     loss = self.loss(part)

@@ -1,4 +1,4 @@
-"""What depends on time steps and labels alone: computed once for each of their values, one sample at a time.
+"""Embeddings of time steps and labels: computed once for each of their values, one sample at a time.
 
     values of the small inputs of a sample -> one row: what the main nodes read of them
 
@@ -63,7 +63,7 @@ class Small:
 
 
 class Whole:
-    """The conditions of a batch together, computed where its small inputs are others than before."""
+    """The embeddings of a batch together, computed where its small inputs are others than before."""
 
     alone = False  # rows are not taken apart
 
@@ -85,7 +85,7 @@ class Whole:
 
 
 class Rows:
-    """The conditions of a sample, by the graph of one; kept by the values of its small inputs."""
+    """The embeddings of a sample, by the graph of one; kept by the values of its small inputs."""
 
     alone = True
 
@@ -130,7 +130,7 @@ class Rows:
         return True
 
 
-def conditions(
+def embeddings(
     graph: fx.Graph,
     static: dict[fx.Node, Any],
     small: Small,
