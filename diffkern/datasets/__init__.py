@@ -6,6 +6,7 @@ module's docstring is its description. Nothing else lists it: training, evaluati
 
 import io
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
@@ -29,7 +30,7 @@ CAPTION = 2**31
 SPLITS = ("train", "test", "all")
 
 
-class PictureSet:
+class PictureSet(ABC):
     """Captioned pictures: a map-style dataset whose item i is a function of ``(seed, i)`` alone.
 
     An item is a dict of "x", uint8 [3, size, size]; "caption", a str; and "attributes", the class of each attribute by
@@ -76,30 +77,30 @@ class PictureSet:
 
     # --- what a set defines ---
 
+    @abstractmethod
     def available(self) -> int:
         """Return how many different pictures there are, or as many as a long run sees."""
-        raise NotImplementedError
 
+    @abstractmethod
     def picture(self, i: int) -> np.ndarray:
         """Return picture i: uint8 [size, size, 3]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def values(self, i: int) -> dict[str, str]:
         """Return the class of each attribute of picture i, by the attribute's name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def caption(self, i: int) -> str:
         """Return the caption of picture i; :meth:`kept` draws which of its parts it has."""
-        raise NotImplementedError
 
     def stem(self, i: int) -> str:
         """Return a name for the file of picture i, without its suffix."""
         return f"{i:07d}"
 
     @classmethod
+    @abstractmethod
     def vocabulary(cls) -> tuple[str, ...]:
         """Return every word that a caption of the set can have, sorted."""
-        raise NotImplementedError
 
     @classmethod
     def fetch(cls, **arguments: Any) -> "PictureSet":

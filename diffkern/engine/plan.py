@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from .. import _C
 from . import rules
+from .capture import NotCaptured
 from .functions import name_of
 from .memory import Memory, storage_of
 from .packing import Problem, Store, plan_conv
@@ -153,7 +154,7 @@ class Plan:
         operands = [one for one in node.all_input_nodes if one in self.values]
         inputs = [self._cast(self.values[one], one.meta["dtype"], node) for one in operands]
         if any(not isinstance(value, Tensor) for value in inputs):
-            raise NotImplementedError(f"{name_of(node.target)} of several results")
+            raise NotCaptured(f"{name_of(node.target)} reads several results at once")
         places = {one: i for i, one in enumerate(operands)}
 
         def run(*tensors: Tensor, out: Tensor | None = None) -> Any:
@@ -177,7 +178,7 @@ class Plan:
         results: dict[int, Tensor] = {}
         for user in node.users:
             if name_of(user.target) != "item_of":
-                raise NotImplementedError(f"results of {name_of(node.target)} that are taken together")
+                raise NotCaptured(f"results of {name_of(node.target)} are taken together")
             y = self._new(rules.shape(user), user.meta["dtype"])
             results[user.args[1]] = self._step(
                 node, _Torch(node, run, item=user.args[1]), y, *inputs, native=False

@@ -61,7 +61,7 @@ def _works(call: Callable[[], Any], y: Tensor) -> bool:
     place = y.data_ptr(), y.shape, y.stride()
     try:
         call()
-    except (TypeError, RuntimeError, NotImplementedError):
+    except (TypeError, RuntimeError):  # a kernel that is missing, too
         return False
     return (y.data_ptr(), y.shape, y.stride()) == place
 
