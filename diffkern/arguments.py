@@ -28,7 +28,7 @@ from .samplers import SAMPLERS, Sampler, default_sampler
 from .system import System
 
 DESCRIBED = ("schedule", "prediction", "shape")
-"""What a bare network needs beside it to make a :class:`Model`."""
+"""The arguments that a bare network needs to make a :class:`Model`."""
 OTHERS = (*DESCRIBED, *(field.name for field in fields(Run)))
 """The options of every call that are neither the sampler's nor conditions of the model."""
 
@@ -44,7 +44,7 @@ def run_of(run: Run | None, options: dict[str, Any]) -> Run:
 
 
 def loaded(model: Any, run: Run) -> Any:
-    """What a name or a path names; anything else as it is."""
+    """Load the model of a name or a path; return anything else as it is."""
     return load(model, run.device) if isinstance(model, str | os.PathLike) else model
 
 
@@ -174,7 +174,7 @@ def check_weights(network: Network, dtype: torch.dtype | None) -> None:
 
 
 def accelerated(network: Network, dtype: torch.dtype | None, run: Run) -> tuple[Network, torch.dtype | None]:
-    """What runs the network, an engine if ``run`` has it so, and the dtype of autocast around it."""
+    """Return the network, or its engine if ``run`` asks for one, and the dtype of autocast around it."""
     if not (run.engine and isinstance(network, nn.Module)):
         return network, dtype
     return (optimize(network, dtype=dtype), None) if dtype == torch.bfloat16 else (optimize(network), dtype)

@@ -17,7 +17,7 @@ from .process import Process
 from .schedule import Schedule
 
 CLASSIFIERS = Path(__file__).parent / "classifiers"
-"""Where the shipped classifiers are."""
+"""The folder of the shipped classifiers."""
 
 FORMAT = 1
 KEYS = ("network", "schedule", "shape", "classes")

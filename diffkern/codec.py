@@ -21,7 +21,7 @@ class Codec:
     shift: float = 0.0
 
     def to_model(self, images: Tensor) -> Tensor:
-        """What the model diffuses, of images."""
+        """Return the latents of images, shifted and scaled as the model diffuses them."""
         x = self.encode(images)
         x = x - self.shift if self.shift else x
         return x * self.scale if self.scale != 1 else x

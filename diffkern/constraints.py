@@ -1,4 +1,4 @@
-"""What holds a run to something given: a range for x0_hat, a known part of the image, a start inside the run."""
+"""Constraints on a run: a range for x0_hat, a known part of the image, a start inside the run."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -20,7 +20,7 @@ from .philox import words
 from .progress import bar as progress_bar
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package ``dataset-fashion-mnist`` (MIT licence) puts the files."""
+"""The folder in which Debian's package ``dataset-fashion-mnist`` (MIT licence) puts the files."""
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -169,13 +169,13 @@ class Items:
 
     @property
     def fingerprint(self) -> str | None:
-        """What the dataset itself tells, or None: to read every item would take as long as an epoch."""
+        """The dataset's own fingerprint, or None: to read every item would take as long as an epoch."""
         found = getattr(self.items, "fingerprint", None)
         return found if isinstance(found, str) else None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """What the first item has, and so has each: "x", perhaps "label", and conditions."""
+        """The names in the first item, and so in each: "x", perhaps "label", and conditions."""
         with torch.random.fork_rng(devices=[]):
             return tuple(self._item(0, 0))
 

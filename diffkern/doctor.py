@@ -111,7 +111,7 @@ NOISE = (  # step, stream, Random123's words for (0, 0, step, stream) under key 
 
 
 def checks() -> Iterator[tuple[str, Check]]:
-    """What must hold, for every device that there is."""
+    """Yield the facts that must hold and their checks, for every device."""
     yield "Philox has Random123's known answers", _philox_is_known
     yield "DIFFKERN_CPU_LEVEL, if set, names a level of this processor", lambda: bool(_C.cpu_level())
     for device in (torch.device("cpu"), *(_cuda_devices() if architectures() else [])):

@@ -78,7 +78,7 @@ class Guidance:
             raise ValueError("guidance: expected no rescale and no plus_plus with a classifier or a measurement")
 
     def log_p(self, x0_hat: Tensor, rho: Tensor) -> Tensor:
-        """Of the measurement: [N], of x0_hat [N, ...] at rho = sigma / alpha, []."""
+        """Return the measurement's log-likelihood: [N], of x0_hat [N, ...] at rho = sigma / alpha, []."""
         return self.measurement(x0_hat, rho) if isinstance(self.measurement, PiGDM) else self.measurement(x0_hat)
 
     @property
@@ -177,7 +177,7 @@ class PiGDM:
         checked_count("iterations", self.iterations)
 
     def __call__(self, x0_hat: Tensor, rho: Tensor) -> Tensor:
-        """What has the gradient of ln p(y | x_t): [N], of x0_hat [N, ...] at rho = sigma / alpha, []."""
+        """Return [N] values with the gradient of ln p(y | x_t), for x0_hat [N, ...] at rho = sigma / alpha, []."""
         with torch.enable_grad():
             x = x0_hat.detach().requires_grad_()
             seen = self.forward(x)

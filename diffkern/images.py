@@ -181,7 +181,7 @@ def save_png(image, path: str | os.PathLike, settings: dict[str, Any] | None = N
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
-    """What :func:`save_png` put into the file."""
+    """Return the settings that :func:`save_png` put into the file."""
     from PIL import Image
 
     check_regular(path)

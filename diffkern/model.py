@@ -33,12 +33,12 @@ from .schedule import SPACINGS, from_config
 from .system import System
 
 MODELS = Path(__file__).parent / "models"
-"""Where the shipped models are, each with its card."""
+"""The folder of the shipped models, each with its card."""
 
 
 @dataclasses.dataclass(repr=False)
 class Model:
-    """What the network predicts, of which process, for samples of which shape.
+    """A network with its process, its prediction and the shape of its samples.
 
     network     any callable or module, called as ``network(x_t, t, labels, **conditions)``: [N, ...], [N], [N] int64 or
                 None. Its attributes ``num_classes`` (None for none) and ``null_class`` say which labels it takes
@@ -197,13 +197,13 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the network's parameters are; the CPU where it has none."""
+        """Return the device of the network's parameters; the CPU where it has none."""
         parameter = next(_parameters(self.network), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
     @torch.no_grad()
     def to_latents(self, images: Tensor) -> Tensor:
-        """What the model diffuses, of images [N, ...]: the images themselves, or what its codec makes of them."""
+        """Return what the network diffuses: images [N, ...] themselves, or the latents that the codec makes of them."""
         return images if self.codec is None else self.codec.to_model(images.to(self.device))
 
     @torch.no_grad()
@@ -265,7 +265,7 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _own_conditions(network: Any) -> tuple[Condition, ...]:
-    """Those that the config of a diffkern network names: a vector's null value is 0."""
+    """The conditions in the config of a diffkern network: a vector's null value is 0."""
     shapes = network.config.get("conditions", {}) if _describes(network) else {}
     return tuple(Condition(name, tuple(shape), 0.0 if len(shape) == 1 else None) for name, shape in shapes.items())
 

@@ -48,7 +48,7 @@ def _environment(name: str, meaning: str, low: int, default: int | None = None) 
 
 
 def rank() -> int:
-    """Of this process, 0 for the first, which writes the files."""
+    """Return the rank of this process: 0 for the first, which writes the files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -85,7 +85,7 @@ def joined_rows(value: Tensor) -> Tensor:
 
 
 def largest(value: int, device: torch.device) -> int:
-    """Of the processes' values, the same in each."""
+    """Return the largest of the processes' values, the same in each."""
     if world() == 1:
         return value
     values = torch.tensor(value, dtype=torch.int64, device=device)
@@ -122,7 +122,7 @@ def check_same(name: str, value: str | None) -> None:
 
 
 def _gathered(value: Any) -> list:
-    """Of all processes, by rank."""
+    """Return the values of all processes, by rank."""
     values = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value)

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Point:
-    """What holds at one time of a process.
+    """The quantities of a process at one time.
 
     alpha, sigma          x_t = alpha x_0 + sigma eps
     log_alpha, log_sigma  their logarithms, with the digits that alpha and sigma have lost near 0 and 1
@@ -81,7 +81,7 @@ class Process(ABC):
         """The standard deviation of the noise in x_t."""
 
     def c_noise(self, t: ArrayLike) -> NDArray:
-        """What the network gets as its t."""
+        """Return c_noise, which the network gets as its t."""
         return np.asarray(t)
 
     def c_in(self, point: Any) -> ArrayLike:
@@ -99,7 +99,7 @@ class Process(ABC):
         return start.sigma
 
     def config(self) -> dict[str, Any]:
-        """What :func:`diffkern.schedule.from_config` makes this very process from, fit for JSON.
+        """Return the arguments from which :func:`diffkern.schedule.from_config` makes this very process, fit for JSON.
 
         Raises TypeError for a process of a class of one's own.
         """

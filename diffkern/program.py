@@ -49,7 +49,7 @@ class Uncond:
 
 @dataclass(frozen=True)
 class Kept:
-    """What the sampler kept in that row."""
+    """The tensor that the sampler kept in that row."""
 
     row: int
 
@@ -122,7 +122,7 @@ class Form:
 
 
 class Sampling(ABC):
-    """What a sampler is written in: ``m(x, s)`` is x0_hat, ``m.eps(x, s)`` the noise, ``m.z(s, t)`` a step's noise."""
+    """The interface for samplers: ``m(x, s)`` is x0_hat, ``m.eps(x, s)`` the noise, ``m.z(s, t)`` a step's noise."""
 
     def __init__(self, grid: Grid):
         self.grid = grid
@@ -424,7 +424,7 @@ class Program:
         return torch.tensor([(noise.address, noise.count) for noise in noises], dtype=torch.int64, device="cpu")
 
     def bytes(self) -> list[int]:
-        """What each row reads and writes for an element, in float32."""
+        """Return the bytes that each row reads and writes for an element, in float32."""
         return [4 * (2 + (r.point is not None) + len(r.slots) + (r.keep is not None)) for r in self.rows]
 
 

@@ -42,7 +42,7 @@ MASK_STREAM = 6  # of the known part's noise, as ``ops.reverse_step`` draws it
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback sees: a batch before it leaves step ``t``, and the image that the network sees in it.
+    """The argument of a callback: a batch before it leaves step ``t``, and the image that the network sees in it.
 
     images  the rows of the result that this batch becomes
     index   how many steps came before, 0-based
@@ -294,7 +294,7 @@ def turn(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Beginning:
-    """Where batches begin, and what they are held to."""
+    """The start of each batch, and the constraint on it."""
 
     model: Model
     grid: Grid

@@ -277,7 +277,7 @@ class Schedule(Process):
     # --- in and out ---
 
     def config(self) -> dict[str, Any]:
-        """What :meth:`from_config` rebuilds this very schedule from, fit for JSON."""
+        """Return the arguments from which :meth:`from_config` rebuilds this very schedule, fit for JSON."""
         return dict(self._config or dict(kind="custom", betas=self.betas.tolist()))
 
     @staticmethod
@@ -319,7 +319,7 @@ _KINDS: dict[str, Callable[..., Schedule]] = {
 }
 
 KINDS: dict[str, Callable[..., Process]] = _KINDS | PROCESSES
-"""What makes a process of each kind from its ``config()``."""
+"""The function that makes a process of each kind from its ``config()``."""
 
 
 def from_config(config: Mapping[str, Any]) -> Process:

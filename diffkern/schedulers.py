@@ -96,7 +96,7 @@ FOLLOWED: dict[str, tuple[Any, ...]] = {
 
 
 def _settings(name: str, config: Mapping[str, Any], other_sampler: bool) -> dict[str, Any]:
-    """What a scheduler of that class, with that config, is in our terms, beyond the settings that have one name."""
+    """Return a scheduler's class and config as our settings, beyond those that have the same name in both."""
     if name not in SAMPLER_OF and not other_sampler:
         raise ValueError(f"scheduler: expected one of {', '.join(SAMPLER_OF)}, or sampler=, got a {name}")
     refused = {key: config[key] for key, values in FOLLOWED.items() if key in config and config[key] not in values}
@@ -194,7 +194,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **changes: Any) -> Any:
         """Make one of a config. Where this tells its class, as a file does, its sampler is that of :meth:`of`."""
         name = config.get("_class_name", cls.__name__)
-        # Where another class's value is its default, diffusers would take ours instead.
+        # Settings named there have the other class's defaults; diffusers would take ours instead.
         config = {key: value for key, value in config.items() if key != "_use_default_values"}
         if name != cls.__name__:
             changes = _settings(name, config, "sampler" in changes) | changes
@@ -242,7 +242,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         return None if self._row is None else self._begin + self._calls
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """What the network gets of x_t: c_in x_t (1 but for EDM)."""
+        """Return the network's input for x_t: c_in x_t (c_in is 1 but for EDM)."""
         if self.config.process != "edm":
             return sample
         return sample * self.process.c_in(self._point(timestep))

@@ -154,7 +154,7 @@ def _ignored(numbers: tuple[int, ...]) -> Iterator[None]:
 def _told(
     model: Model | System, seeds: Sequence[int], labels: Sequence[int] | None, shard: int, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the images of a folder are a function of."""
+    """Return all that the images of a folder are a function of, fit for JSON."""
     found = {
         "format": FORMAT,
         "images": len(seeds),

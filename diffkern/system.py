@@ -18,7 +18,7 @@ PART_STREAM, PART_STEP = 8, 3 << 30
 
 
 class System(ABC):
-    """What ``sample``, ``interpolate`` and the command line take in the place of a ``Model``.
+    """A system of models, which ``sample``, ``interpolate`` and the command line take in place of a ``Model``.
 
     steps, guidance  what it draws with, unless told otherwise
     """

@@ -1,4 +1,4 @@
-"""What all tests share: how many threads, CPU levels in processes of their own, and which tests need what."""
+"""The setup of all tests: how many threads, CPU levels in processes of their own, and which tests need what."""
 
 import os
 import signal
@@ -69,7 +69,7 @@ def cuda(request: pytest.FixtureRequest) -> SimpleNamespace:
 
 @pytest.fixture(autouse=True)
 def without_complaint(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What the interpreter saw is part of every test of the CUDA kernels."""
+    """Fail a test of the CUDA kernels if the interpreter complained in it."""
     interpreter = request.node.get_closest_marker("cuda") and request.getfixturevalue("cuda").interpreter
     if not interpreter:
         yield

@@ -30,7 +30,7 @@ def normals(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def random_weights(shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """Of a size that keeps activations of order 1; nothing is left at zero. A scale is near 1."""
+    """Random weights that keep activations of order 1; nothing is left at zero. A scale is near 1."""
     made = {}
     for seed, (name, shape) in enumerate(shapes.items()):
         noise = normals(seed, tuple(shape) or (1,)).reshape(shape)

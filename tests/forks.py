@@ -11,7 +11,7 @@ from interpreted import ROOT
 
 
 def exit_code(child: int, seconds: float = 60) -> int | None:
-    """Of a process that was forked; None, and it is killed, if it does not end in time."""
+    """Return the exit code of a forked process; None, and it is killed, if it does not end in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)

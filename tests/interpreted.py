@@ -49,7 +49,7 @@ class Interpreter:
 
     @contextlib.contextmanager
     def options(self, **options: float) -> Iterator[None]:
-        """Of ptxemu, other than always here: ``seed`` shuffles warps and blocks, ``stats=1`` counts."""
+        """Set ptxemu's options within the context: ``seed`` shuffles warps and blocks, ``stats=1`` counts."""
         self.set(**options)
         try:
             yield
@@ -58,8 +58,8 @@ class Interpreter:
 
     @contextlib.contextmanager
     def graph(self, *tensors: torch.Tensor) -> Iterator[Callable[..., None]]:
-        """What ops do within is recorded instead; afterwards each call of what this gives does it, on these tensors
-        and on those that it is called with: results, which there were none of before.
+        """Record the block's ops instead of running them. Each call of the yielded function replays them, on these
+        tensors and on those that it is called with: results, which did not exist before.
         """
         stream, graph, recorded = (ctypes.c_void_p() for _ in range(3))
 
@@ -82,11 +82,11 @@ class Interpreter:
             assert self.runtime.cudaGraphInstantiate(ctypes.byref(recorded), graph, ctypes.c_uint64(0)) == 0
 
     def reports(self) -> list[dict]:
-        """What it complained of since ``clear``: each a kind, a text, a kernel and a line of the source."""
+        """The complaints since ``clear``: each a kind, a text, a kernel and a line of the source."""
         return json.loads(self.runtime.ptx_reports(self.device))
 
     def stats(self) -> dict:
-        """What it counted since ``clear``, of instructions by name, and of distinct bytes by the last op."""
+        """The counts since ``clear``: of instructions by name, and of distinct bytes by the last op."""
         return json.loads(self.runtime.ptx_stats(self.device))
 
     def clear(self) -> None:
@@ -95,7 +95,7 @@ class Interpreter:
 
 
 def architecture() -> int:
-    """That this process has the kernels of."""
+    """Return the architecture of this process's kernels."""
     return int(os.environ.get(COMPILED_FOR, 80))
 
 
@@ -121,7 +121,7 @@ def build(compiled_for: int | None = None) -> Path:
 
 
 def missing() -> str:
-    """What the interpreter lacks here, or nothing."""
+    """Return what the interpreter lacks here, or nothing."""
     if shutil.which("nvcc") is None:
         return "there is no nvcc"
     if not Path(os.environ.get("DIFFKERN_PTXEMU", "/nowhere"), "cudart", "libcudart.so.13").exists():

@@ -37,7 +37,7 @@ SIZES = (*range(1, 34), 63, 64, 65, 127, 192, 199, 1023, 1024, 1025, 3 * 1024 + 
 
 
 def digest(tensor: Tensor) -> str:
-    """Of the bits; every NaN counts as the same."""
+    """Return a hash of the bits; every NaN counts as the same."""
     tensor = torch.where(tensor.isnan(), torch.nan, tensor).contiguous()
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
@@ -67,7 +67,7 @@ def loss_rows(**columns: float) -> Tensor:
 
 
 def results(ops: ModuleType) -> Iterator[tuple[str, Tensor]]:
-    """What must have the same bits on every level, and in ``diffkern.reference``."""
+    """Results that must have the same bits on every level, and in ``diffkern.reference``."""
     for size in SIZES:
         yield f"noise {size}", ops.noise(SEEDS[:3], (size,), step=size, stream=1)
     table = values((10, 2), seed=2)
@@ -100,7 +100,7 @@ def results(ops: ModuleType) -> Iterator[tuple[str, Tensor]]:
 
 
 def answers() -> dict[str, object]:
-    """Of the level that this process runs."""
+    """The answers of the level that this process runs."""
     from diffkern import ops
 
     level = _C.cpu_level()

@@ -34,7 +34,7 @@ def config_of(name: str) -> dict:
 
 
 def with_random_weights(network: nn.Module) -> nn.Module:
-    """Of a size that keeps activations of order 1; nothing is left at zero."""
+    """Give the network random weights that keep activations of order 1; nothing is left at zero."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 25

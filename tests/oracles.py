@@ -52,7 +52,7 @@ def subsequences(schedule: Schedule) -> list[list[int]]:
 
 
 def head(prediction: str, x: Tensor, x_0: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What a network of this prediction type says where x_t = x and it believes in x_0."""
+    """Return the output of a network of that prediction whose x0_hat at x_t = x is x_0."""
     a, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     eps = (x - a * x_0) / sigma
     return {"eps": eps, "x0": x_0, "v": a * eps - sigma * x_0, "score": -eps / sigma}[prediction]

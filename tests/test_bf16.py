@@ -23,7 +23,7 @@ def rounded(tensors: dict, *names: str) -> dict:
 
 
 def assert_exact(x: Tensor, weight: Tensor, *dtypes: torch.dtype, pack=ops.pack_conv, **options) -> None:
-    """Of what was rounded on the way in: sums within float32 arithmetic, then one rounding on the way out."""
+    """Check the result for inputs rounded to bf16: sums within float32 arithmetic, then one rounding of the output."""
     x, weight, options = x.bfloat16(), weight.bfloat16(), rounded(options, "skip", "residual")
     expected, packed = exact(x, weight, **options), pack(weight, terms=1)
     bound = summed(additions(weight)) * size_of(x, weight, **options).max()

@@ -1,4 +1,4 @@
-"""What a run tells TensorBoard: the numbers of log.csv, and the sample grids."""
+"""A run's output to TensorBoard: the numbers of log.csv, and the sample grids."""
 
 import csv
 import sys

@@ -1,4 +1,4 @@
-"""What a build chooses and says: the C++ compiler, the nvcc, the cards, when to begin anew, the first error."""
+"""A build's choices and messages: the C++ compiler, the nvcc, the cards, when to begin anew, the first error."""
 
 import json
 import os

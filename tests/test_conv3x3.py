@@ -176,7 +176,7 @@ def test_each_cpu_level_is_exact(at_every_level):
 
 
 def gradients(network: nn.Module, out: Tensor) -> dict[str, Tensor]:
-    """Of the parameters, by their names."""
+    """The gradients of the parameters, by their names."""
     names, parameters = zip(*network.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(out.square().mean(), parameters), strict=True))
 

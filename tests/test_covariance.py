@@ -24,7 +24,7 @@ float64 = dict(dtype=torch.float64, device="cpu")
 
 
 def best_covariances(schedule: Schedule) -> torch.Tensor:
-    """Of q(x_{t-1} | x_t), which is normal: the posterior's and c1^2 Cov(x_0 | x_t), float64 [T, D, D]."""
+    """The covariances of q(x_{t-1} | x_t), a normal: the posterior's and c1^2 Cov(x_0 | x_t), float64 [T, D, D]."""
     alpha_bar, noise = (table[:, None].numpy() for table in (schedule.alpha_bar, schedule.one_minus_alpha_bar))
     left = DATA.variances * noise / (alpha_bar * DATA.variances + noise)
     values = schedule.posterior_variance[:, None] + schedule.posterior_x0[:, None] ** 2 * torch.from_numpy(left)

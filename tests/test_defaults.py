@@ -56,7 +56,7 @@ def pipeline():
 
 
 class Uses:
-    """What a script does; each use gives tensors. The script makes what it uses, before it sets any default."""
+    """A script's uses of the package; each gives tensors. The script makes what it uses before it sets any default."""
 
     def __init__(self, folder: Path):
         self.model, self.path, self.data = tiny.model(), folder / "model.safetensors", tiny.dataset()

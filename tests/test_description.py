@@ -1,4 +1,4 @@
-"""What a checkpoint says of its training is checked before a trainer is made of it."""
+"""The training description of a checkpoint is checked before a trainer is made of it."""
 
 import dataclasses
 import json

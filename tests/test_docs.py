@@ -88,7 +88,7 @@ def test_every_block_of_python_runs(small, monkeypatch, capsys, name):
 
 
 def commands(page: Path) -> set[str]:
-    """Those in the page's blocks and in its text, but for mere names and what is left out by three dots."""
+    """The commands in the page's blocks and in its text, but for mere names and what is left out by three dots."""
     text = page.read_text()
     lines = [line for _, code in FENCE.findall(text) for line in code.splitlines()]
     lines += [" ".join(code.split()) for code in re.findall("`([^`]+)`", FENCE.sub("", text))]

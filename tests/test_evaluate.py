@@ -137,7 +137,7 @@ class Still(Process):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_loss_of_any_prediction_on_any_process_is_the_closed_form(prediction):
-    """Of an output 0 the error is that of its target, y_x x_0 + y_e eps; x0_hat is p_x x_t."""
+    """The error of an output 0 is that of its target, y_x x_0 + y_e eps; x0_hat is p_x x_t."""
     n, shape = 400, (1, 8, 8)
     data, T = tiny.dataset(n), 4
     s2 = data.x_0(slice(None)).double().square().mean().item()

@@ -34,7 +34,7 @@ PARITY = 1e-5
 
 
 def output(model: Model, said: dict) -> Tensor:
-    """Of the model's network, for the input that the library's own network got."""
+    """The output of the model's network, for the input that the library's own network got."""
     given = {k: normals(101, tuple(v)) if len(v) == 4 else torch.tensor(v) for k, v in said["given"].items()}
     labels = given.pop("y", None)
     with torch.no_grad():

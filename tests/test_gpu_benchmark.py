@@ -1,4 +1,4 @@
-"""What a machine without a card can know of ``python -m benchmarks.gpu``: its cases, its answers, its options."""
+"""Tests of ``python -m benchmarks.gpu`` without a card: its cases, its answers, its options."""
 
 import sys
 

@@ -18,7 +18,7 @@ def paint(path, colour=0, size=(20, 12), mode="RGB"):
 
 
 def files(root):
-    """Of each class, the paths below ``root``."""
+    """The paths below ``root`` of each class."""
     return {name: [str(path.relative_to(root)) for path in paths] for name, paths in find_images(root).files.items()}
 
 

@@ -1,4 +1,4 @@
-"""What is built and shipped: only the instructions asked for, against the torch that is there, with all its files."""
+"""The build and its packages: only the instructions asked for, against the torch that is there, with all files."""
 
 import importlib.util
 import json
@@ -352,7 +352,7 @@ def tree(tmp_path_factory) -> Path:
 
 
 def without_torch(tree: Path, program: str) -> str:
-    """What that program prints in the tree, with the backend, where there is no torch."""
+    """Run the program in the tree, with the backend and without torch; return what it prints."""
     head = f"""
 import sys
 sys.path.insert(0, {str(tree / "csrc" / "setup")!r})

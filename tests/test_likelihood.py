@@ -67,7 +67,7 @@ def gain(schedule: Schedule) -> torch.Tensor:
 
 
 def optimal_variance(schedule: Schedule) -> torch.Tensor:
-    """Of p(x_{t-1} | x_t): the posterior's, and c1^2 times what is left open about x_0."""
+    """The variance of p(x_{t-1} | x_t): the posterior's, and c1^2 times what is left open about x_0."""
     error = VARIANCE * (1 - gain(schedule) * schedule.alpha_bar.sqrt())
     return schedule.posterior_variance + schedule.posterior_x0.square() * error
 

@@ -45,7 +45,7 @@ def written(name: str, call: dict) -> list[str]:
 
 
 def outcome(name: str, call: dict) -> tuple:
-    """What the op returns and writes, or the message that it raises."""
+    """Return the tensors that the op returns and writes, or the message that it raises."""
     try:
         results = op_of(name)(**call)
     except RuntimeError as error:

@@ -51,7 +51,7 @@ def test_philox_gives_random123s_known_answers(counter, key, words):
 
 
 def test_a_blocks_words_are_those_of_its_seed_step_and_stream():
-    """Of the known answers above, those with key 0 are noise: of block 0 and 1, step 0 and 1, stream 0 and 1."""
+    """The known answers above with key 0 are noise: of block 0 and 1, step 0 and 1, stream 0 and 1."""
 
     def normals(words: str) -> list[float]:
         return reference.normals(hexadecimal(words)).tolist()
@@ -81,7 +81,7 @@ def word_hash(codes: np.ndarray, *weighted: tuple[np.ndarray, np.ndarray]) -> in
     return (high % 2**32) << 32 | low % 2**32
 
 
-# Where u is smallest and largest, where its logarithm changes branch, and where the quarter changes.
+# The runs with the smallest and the largest u, and those where its logarithm changes branch or the quarter changes.
 RUNS = (0, 1, 511, 512, 2047, 2048, 3071, 3584, 4095)
 
 

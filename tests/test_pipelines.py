@@ -121,7 +121,7 @@ def test_the_middle_attention_has_the_groups_that_attn_norm_num_groups_says(grou
 
 
 class UNet2DModel(diffusers.UNet2DModel):
-    """Of the same name, with another forward."""
+    """A class of the same name, with another forward."""
 
     def forward(self, sample, *args, **kwargs):
         return super().forward(0.5 * sample, *args, **kwargs)

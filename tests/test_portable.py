@@ -1,4 +1,4 @@
-"""What processors other than x86-64 compile, on this one: every kernel, and noise with the same bits."""
+"""The code for processors other than x86-64, compiled on this one: every kernel, and noise with the same bits."""
 
 import re
 import shutil

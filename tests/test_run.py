@@ -1,4 +1,4 @@
-"""What a run does with a program: in float32 what the sampler does in float64, with guidance and constraints."""
+"""Running a program: in float32 the results of the sampler in float64, with guidance and constraints."""
 
 import math
 
@@ -634,7 +634,7 @@ def test_a_path_gives_similar_images_for_any_number_of_steps():
     ("labels", "least"), [(torch.arange(100) % 10, {20: 95}), (None, {20: 90, 50: 95})], ids=["labels", "none"]
 )
 def test_a_path_gives_the_shipped_model_s_image_of_that_seed(labels, least):
-    """Of 100 seeds the same one's is the nearest image. 250 steps, not all, are the long run: minutes on one thread."""
+    """Out of 100 seeds, the nearest long-run image is that of the same seed. All steps, not 250, would take minutes."""
 
     def drawn(steps):
         options = dict(labels=labels, steps=steps, noise="path", batch_size=10, progress=False)
@@ -648,7 +648,7 @@ def test_a_path_gives_the_shipped_model_s_image_of_that_seed(labels, least):
 
 @pytest.mark.parametrize("name", ["heun", "rk4", "dpmpp_2s", "pc"])
 def test_a_callback_sees_where_a_step_ends_and_may_change_it_there(name):
-    """Of samplers that call the network several times in a step: no state within it."""
+    """Samplers that call the network several times in a step show no state within it."""
     seen = []
     options = dict(sampler=name, prediction="x0", clip=False)
     x = draw(callback=seen.append, **options)

@@ -1,4 +1,4 @@
-"""What surrounds a run: its folder and lock, its log, its signals."""
+"""The surroundings of a run: its folder and lock, its log, its signals."""
 
 import os
 import signal

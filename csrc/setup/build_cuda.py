@@ -92,7 +92,7 @@ def usable_nvcc(wanted: str, torch_has_cuda: bool) -> tuple[str | None, str]:
 
 
 def refusal(reason: str) -> str:
-    """What an nvcc that does not work ends the build with."""
+    """Return the error that ends the build when nvcc does not work."""
     return f"expected an nvcc that compiles, got {reason}: choose another by CUDACXX, or set DIFFKERN_CUDA=OFF"
 
 
@@ -120,13 +120,13 @@ def cards() -> list[int]:
 
 
 def all_architectures(known: set[int], machine: str | None = None) -> list[str]:
-    """Those that this nvcc knows of all that this kind of machine may have."""
+    """Return the architectures that this nvcc knows of all that this kind of machine may have."""
     boards = BOARDS if (machine or platform.machine()) == "aarch64" else ()
     return [f"sm_{number}" for number in sorted((*CARDS, *boards)) if number in known]
 
 
 def native_architectures(known: set[int]) -> list[str]:
-    """Those of the cards that are there, as near as this nvcc comes; PTX where there is none."""
+    """Return the architectures of this machine's cards, or the nearest that this nvcc knows; PTX without a card."""
     near = {max((n for n in known if n <= card), default=0) for card in cards() if card >= OLDEST}
     exact = [f"sm_{number}" for number in sorted(near) if number >= OLDEST]
     return exact or PORTABLE
@@ -181,7 +181,7 @@ def _number(name: str) -> int:
 
 
 def chosen_architectures(nvcc: str, default: str) -> list[str]:
-    """Those of DIFFKERN_CUDA_ARCHITECTURES, else of TORCH_CUDA_ARCH_LIST, else of the default."""
+    """Return the architectures of DIFFKERN_CUDA_ARCHITECTURES, else of TORCH_CUDA_ARCH_LIST, else of the default."""
     known = known_architectures(nvcc)
     for variable in ("DIFFKERN_CUDA_ARCHITECTURES", "TORCH_CUDA_ARCH_LIST"):
         if text := os.environ.get(variable, "").strip():

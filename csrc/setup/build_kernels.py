@@ -153,7 +153,7 @@ def forget_other_circumstances(nvcc: str | None) -> None:
 
 
 def circumstances(nvcc: str | None) -> dict[str, str]:
-    """What CMake learns once and keeps, or does not see."""
+    """Return the settings that CMake reads once and caches, or does not see."""
     variables = ("CXXFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "DIFFKERN_CMAKE_ARGS")
     known = {"source": str(ROOT), "generator": GENERATOR, "CXX": _program(os.environ.get("CXX") or "c++")}
     if nvcc:

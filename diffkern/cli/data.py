@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _told(name: str) -> str:
-    """What a set is, how much of it there is, its attributes and licence."""
+    """Describe a set: what it is, how much of it there is, its attributes and licence."""
     made = sets()[name]
     about = sys.modules[made.__module__].__doc__.splitlines()[0]
     packed = sum(path.stat().st_size for path in FOLDER.glob(f"{name}*") if path.suffix != ".py")

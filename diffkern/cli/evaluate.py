@@ -387,7 +387,7 @@ def _over_t(terms: Tensor, steps: int | None) -> list[tuple[float, float]]:
 
 
 def _nll(arguments: argparse.Namespace, model: Model, data: Dataset) -> Nll:
-    """Of so many images, with classes as frequent as in all."""
+    """Measure the likelihood of ``--nll`` images, with classes as frequent as in all."""
     index = evaluate.in_proportion(data.labels, len(data))[: arguments.nll]
     labels = evaluate.labels_of(data, model)
     return nll(

@@ -63,7 +63,7 @@ def add_guidance(parser: argparse.ArgumentParser, default: float | None = 1.0) -
 
 
 def guidance(weight: float, guide: str | None) -> Any:
-    """What the options ask for, as ``diffkern.sample`` takes it."""
+    """Return the guidance of the options, as ``diffkern.sample`` takes it."""
     from ..guidance import Guidance  # which needs torch
 
     return weight if guide is None else Guidance(weight, classifier=guide)

@@ -21,7 +21,7 @@ COLUMNS = {
     "copying": ("copying", "copying"),
     "agreement": ("agreement", "label agreement"),
 }
-"""Of the table: the name of a number, its measure and its title."""
+"""The columns of the table: the name of a number, its measure and its title."""
 
 
 def print_loss(loss: HeldOutLoss, *, steps: bool) -> None:
@@ -50,7 +50,7 @@ def print_protocol(protocol: dict[str, Any]) -> None:
 def columns_of(
     measures: Sequence[str], network: FeatureNetwork, held_out: Dataset | None
 ) -> dict[str, tuple[str, str]]:
-    """Those of :data:`COLUMNS` that there may be numbers for."""
+    """Return the :data:`COLUMNS` that may have numbers."""
     never = {"agreement"} if not network.classes else set()
     never |= {"copying"} if held_out is None else set()
     return {name: column for name, column in COLUMNS.items() if column[0] in measures and column[0] not in never}

@@ -150,7 +150,7 @@ def _train_on(device: str | None, arguments: argparse.Namespace, held: contextli
 
 
 def _options(arguments: argparse.Namespace, begun: dict[str, Any] | None, init: Model | None) -> dict[str, Any]:
-    """What the preset and the options say, as fields of a Config. Options win over the preset, and that over ``init``.
+    """Merge the preset and the options into fields of a Config. Options win over the preset, and that over ``init``.
 
     A run that has ``begun`` keeps what it has in all that they do not say.
     """
@@ -211,7 +211,7 @@ def _held_out(arguments: argparse.Namespace, dataset: Dataset | Items) -> Datase
 
 
 def _changes(begun: dict[str, Any], config: training.Config, init: str | None) -> str:
-    """What a resumed run does otherwise from here on."""
+    """List the settings that a resumed run changes from here on."""
     before, after = begun["training"]["config"], json.loads(json.dumps(dataclasses.asdict(config)))
     changes = [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
     if init is not None:

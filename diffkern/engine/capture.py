@@ -1,4 +1,4 @@
-"""What a network computes: its ``forward`` runs once, and every function of torch that it calls becomes a node.
+"""Capture a network's graph: its ``forward`` runs once, and every function of torch that it calls becomes a node.
 
     network, inputs -> Capture: a ``torch.fx.Graph`` whose nodes know their shape and dtype
 
@@ -39,7 +39,7 @@ class NotCaptured(Exception):
 
 @dataclasses.dataclass
 class Capture:
-    """What a call computes.
+    """The graph of a call.
 
     graph    its nodes have ``meta["shape"]`` and ``meta["dtype"]``. Weights and constants are ``get_attr`` nodes,
              inputs ``placeholder`` nodes, one a tensor or number of the call
@@ -115,7 +115,7 @@ class _Recorder(TorchFunctionMode):
         return leaf
 
     def given(self, leaf: Any) -> Any:
-        """What the caller gave, of what the network got; anything else as it is."""
+        """Return the caller's tensor for the one that the network got; anything else as it is."""
         return self._inputs[id(leaf)][1] if id(leaf) in self._inputs else plain(leaf)
 
     def _placeholder(self, shape: tuple[int, ...], dtype: Any) -> fx.Node:

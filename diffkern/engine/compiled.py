@@ -29,7 +29,7 @@ AGREES = {None: 1e-3, 3: 1e-3, 2: 1e-2, 1: 0.5}
 
 
 def signature(tree: Any, leaves: list[Any]) -> Any:
-    """What calls of one recording have in common. Tensors and numbers go to ``leaves``: their values may differ."""
+    """Return a key that calls of one recording share. Tensors and numbers go to ``leaves``: their values may differ."""
     if isinstance(tree, Tensor):
         leaves.append(tree)
         return tree.shape, tree.dtype
@@ -231,7 +231,7 @@ class Compiled:
         return self._numbers.learn
 
     def case(self, key: Any, run: Callable, args: tuple, kwargs: dict, dtype: torch.dtype) -> Case:
-        """What serves these calls. ``KEPT_RECORDINGS`` are kept, in the order of their last use."""
+        """Return the case that serves these calls. ``KEPT_RECORDINGS`` are kept; the least recently used goes first."""
         key = key, dtype, terms_of(dtype), torch.get_default_dtype()
         case = self.cases.pop(key, None)
         if case is None:

@@ -21,7 +21,7 @@ class _Life:
 
 
 def storage_of(value: Tensor) -> int:
-    """What views of one value have in common."""
+    """Return the identity of a value's storage, which its views share."""
     return value.untyped_storage()._cdata
 
 

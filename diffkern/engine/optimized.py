@@ -71,7 +71,7 @@ def dtype_of(network: Any) -> torch.dtype | None:
 
 
 class Optimized:
-    """What the classes of optimized networks have in common."""
+    """The base class of all optimized networks."""
 
     __slots__ = ()
 

@@ -107,5 +107,5 @@ class Store:
 
 
 def _place(weight: Tensor) -> Hashable:
-    """Where a weight lies. Its numbers are the watch's matter: when they change, there is another store."""
+    """Return a weight's address, shape and strides. Its values are the watch's matter: new ones get another store."""
     return weight.data_ptr(), tuple(weight.shape), weight.stride()

@@ -212,7 +212,7 @@ class Plan:
         return self._step(node, run, y, image, other, rest, each, native=True)
 
     def problem(self, node: fx.Node) -> Problem:
-        """What a convolution asks of a kernel."""
+        """Return the shapes and options of a convolution, by which its kernel is chosen."""
         x, skip, weights, _, _, _, stride, padding, upsample = node.args
         n, k, height, width = rules.shape(node)
         channels = rules.shape(x)[1] + (0 if skip is None else rules.shape(skip)[1])
@@ -351,7 +351,7 @@ class Recording:
         return self.results()
 
     def results(self) -> list[Tensor]:
-        """What was computed last."""
+        """Return copies of the last outputs."""
         return [output.clone(memory_format=torch.contiguous_format) for output in self.outputs]
 
 

@@ -11,7 +11,7 @@ _NESTS = (tuple, list, dict, slice)
 
 
 def leaves_of(tree: Any) -> list[Any]:
-    """What is in ``tree`` that is no tree, in order."""
+    """Return the leaves of ``tree`` in order: the items that are no tuple, list, dict or slice."""
     if isinstance(tree, (tuple, list)):
         return [leaf for item in tree for leaf in (leaves_of(item) if isinstance(item, _NESTS) else (item,))]
     if isinstance(tree, dict):

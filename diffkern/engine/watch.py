@@ -158,7 +158,7 @@ class Modules:
             self._attributes(vars(thing), list(vars(thing)), stack)
 
     def _object(self, thing: Any, stack: list[Any], classes: set[type]) -> None:
-        """What is in its ``__dict__``, its ``__slots__``, and the members of C types, as those of a partial."""
+        """Watch an object's ``__dict__``, its ``__slots__``, and the members of C types, as those of a partial."""
         has_dict, members = isinstance(getattr(thing, "__dict__", None), dict), _members(type(thing))
         if has_dict or members:
             classes.add(type(thing))
@@ -188,7 +188,7 @@ class Modules:
             self._hooks.append(hooks)
 
     def _attributes(self, table: dict, keys: list[Any], stack: list[Any]) -> None:
-        """What is in a table, under these of its keys."""
+        """Watch the values of a table under these of its keys."""
         if not keys:
             self._empty.append(table)
             return

@@ -1,4 +1,4 @@
-"""What images are compared by: a network of one's own, the standard Inception, or a small classifier."""
+"""Feature networks to compare images by: one's own, the standard Inception, or a small classifier."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from ..networks.modes import evaluating
 from .classifier import CLASSIFIER, Classifier, load_classifier
 
 INCEPTION = "inception:"
-"""What begins the name of a file of the standard Inception's weights."""
+"""The prefix of the name of a file with the standard Inception's weights."""
 
 INCEPTION_LAYERS = ["2048", "logits_unbiased"]  # of Heusel et al. 2017, and of the Inception Score
 

@@ -21,7 +21,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
-        """Of features [N, D], in blocks."""
+        """Return the moments of features [N, D], computed in blocks."""
         moments = cls()
         for part in features.split(BLOCK):
             moments.update(part)

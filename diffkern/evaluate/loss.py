@@ -144,7 +144,7 @@ def image_seeds(w: np.ndarray) -> Tensor:
 
 
 def _objectives(prediction: str) -> dict[str, Objective]:
-    """What is compared, by name: the error of the output is weighted to be that of eps and of x_0."""
+    """The objectives to compare, by name: the output's error is weighted to be that of eps and of x_0."""
 
     return {"eps": eps(prediction), "x0": x0(prediction), prediction: simple(prediction)}
 

@@ -26,7 +26,7 @@ HELD_OUT = "held-out images"
 
 @dataclass(eq=False)
 class Sets:
-    """What a measure may read of the data, and of the samples ``drawn``."""
+    """The inputs of a measure: features and statistics of the data, and features of the samples ``drawn``."""
 
     real: Features
     moments: Moments  # of the data
@@ -90,7 +90,7 @@ MEASURES: dict[str, Callable[[Sets], dict[str, float]]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of ``n`` images.
+    """The measurements of ``n`` images.
 
     name        of the sampler, of the images, or :data:`HELD_OUT`
     steps       of the sampler, or None
@@ -178,7 +178,7 @@ def _rows(
 
 
 def protocol(data: Dataset, network: FeatureNetwork, held_out: Dataset | None = None) -> dict[str, dict]:
-    """What numbers depend on beside the samples, fit for JSON: numbers of other protocols are not comparable."""
+    """Return what numbers depend on besides the samples, fit for JSON: only numbers of one protocol are comparable."""
     return {
         "data": Pictures(data).description,
         "held_out": None if held_out is None else Pictures(held_out).description,

@@ -15,7 +15,7 @@ SAME = 1e-12  # of the largest squared norm: a squared distance below is roundin
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Of samples against data; all but density are shares.
+    """Nearest-neighbour measures of samples against data; all but density are shares.
 
     precision  of samples that lie in a ball around an example (Kynkaanniemi et al. 2019, eq. 1)
     recall     of examples that lie in a ball around a sample

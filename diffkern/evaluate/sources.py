@@ -1,4 +1,4 @@
-"""Where the images come from that are measured: a dataset, or a model; and their features, block after block."""
+"""Sources of the images that are measured, a dataset or a model, and their features, block after block."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ class Pictures:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the images are a function of, their number aside."""
+        """Return all that the images are a function of, except for their number."""
         return {"fingerprint": self.data.fingerprint}
 
     def blocks(self, first: int = 0) -> Iterator[tuple[Tensor, float]]:
@@ -119,7 +119,7 @@ class Drawn:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the images are a function of, their number aside. TypeError where nobody can tell."""
+        """Return all that the images are a function of, except for their number. TypeError for an unknown part."""
         found = {name: value for name, value in self.description.items() if name not in ("images", "seeds")}
         unknown = [name for name in ("weights", "guidance") if found[name] is None] + ["codec"] * bool(self.model.codec)
         if unknown:

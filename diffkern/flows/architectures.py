@@ -172,7 +172,7 @@ def _zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
 
 @contextlib.contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
-    """What is drawn within is drawn from ``seed``, in float32 on the CPU; torch's generator is left as it was."""
+    """Draw from ``seed``, in float32 on the CPU, within the context; torch's generator is restored afterwards."""
     expected = "an int in [0, 2^63) or None"
     if seed is not None and not 0 <= checked_int("seed", seed, expected) < 2**63:
         raise ValueError(f"seed: expected {expected}, got {seed}")

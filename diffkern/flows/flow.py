@@ -44,7 +44,7 @@ class Flow(Chain):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are; the CPU where there are none."""
+        """The device of the parameters; the CPU where there are none."""
         return self._like["device"]
 
     def log_prob(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""What a file says of its model and its training, checked before anything of that size is made.
+"""A file's description of its model and training, checked before anything of that size is made.
 
-Files come from anywhere. What no diffkern has written is a TypeError or a ValueError of one line.
+Files come from anywhere. One that no diffkern has written raises a TypeError or a ValueError of one line.
 """
 
 import inspect

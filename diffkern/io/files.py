@@ -108,7 +108,7 @@ def state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def digest_of(network: nn.Module) -> str:
-    """Of the names and the values of the parameters and buffers."""
+    """Return the SHA-256 of the names and the values of the parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state(network).items()):
         values = tensor.detach().cpu().contiguous()

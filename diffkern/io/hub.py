@@ -9,7 +9,7 @@ FILE = "model.safetensors"
 """A model's file in its repository."""
 
 PATTERNS = [f"{folder}{name}" for folder in ("", "unet/", "scheduler/") for name in ("*.json", "*.safetensors")]
-"""What is downloaded: descriptions and tensors, no code and no pickles."""
+"""The patterns of the files to download: descriptions and tensors, no code and no pickles."""
 
 
 def pull(name: str, revision: str | None = None) -> Path:

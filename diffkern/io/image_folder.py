@@ -18,7 +18,7 @@ SYSTEM_NAMES = frozenset(
     {"#recycle", "$recycle.bin", "@eadir", "__macosx", "desktop.ini", "ehthumbs.db", "lost+found", "thumbs.db"}
     | {"system volume information"}
 )
-"""What archives and systems leave in folders, in lower case, beside names that begin with a dot."""
+"""Names that archives and systems leave in folders, in lower case, besides those that begin with a dot."""
 
 NOT_PIXELS = frozenset({"EPS", "MPEG"})
 """Formats that Pillow identifies but does not decode by itself, beside its stubs."""
@@ -46,7 +46,7 @@ class Folder:
         return None if None in self.files else tuple(self.files)
 
     def notes(self) -> tuple[str, ...]:
-        """What is left out, and a warning if the sub-folders do not look like classes."""
+        """Return notes on what is left out, and a warning if the sub-folders do not look like classes."""
         left = [f"{count:,} {plural(kind, count)}" for kind, count in sorted(self.others.items())]
         if self.suffixes:
             count = self.suffixes.total()

@@ -38,7 +38,7 @@ ARGUMENTS = {("steps_offset", 1): "steps=scheduler.timesteps.tolist()"}
 
 
 def settings(scheduler: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
-    """What a ``Model`` keeps of a scheduler for ``sample``: its clip, variance and spacing, where they are not ours.
+    """Return a scheduler's clip, variance and spacing, where not ours, as a ``Model`` keeps them for ``sample``.
 
     Warns of settings that ``sample`` must be told, by its arguments; ValueError for those that it cannot be told.
     Settings named in ``ignore`` are not looked at. A scheduler without ``clip_sample`` does not clip.

@@ -1,4 +1,4 @@
-"""What both ways share: the random numbers of a sample, and the unit of their results."""
+"""Random numbers of a sample and the unit of the results, for both methods."""
 
 import math
 from collections.abc import Callable

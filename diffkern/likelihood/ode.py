@@ -60,7 +60,7 @@ class Ode:
 
     @cached_property
     def ends(self) -> tuple[Point, Point]:
-        """Where the sample is, and where the prior is."""
+        """The points of the sample and of the prior."""
         return self.process.point(self.process.t_min), self.process.point(self.process.t_max)
 
     def at(self, phi: float) -> Point:

@@ -1,4 +1,4 @@
-"""What a network gets beside x_t, t and labels: by name, each with a shape that says how it enters."""
+"""A network's inputs besides x_t, t and labels: by name, each with a shape that says how it enters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

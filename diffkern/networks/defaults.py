@@ -4,7 +4,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 FACTORIES = {torch.empty, torch.ones, torch.tensor, torch.zeros}
-"""What the layers of torch.nn make their parameters and buffers by."""
+"""The functions by which the layers of torch.nn make their parameters and buffers."""
 
 
 class float32_on(TorchFunctionMode):

@@ -198,7 +198,7 @@ def check_same(ours: UNet, theirs: nn.Module) -> None:
 
 
 def _tolerance(weight: Tensor) -> float:
-    """What rounding may make, relative to the largest output. An option that is not honoured makes 1e-2 or more."""
+    """Return the error that rounding may make, of the largest output. An option that is ignored makes 1e-2 or more."""
     if weight.dtype not in (torch.float32, torch.float64) or torch.get_float32_matmul_precision() != "highest":
         return 0.1  # factors of 8 bits
     return 1e-3 if weight.device.type == "cpu" else 1e-2  # cuDNN's convolutions have factors of 11 bits

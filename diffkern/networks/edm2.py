@@ -152,7 +152,7 @@ class EDM2UNet(nn.Module):
         return self.conv_out(x)
 
     def embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """What conditions the blocks: [N, embedding_channels]."""
+        """Return the embedding of t and labels that conditions the blocks: [N, embedding_channels]."""
         t = t.to(self.freqs.dtype)
         emb = self.emb_noise(math.sqrt(2) * (t[:, None] * self.freqs + self.phases).cos())
         if self.config["num_classes"] is not None:

@@ -14,7 +14,7 @@ ENCODERS, DECODERS, EMBEDDINGS = ("plain", "skip", "residual"), ("plain", "skip"
 
 
 def groups_of(channels: int) -> int:
-    """Of a norm: 4 channels a group, but at most 32 groups."""
+    """Return the number of groups of a norm: 4 channels a group, but at most 32 groups."""
     return min(32, channels // 4)
 
 
@@ -210,7 +210,7 @@ class NCSNpp(nn.Module):
         return out
 
     def embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """What conditions the blocks: [N, 4 channels]."""
+        """Return the embedding of t and labels that conditions the blocks: [N, 4 channels]."""
         t = t.to(self.conv_in.weight.dtype)
         if self.config["embedding"] == "fourier":
             angle = t[:, None] * (2 * math.pi * self.freqs)

@@ -166,7 +166,7 @@ class RMSUNet(nn.Module):
         return self.conv_out(self.block_out(torch.cat((x, first), dim=1), emb))
 
     def embed(self, t: Tensor) -> Tensor:
-        """What conditions the blocks: [N, 4 channels]."""
+        """Return the embedding of t [N] that conditions the blocks: [N, 4 channels]."""
         t = t.to(self.conv_in.weight.dtype)
         if self.config["frequencies"]:
             angle = t[:, None] * self.freqs * 2 * math.pi

@@ -194,7 +194,7 @@ class UNet(nn.Module):
         return self.conv_out(group_norm_silu(self.conv_norm_out, x))
 
     def embedding(self, t: Tensor, labels: Tensor | None, conditions: Mapping[str, Tensor] | None = None) -> Tensor:
-        """What conditions the residual blocks: [N, 4 embedding_channels], of t [N], labels and conditions."""
+        """Return the embedding of t [N], labels and conditions for the residual blocks: [N, 4 embedding_channels]."""
         config, num_classes = self.config, self.config["num_classes"]
         dtype = self.conv_in.weight.dtype
         t = t if dtype == torch.float64 else t.float()

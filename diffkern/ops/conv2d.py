@@ -219,7 +219,7 @@ def _(y: Shape, x: Shape, skip: Shape | None, packed: Shape, *args: Any, **kwarg
 
 
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.625, -0.625, 1.25, -1.25)}
-"""Where Winograd's polynomials are evaluated, and at infinity; for tiles of 4 these make half the error of 1 and 2."""
+"""Winograd's evaluation points, besides infinity; for tiles of 4 these have half the error of the points 1 and 2."""
 
 
 def winograd(tile: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

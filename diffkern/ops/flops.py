@@ -1,4 +1,4 @@
-"""What ``torch.utils.flop_counter.FlopCounterMode`` counts for our ops: as many operations as for torch's own.
+"""FLOP counts of our ops for ``torch.utils.flop_counter.FlopCounterMode``: the same as for torch's own.
 
 A convolution counts as a direct one, whichever algorithm runs. Norms and elementwise ops count as nothing, as in torch.
 """

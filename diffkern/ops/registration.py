@@ -20,7 +20,7 @@ native = torch.ops.diffkern
 
 
 class Kind(NamedTuple):
-    """What an argument may be, and in a list what each item may be. The texts are those of the error."""
+    """The types of an argument, and of the items of a list. The texts are those of the error."""
 
     expected: str
     types: type | tuple[type, ...]
@@ -133,7 +133,7 @@ def refuse_gradient(op: str, arguments: Iterable[tuple[str, Any]], hint: str = "
 
 
 class Library(torch.library.Library):
-    """Where gradients are registered: its ops refuse tensors with a tangent, which a kernel would drop in silence."""
+    """The library of the gradients: its ops refuse tensors with a tangent, which a kernel would silently drop."""
 
     def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
         op = Op(op_name)

@@ -163,7 +163,7 @@ def _check_values(out: Tensor | None, table: Tensor, guidance: float, clip: bool
 
 
 def _second_target(x: Tensor, table: Tensor, x0_hat: Tensor | None, kept: Tensor | None) -> Tensor | None:
-    """Where the second result goes, checked as the kernel's binding does."""
+    """Return the tensor for the second result, or None, checked as the kernel's binding does."""
     targets = dict(x0_hat=x0_hat, kept=kept)
     rows, name, other = ("long", "kept", "x0_hat") if has_long_rows(table) else ("short", "x0_hat", "kept")
     if targets[other] is not None:

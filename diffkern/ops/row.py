@@ -13,7 +13,7 @@ from .arguments import look_up
 from .transforms import readable
 
 COLUMNS = ("p_x", "p_o", "k_x", "k_o", "k_0", "sigma", "log_var_min", "log_var_max", "t")
-"""What a short row of the coefficient table holds; a column for each of the history's tensors follows."""
+"""The columns of a short row of the coefficient table; one for each of the history's tensors follows."""
 
 LONG_COLUMNS = (
     *("p_x", "p_o", "p_g", "limit"),
@@ -22,7 +22,7 @@ LONG_COLUMNS = (
     *("w", "q_x", "q_o", "q_0"),
     *("b_0", "b_z", "unused_0", "unused_1"),
 )
-"""What a long row holds; a column for each of the history's tensors follows, and zeros up to a multiple of 4."""
+"""The columns of a long row; one for each of the history's tensors follows, and zeros up to a multiple of 4."""
 
 MAX_HISTORY = 6
 

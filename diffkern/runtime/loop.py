@@ -228,7 +228,7 @@ class Loop:
             tick()
 
     def kind(self, row: Row) -> tuple[Any, ...]:
-        """What a row has in common with those that the same CUDA graph can do."""
+        """Return the kind of a row: one CUDA graph serves all rows of a kind."""
         calls = row.point is not None and (*self.guidance.outputs(row), self.guidance.at(row))
         return calls, row.keep, row.reached is not None, row.noise is not None and row.noise.correlated
 

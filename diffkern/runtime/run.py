@@ -1,4 +1,4 @@
-"""What a run takes from the machine. None of it changes what is drawn, but for rounding."""
+"""Machine settings of a run. They change what is drawn by rounding alone."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from ..process import checked_count
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how networks run.
+    """The device, the dtype and other machine settings of a run.
 
     batch_size  rows of every network call, at most 16 unless given; the last batch is padded to it
     device      where to run; None is where the network is, and the CPU for a name, a file or a bare function

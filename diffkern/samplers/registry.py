@@ -1,4 +1,4 @@
-"""What makes a function a sampler, known by its name to ``sample``, the command line and the documentation."""
+"""The registry of samplers: functions known by name to ``sample``, the command line and the documentation."""
 
 import inspect
 from collections.abc import Callable

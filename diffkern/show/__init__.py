@@ -21,7 +21,7 @@ from ..samplers import SAMPLERS
 
 @dataclass(frozen=True)
 class Panel:
-    """What is drawn in one pair of axes, from the back to the front.
+    """The contents of one pair of axes, drawn from the back to the front.
 
     image   [rows, columns], the first row at the bottom
     extent  left, right, bottom and top of the image

@@ -29,7 +29,7 @@ def unknown(data: Gaussians, schedule: Schedule) -> Tensor:
 
 
 def variances(data: Gaussians, schedule: Schedule) -> dict[str, Tensor]:
-    """Of the reverse steps, by name: float64 [T]."""
+    """The variances of the reverse steps, by name: float64 [T]."""
     return {
         "fixed_small": schedule.posterior_log_variance.exp(),
         "fixed_large": schedule.betas,

@@ -73,8 +73,8 @@ def log_prob(model: Model, x: Tensor, tol: float) -> Tensor:
 
 
 def figure(steps: int = 2000, n: int = 2000, progress: bool = True) -> Figure:
-    """That many steps of training for the flow and 2.5 times as many, which are cheaper, for the diffusion; n points to
-    measure."""
+    """Train the flow for ``steps`` steps and the diffusion, whose steps are cheaper, for 2.5 times as many; measure n
+    points."""
     rows, panels, side = [], [], min(SIDE, math.isqrt(2 * n))
     for name, make in DENSITIES.items():
         density = make()

@@ -54,5 +54,5 @@ def noised(x_0: Tensor, schedule: Schedule, times: Sequence[int]) -> Figure:
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Of the values of two tensors of one shape."""
+    """The correlation of the values of two tensors of one shape."""
     return torch.corrcoef(torch.stack((a.flatten(), b.flatten())).double())[0, 1].item()

@@ -52,7 +52,7 @@ class Gaussians:
         return (self.means[k] + self.stds[k, None] * z).float(), k
 
     def variances(self, alpha: float = 1.0, sigma: float = 0.0) -> Tensor:
-        """Of each Gaussian of x_t = alpha x_0 + sigma eps: [K]."""
+        """The variance of each Gaussian of x_t = alpha x_0 + sigma eps: [K]."""
         return (alpha * self.stds) ** 2 + sigma**2
 
     def log_parts(self, x: Tensor, alpha: float = 1.0, sigma: float = 0.0) -> Tensor:
@@ -122,7 +122,7 @@ class Gaussians:
 
 
 def critical(n: int) -> float:
-    """What :meth:`Gaussians.distance` is below in 99 of 100 sets of n points of the exact distribution."""
+    """The 99% quantile of :meth:`Gaussians.distance` for n points of the exact distribution."""
     return 1.628 / math.sqrt(n)
 
 

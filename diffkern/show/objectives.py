@@ -1,4 +1,4 @@
-"""What each objective weighs: the factor of the squared error of eps at each level of noise.
+"""The weight of each objective: the factor of the squared error of eps at each level of noise.
 
     loss = weight(SNR) |eps - eps_hat|^2,    |eps - eps_hat|^2 = SNR |x_0 - x0_hat|^2
 

@@ -92,7 +92,7 @@ def train(variance: str, steps: int, batch_size: int = 512, seed: int = 0, *, pr
 
 
 def figure(steps: int = 2000, n: int = 4000, progress: bool = True) -> Figure:
-    """That many steps of training, and n points to measure and to draw."""
+    """Train for ``steps`` steps; measure and draw n points."""
     x = swiss_roll(n, torch.Generator("cpu").manual_seed(1))
     gaussian = torch.linalg.slogdet(2 * math.pi * math.e * x.double().T.cov()).logabsdet.item() / 2
     shown, rows = {"data": x}, []

@@ -21,7 +21,7 @@ HELD_OUT = 2**62
 
 
 class Given(NamedTuple):
-    """What a network is trained on."""
+    """A training batch: examples, labels, random draws and conditions."""
 
     x_0: Tensor  # [N, ...] float32
     labels: Tensor | None  # [N] int64, -1 where dropped

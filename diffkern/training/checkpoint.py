@@ -47,7 +47,7 @@ def restore_modes(network: nn.Module, training: dict[str, Any]) -> None:
 
 
 def _check_optional(data: Any, log: Any, frozen: Any, eval: Any) -> None:
-    """What earlier versions did not write."""
+    """Check the fields that earlier versions did not write."""
     if not isinstance(data, dict | None) or (data and type(data.get("images")) is not int):
         raise TypeError(f"data: expected an object with a number of images, got {data!r:.80}")
     for name, names in (("frozen", frozen), ("eval", eval)):

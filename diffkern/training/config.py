@@ -145,7 +145,7 @@ class Config:
         return replace(objective, t=times)
 
     def learning_rate(self, step: int) -> float:
-        """Of the 0-based ``step``: linear warm-up, then constant or half a cosine down to 0 at ``steps``."""
+        """Return the rate at the 0-based ``step``: linear warm-up, then constant or half a cosine to 0 at ``steps``."""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps))) if self.lr_schedule == "cosine" else 1.0
         return self.lr * rise * fall

@@ -21,7 +21,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 @dataclass(frozen=True)
 class Draws:
-    """What chance decides for N examples, each a function of its number and the run's seed."""
+    """The random draws of N examples, each a function of the example's number and the run's seed."""
 
     seeds: Tensor  # [N] int64: of the forward noise (stream 2)
     t: Tensor  # [N]: int64, in 0..T-1, of a schedule; float64 of another process

@@ -27,7 +27,7 @@ SNAPSHOT = re.compile(r"ema-(\d{7,18})\.safetensors")
 
 
 def ema_decay(decay: float, step: int) -> float:
-    """Of the exponential average after ``step`` steps: the first steps must not keep the random start."""
+    """Return the decay of the EMA after ``step`` steps: low at first, so that the random start is forgotten."""
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -44,7 +44,7 @@ def exponent(std: float) -> float:
 
 
 def power_decay(gamma: float, step: int) -> float:
-    """Of the average with the profile tau^gamma after ``step`` >= 1 steps: 0 after the first."""
+    """Return the decay of the EMA with the profile tau^gamma after ``step`` >= 1 steps: 0 after the first."""
     return (1 - 1 / step) ** (gamma + 1)
 
 

@@ -1,4 +1,4 @@
-"""What a run is made of, checked against each other before anything is changed: its model, data and settings."""
+"""The model, data and settings of a run, checked against each other before anything is changed."""
 
 import json
 import os

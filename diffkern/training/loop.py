@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def run(trainer: "Trainer", out: str | os.PathLike, *, progress: bool, lock: bool) -> signal.Signals | None:
-    """What :meth:`Trainer.run` does."""
+    """Do the work of :meth:`Trainer.run`."""
     trainer.description()  # what cannot be written is refused now
     out, config, files, heard = Path(out), trainer.config, None, 0
     with contextlib.ExitStack() as stack:

@@ -13,7 +13,7 @@ from .times import steps
 
 @dataclass(frozen=True)
 class Noised:
-    """Where N examples are: the row of each in two tables, the address of its noise, and what the network is told.
+    """The noise levels of N examples: the row of each in two tables, its noise's address, and what the network is told.
 
     t        [N]: int64 of a schedule's time steps, else float32
     step     int64 [N], the rows
@@ -48,7 +48,7 @@ class Noising:
             self.table = objective.table(process, device, variance=variance)
 
     def at(self, t: Tensor) -> Noised:
-        """Of examples at t [N], time steps int64 or real times float64."""
+        """Return the noise levels of examples at t [N], time steps int64 or real times float64."""
         if self.process.discrete:
             t = t.to(self.device)
             return Noised(t, t, None, self.q_table, self.table)

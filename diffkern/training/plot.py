@@ -8,7 +8,7 @@ from ..images import font
 WIDTH, HEIGHT = 640, 400  # pixels
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 28, 28  # margins, for the text
 COLOURS = ((31, 119, 180), (214, 39, 40))
-"""Of the first curve, the second, ..."""
+"""The colours of the first curve, the second, ..."""
 GREY, BLACK = (225, 225, 225), (0, 0, 0)
 MOST_TICKS = 6
 

@@ -14,7 +14,7 @@ from .runs import SAVING, STOPPING
 AHEAD = 2  # batches that each process has ready
 
 Place = tuple[int, int]
-"""Where a batch is in a run: the examples before its step, and which part of the step it is."""
+"""The position of a batch in a run: the number of examples before its step, and its part of the step."""
 
 
 class Reader:
@@ -55,7 +55,7 @@ class Reader:
 
 
 class _Places:
-    """What is asked for at each place from one on, without an end."""
+    """An endless sampler: ``ask(place)`` for each place, from ``first`` on."""
 
     def __init__(self, first: Place, ask: Callable[[Place], Any], after: Callable[[Place], Place]):
         self.first, self.ask, self.after = first, ask, after

@@ -26,6 +26,6 @@ PRESETS = {
 
 
 def recipe(preset: str) -> dict[str, Any]:
-    """What a preset says: its fields that are not a :class:`Config`'s defaults."""
+    """Return the settings of a preset that differ from the defaults of :class:`Config`."""
     default, said = Config(), PRESETS[preset]
     return {f.name: getattr(said, f.name) for f in fields(Config) if getattr(said, f.name) != getattr(default, f.name)}

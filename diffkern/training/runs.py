@@ -1,4 +1,4 @@
-"""What surrounds the steps of a training run: the folder and its lock, log.csv, and the signals that end it."""
+"""The surroundings of a training run: its folder and lock, log.csv, and the signals that end it."""
 
 import contextlib
 import csv
@@ -62,7 +62,7 @@ FORMATS = {"loss": ".6f", "lr": ".6g", "images_per_second": ".1f", "validation_l
 """How log.csv writes the numbers of a step."""
 
 COLUMNS = ("step", *FORMATS)
-"""Of log.csv. The last, which may be empty, is not in the logs of earlier versions."""
+"""The columns of log.csv. The last, which may be empty, is not in the logs of earlier versions."""
 
 CURVES = {"training": "loss", "validation": "validation_loss"}
 """The columns that are drawn, by the names of their curves."""

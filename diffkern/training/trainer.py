@@ -303,7 +303,7 @@ def _optimizer(parameters: Iterable[Tensor], config: Config) -> torch.optim.Adam
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """What torch draws on ``device`` is drawn from ``seed``; its generator is left as it was."""
+    """Seed torch's generator of ``device`` with ``seed`` within the context; its state is restored afterwards."""
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     state = generator.get_state()
     generator.manual_seed(seed)

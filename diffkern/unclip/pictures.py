@@ -55,5 +55,5 @@ def moved(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _places(size: int) -> Tensor:
-    """Where pixels are along a side, in [0, 1)."""
+    """The positions of pixels along a side, in [0, 1)."""
     return torch.arange(size, dtype=torch.float32, device="cpu") / size

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from interpreted import ROOT, Interpreter
 
-# What need not be compiled for a bug: of these, kernels of other dtypes than that of the cases that look for it.
+# Code that is not compiled to find a bug: in these files, the kernels of other dtypes than that of the bug's cases.
 LEFT_OUT = {
     "ops/attention/cuda.cu": r"    case TensorCores::(f16_turing|f16|tf32): .*\n",
     "ops/attention/cuda_backward.cu": r"    case TensorCores::(f16_turing|f16|tf32): .*\n",
@@ -92,7 +92,7 @@ def register(interpreter: Interpreter, file: str, ptx: str) -> None:
 
 @contextlib.contextmanager
 def planted(interpreter: Interpreter, file: str, ptx: str) -> Iterator[None]:
-    """That PTX for the kernels of csrc/``file``."""
+    """Use that PTX for the kernels of csrc/``file`` within the context."""
     register(interpreter, file, ptx)
     try:
         yield

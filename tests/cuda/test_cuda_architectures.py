@@ -1,4 +1,4 @@
-"""What is compiled for other architectures than sm_80 is run too, each in a process of its own."""
+"""Kernels compiled for other architectures than sm_80 are run too, each in a process of its own."""
 
 import os
 import subprocess

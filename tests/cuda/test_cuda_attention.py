@@ -7,7 +7,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.cuda
 
-# Of torch's own error, both root mean squares: one rounding more or less moves the largest error by a factor.
+# Limits relative to torch's own error, both root mean squares: one rounding can move the largest error by a factor.
 FORWARD, BACKWARD = 1.5, 2.0
 NAMES = ("out", "lse", "dq", "dk", "dv")
 

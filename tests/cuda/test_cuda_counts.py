@@ -1,4 +1,4 @@
-"""What the kernels were designed for, counted: bytes, sectors, bank conflicts, products, warps that a card holds."""
+"""Counts that the kernels were designed for: bytes, sectors, bank conflicts, products, warps that a card holds."""
 
 import functools
 import re

@@ -219,7 +219,7 @@ STEPS = 200_000  # of a launch, of its warps: enough to go wrong
 
 @pytest.fixture(scope="module")
 def ptx(request) -> Iterator[dict[str, Future[str]]]:
-    """Of the bugs that will be asked for: compiled while others are looked for."""
+    """The PTX of the bugs that will be asked for: compiled while others are looked for."""
     asked = [item.callspec.params["bug"] for item in request.session.items if item.module is request.module]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {bug: pool.submit(compiled, BUGS[bug].kernels, BUGS[bug].change) for bug in asked}

@@ -1,4 +1,4 @@
-// What the ops want beside themselves where they are interpreted.
+// Definitions that the interpreted ops need besides their own code.
 
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>

@@ -9,7 +9,7 @@ namespace diffkern {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// What a step reads, but for the noise's seeds. All of it outlives the op.
+// The operands that a step reads, except for the noise's seeds. All of them outlive the op.
 struct StepOperands {
   const Tensor& x;
   const OptionalTensor& out;

@@ -134,7 +134,7 @@ def chain(node: Node) -> tuple[list[Node], Node | None]:
 
 
 def through(views: Iterable[Node], memory: torch.Tensor) -> torch.Tensor | None:
-    """What the views show of that memory; None where they copy."""
+    """Return ``memory`` as the views show it; None if one of them copies."""
     for view in views:
         name = name_of(view.target)
         if name in ("view", "reshape"):

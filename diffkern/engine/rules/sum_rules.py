@@ -1,4 +1,4 @@
-"""What does nothing, and what a convolution or a norm does besides: add a vector or an image, read two side by side."""
+"""Rules that drop no-ops, and merge sums and concatenations into the convolution or norm beside them."""
 
 import torch
 from torch import fx
@@ -32,7 +32,7 @@ NO_OPS = words(
 
 
 def no_ops(graph: fx.Graph) -> None:
-    """What gives its input back: dropout in eval mode, ``x / 1``, ``contiguous``, ``clone``, ``detach``."""
+    """Remove calls that return their input: dropout in eval mode, ``x / 1``, ``contiguous``, ``clone``, ``detach``."""
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method") or not node.args or not is_tensor(node.args[0]):
             continue

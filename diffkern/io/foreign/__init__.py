@@ -100,7 +100,7 @@ def _read(family: Any, make: Any, path: Path, options: Mapping[str, Any]) -> tup
 
 
 def _looks(names: Collection[str]) -> str | None:
-    """What has tensors of such names; None where nothing in ``LOOKS_LIKE`` has."""
+    """Say what a file looks like by its tensors' names; None where no entry of ``LOOKS_LIKE`` fits."""
     for part, what in LOOKS_LIKE.items():
         if any(part in name for name in names):
             return f"what looks like {what}"

@@ -30,7 +30,7 @@ STEM = "diffusion_pytorch_model"  # variants follow: .fp16
 WEIGHTS = (f"{STEM}.safetensors", f"{STEM}.bin")
 SHARDS = f"{WEIGHTS[0]}.index.json"
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Of attention, in files of diffusers before 0.18."""
+"""The names of attention's layers in files of diffusers before 0.18, and today's."""
 
 
 class DiffusersUNet(nn.Module):

@@ -102,7 +102,7 @@ def _shaped(name: str, tensor: Tensor, linear: set[str]) -> Tensor:
 
 
 def _schedule(weights: Weights, options: Mapping[str, Any]) -> Schedule:
-    """Of the file's betas, which are rounded: the exact schedule that they are, if it is known."""
+    """Return the schedule of the file's betas, which are rounded: the exact schedule that they are, if it is known."""
     betas = options.get("betas", weights.beside("betas"))
     if betas is None:
         raise ValueError("betas: expected them as an option, for the file has the network alone, got none")
@@ -115,7 +115,7 @@ def _schedule(weights: Weights, options: Mapping[str, Any]) -> Schedule:
 
 
 def _objective(weights: Weights, options: Mapping[str, Any], schedule: Schedule) -> str:
-    """What the network predicts: its loss has the weight 1, snr, or snr / (snr + 1), or that with a smaller snr."""
+    """Return the prediction: the loss has the weight 1, snr, or snr / (snr + 1), or that with a smaller snr."""
     objective, weight = options.get("objective"), weights.beside("loss_weight")
     if objective is None and weight is not None:
         snr = schedule.alpha_bar / schedule.one_minus_alpha_bar

@@ -58,7 +58,7 @@ SAFE: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "dtype"): np.dtype,
     **{(f"numpy.{core}.multiarray", "scalar"): np.float64(0).__reduce__()[0] for core in ("core", "_core")},
 }
-"""What a pickle may call."""
+"""The functions that a pickle may call."""
 
 
 class Reader(pickle.Unpickler):

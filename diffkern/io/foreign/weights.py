@@ -21,7 +21,7 @@ DEEPEST = 12  # dicts and lists, one in another
 
 
 class Option(NamedTuple):
-    """What :func:`diffkern.load` may be told of a file, as text that says what it is."""
+    """An option of :func:`diffkern.load` for a file: its type, and a text that says what it is."""
 
     kind: type
     text: str
@@ -56,7 +56,7 @@ def is_pickle(path: Path) -> bool:
 
 
 def read_tensors(path: Path) -> Any:
-    """What a file holds: the tensors of safetensors, or the tree of a pickle of tensors alone. Tensors are mapped.
+    """Read a file: the tensors of safetensors, or the tree of a pickle of tensors alone. Tensors are mapped.
 
     Raises ValueError for a pickle of anything else.
     """
@@ -101,7 +101,7 @@ class Weights:
         return Weights(tensors, self.path, self.all, prefix)
 
     def beside(self, name: str) -> Any:
-        """What the module that holds this network as ``model`` has under that name, or None."""
+        """Return the entry of that name in the module that holds this network as ``model``, or None."""
         return self.all.get(f"{self.prefix.removesuffix('model.')}{name}")
 
     def has(self, prefix: str) -> bool:
@@ -190,7 +190,7 @@ def split_qkv(tensor: Tensor, heads: int, order: str) -> tuple[Tensor, Tensor, T
 
 
 def unet_places(levels: int, blocks: int, side: Callable[[str, int, int], tuple[str, str]], others: Places) -> Places:
-    """Where all blocks of a U-Net are.
+    """Return the places of all blocks of a U-Net.
 
     side    ("down" or "up", level or position on the way up, block) -> places of its residual block and its attention;
             block is ``blocks`` (+ 1 on the way up) for the step to the next resolution, whose place is the first
