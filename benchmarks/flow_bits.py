@@ -17,7 +17,7 @@ from diffkern import flows
 from diffkern.data import Dataset, fashion_mnist
 from diffkern.flows.flow import bits_of
 from diffkern.likelihood.draws import dequantized
-from diffkern.training import CHECKPOINT, Config, FlowTrainer
+from diffkern.training import CHECKPOINT, Config, Trainer
 
 from .training_choices import small
 
@@ -37,9 +37,9 @@ def train(out: Path, data: Dataset, steps: int) -> None:
     config = Config(steps=steps, batch_size=64, lr=2e-3, lr_schedule="cosine", warmup=100, sample_every=0)
     file = out / CHECKPOINT
     if file.exists():
-        trainer = FlowTrainer.resume(file, data, steps=steps)
+        trainer = Trainer.resume(file, data, steps=steps)
     else:
-        trainer = FlowTrainer(flows.Glow(data.shape, levels=2, steps=4, width=64), data, config)
+        trainer = Trainer(flows.Glow(data.shape, levels=2, steps=4, width=64), data, config)
     if trainer.run(out) is not None:  # a signal ended it
         raise SystemExit(1)
 

@@ -248,7 +248,7 @@ def hashes_of_batch(trainer: Trainer) -> dict[str, str]:
         seeds=drawn.seeds,
         t=drawn.t,
         eps=ops.noise(drawn.seeds, x_0.shape[1:], step=drawn.t, stream=2),
-        x_t=ops.q_sample(x_0, drawn.t, drawn.seeds, trainer.noising.q_table),
+        x_t=ops.q_sample(x_0, drawn.t, drawn.seeds, trainer.task.noising.q_table),
     )
     return {name: digest(part) for name, part in parts.items()}
 

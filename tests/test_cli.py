@@ -310,7 +310,7 @@ def test_a_process_is_named_or_written_out(folder, pictures, begun):
         assert begun[-1].config.schedule == config and begun[-1].config.prediction == "edm"
         assert main([*command, "--out", out, "--process", process]) == 0  # what it is
     assert main([*command, "--out", "c", "--process", "flow", "--times", "logit_normal", "--times-std", "2"]) == 0
-    assert begun[-1].objective == objectives.flow(LogitNormal(0.0, 2.0))
+    assert begun[-1].task.noising.objective == objectives.flow(LogitNormal(0.0, 2.0))
     assert main(["sample", "--model", "a", "--n", "1", "--steps", "2", "--gif", "a.gif", *QUIET]) == 0
 
 

@@ -17,7 +17,7 @@ from diffkern import RectifiedFlow, flows, nll, noise
 from diffkern.flows import ActNorm, Chain, Coupling, Flow, Glow, Half, Linear, Permutation, RealNVP, Squeezed
 from diffkern.show.densities import DENSITIES, eight_gaussians
 from diffkern.show.gaussians import Gaussians
-from diffkern.training import CHECKPOINT, Config, FlowTrainer, train_flow
+from diffkern.training import CHECKPOINT, Config, Trainer
 from diffkern.training.batches import Batches
 
 FLOAT64 = dict(dtype=torch.float64, device="cpu")
@@ -180,9 +180,9 @@ def test_training_raises_the_likelihood():
     data, held_out = density.draw(2000, 0), density.draw(500, 1)
     config = Config(steps=40, batch_size=64, lr=5e-3, warmup=0)
     flow = RealNVP((2,), couplings=4, width=32, waves=2)
-    start = FlowTrainer(flow, data, config, validation=held_out)
+    start = Trainer(flow, data, config, validation=held_out)
     before = start.validate()
-    after = -train_flow(flow, data, config, progress=False).log_prob(held_out).mean().item() / (2 * math.log(2))
+    after = -Trainer(flow, data, config).train(progress=False).log_prob(held_out).mean().item() / (2 * math.log(2))
     assert density.entropy / (2 * math.log(2)) < after < before - 0.1
     assert start.validate() == before  # the average of another run
 
@@ -191,39 +191,39 @@ def test_a_resumed_run_of_images_continues_to_the_bit(tmp_path):
     data, held_out = tiny.dataset(), tiny.dataset(5, classes=None)
     config = Config(steps=4, batch_size=4, accumulate=2, lr=1e-3, flip=True, log_every=2, validate_every=2,
                     sample_every=4)  # fmt: skip
-    whole = FlowTrainer(Glow(**SMALL_GLOW), data, config, validation=held_out)
+    whole = Trainer(Glow(**SMALL_GLOW), data, config, validation=held_out)
     assert whole.run(tmp_path / "whole", progress=False) is None
     written = {path.name for path in (tmp_path / "whole").iterdir()}
     assert {CHECKPOINT, "log.csv", "loss.png", "samples-0000004.png"} <= written
-    parts = FlowTrainer(Glow(**SMALL_GLOW), data, config, validation=held_out)
+    parts = Trainer(Glow(**SMALL_GLOW), data, config, validation=held_out)
     parts.step(), parts.step()
     parts.save(tmp_path / "half.safetensors")
-    parts = FlowTrainer.resume(tmp_path / "half.safetensors", data, validation=held_out)
+    parts = Trainer.resume(tmp_path / "half.safetensors", data, validation=held_out)
     parts.step(), parts.step()
     assert all(torch.equal(tensor, whole.tensors()[name]) for name, tensor in parts.tensors().items())
     assert parts.validate() == whole.validate()
     flow, x = flows.load(tmp_path / "whole"), data.x_0(slice(3))
-    assert torch.equal(flow.bits(x), whole.flow.bits(x)) and not flow.training
+    assert torch.equal(flow.bits(x), whole.model.bits(x)) and not flow.training
     with pytest.raises(ValueError, match="seed: expected that of "):
-        FlowTrainer.resume(tmp_path / "half.safetensors", data, seed=1)
+        Trainer.resume(tmp_path / "half.safetensors", data, seed=1)
 
 
 def test_a_trained_flow_is_trained_on_from_where_it_is():
     data = eight_gaussians().draw(200, 0)
     config = Config(steps=2, batch_size=64, warmup=0)
-    flow = train_flow(RealNVP(**SMALL_NVP), data, config, progress=False)
-    again = FlowTrainer(flow, 3 * data, config)
-    assert torch.equal(again.flow.layers[0].mean, flow.layers[0].mean)
+    flow = Trainer(RealNVP(**SMALL_NVP), data, config).train(progress=False)
+    again = Trainer(flow, 3 * data, config)
+    assert torch.equal(again.model.layers[0].mean, flow.layers[0].mean)
 
 
 def test_a_flow_is_resumed_with_what_was_frozen(tmp_path):
     data, config = eight_gaussians().draw(200, 0), Config(steps=4, batch_size=16, warmup=0)
     flow = RealNVP(**SMALL_NVP)
     next(layer for layer in flow.modules() if isinstance(layer, Coupling)).requires_grad_(False)
-    whole = FlowTrainer(flow, data, config)
+    whole = Trainer(flow, data, config)
     whole.step()
     whole.save(tmp_path / CHECKPOINT)
-    again = FlowTrainer.resume(tmp_path / CHECKPOINT, data)
+    again = Trainer.resume(tmp_path / CHECKPOINT, data)
     assert again.trained.keys() == whole.trained.keys() < dict(flow.named_parameters()).keys()
     assert again.step() == whole.step()
 
@@ -232,16 +232,16 @@ def test_a_flow_of_own_layers_is_trained_and_its_workers_end_but_no_file_is_begu
     data, closed = torch.linspace(-1, 1, 20).view(10, 2), []
     monkeypatch.setattr(Batches, "close", lambda batches: closed.append(batches))
     flow, config = Flow((2,), [ActNorm(2)]), Config(steps=1, batch_size=5)
-    assert train_flow(flow, data, config, progress=False).log_prob(data).isfinite().all() and len(closed) == 1
+    assert Trainer(flow, data, config).train(progress=False).log_prob(data).isfinite().all() and len(closed) == 1
     with pytest.raises(TypeError, match="flow: expected a RealNVP or a Glow to describe, got Flow"):
-        FlowTrainer(flow, data, config).run(tmp_path / "run", progress=False)
+        Trainer(flow, data, config).run(tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(flow=nn.Identity()), "flow: expected a Flow, got Identity"),
+        (dict(model=nn.Identity()), "model: expected a diffkern.Model or a Flow, got Identity"),
         (dict(data=torch.zeros(5, 3)), r"data: expected samples of shape \(2,\), got \(3,\)"),
         (dict(data=torch.zeros(0, 2)), "data: expected at least one item, got none"),
         (dict(validation=torch.zeros(5, 3)), r"validation: expected samples of shape \(2,\), got \(3,\)"),
@@ -253,9 +253,9 @@ def test_a_flow_of_own_layers_is_trained_and_its_workers_end_but_no_file_is_begu
     ids=lambda value: "" if isinstance(value, dict) else value[:30],
 )
 def test_what_does_not_fit_is_refused(changes, message):
-    given = dict(flow=RealNVP(**SMALL_NVP), data=torch.zeros(5, 2), config=Config()) | changes
+    given = dict(model=RealNVP(**SMALL_NVP), data=torch.zeros(5, 2), config=Config()) | changes
     with pytest.raises((TypeError, ValueError), match=message):
-        FlowTrainer(given.pop("flow"), given.pop("data"), given.pop("config"), **given)
+        Trainer(given.pop("model"), given.pop("data"), given.pop("config"), **given)
 
 
 # --- files ---

@@ -190,7 +190,7 @@ def test_a_process_is_trained_as_its_paper_does_unless_told_otherwise(kind, proc
     assert (run.model.prediction, run.config.prediction, run.config.objective) == (prediction, prediction, objective)
     assert run.model.schedule == process and run.config.schedule == process.config()
     other = trainer(kind, prediction="v", objective="min_snr", times="logit_normal", times_std=0.5)
-    assert other.objective == objectives.Objective("v", objectives.MinSNR(5), LogitNormal(0.0, 0.5))
+    assert other.task.noising.objective == objectives.Objective("v", objectives.MinSNR(5), LogitNormal(0.0, 0.5))
 
 
 @pytest.mark.parametrize("kind", PROCESSES)
@@ -240,11 +240,11 @@ def test_steps_are_drawn_by_importance_once_each_has_its_terms():
     run = important()
     assert (run.batch()[2].weights == 1).all()
     take(run, 3)
-    assert (run.importance.counts >= 10).all() and run.importance.counts.sum() == 72
-    draws, p = run.batch()[2], run.importance.probabilities()
+    assert (run.task.importance.counts >= 10).all() and run.task.importance.counts.sum() == 72
+    draws, p = run.batch()[2], run.task.importance.probabilities()
     assert p.max() > 1.2 * p.min()
     torch.testing.assert_close(draws.weights.double(), torch.from_numpy(1 / (3 * p[draws.t])), rtol=1e-6, atol=0)
-    losses = run._losses(run.network, run.batch()).detach()
+    losses = run.task.losses(run.network, run.batch()).detach()
     assert run.loss().item() == pytest.approx((losses * draws.weights).mean().item(), rel=1e-6)
 
 

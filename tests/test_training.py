@@ -50,7 +50,7 @@ def test_the_simple_loss_of_a_prediction_is_the_error_of_its_target(prediction):
     run = trainer(prediction=prediction, label_dropout=0.0)
     x_0, labels, draws, _ = run.batch()
     eps = ops.noise(draws.seeds, x_0.shape[1:], step=draws.t, stream=2)
-    alpha, sigma = (column.view(-1, 1, 1, 1) for column in run.noising.q_table[draws.t].unbind(1))
+    alpha, sigma = (column.view(-1, 1, 1, 1) for column in run.task.noising.q_table[draws.t].unbind(1))
     target = dict(x0=x_0, v=alpha * eps - sigma * x_0, score=-eps / sigma, flow=eps - x_0)[prediction]
     with torch.no_grad():
         error = (run.network(alpha * x_0 + sigma * eps, draws.t, labels) - target).square().mean()
@@ -129,7 +129,7 @@ def test_the_bounds_weight_has_the_variance_that_the_model_samples_with(variance
     s = run.model.schedule
     var = s.betas if variance == "fixed_large" else s.posterior_variance
     expected = s.betas**2 / (2 * var * s.alphas * s.one_minus_alpha_bar)
-    weight = run.noising.table[:, LOSS_COLUMNS.index("weight")].double()
+    weight = run.task.noising.table[:, LOSS_COLUMNS.index("weight")].double()
     torch.testing.assert_close(weight[1:], expected[1:], rtol=2e-6, atol=0)
 
 
@@ -138,7 +138,7 @@ def test_a_learned_variance_is_trained_between_the_two_fixed_ones(variance):
     data, config = tiny.dataset(), tiny.config(objective="hybrid", network={**tiny.NETWORK, "learned_variance": True})
     run = Trainer(replace(new_model(data, config), variance=variance), data, config)
     low, high = (
-        run.noising.table[:, LOSS_COLUMNS.index(name)].double().exp() for name in ("log_var_min", "log_var_max")
+        run.task.noising.table[:, LOSS_COLUMNS.index(name)].double().exp() for name in ("log_var_min", "log_var_max")
     )
     s = run.model.schedule
     torch.testing.assert_close(low[1:], s.posterior_variance[1:], rtol=2e-6, atol=0)
@@ -148,7 +148,8 @@ def test_a_learned_variance_is_trained_between_the_two_fixed_ones(variance):
 def test_a_diagonal_variance_is_trained_around_the_forward_step_s():
     data, config = tiny.dataset(), tiny.config(objective="hybrid", network={**tiny.NETWORK, "learned_variance": True})
     run = Trainer(replace(new_model(data, config), variance="diagonal"), data, config)
-    low, high = (run.noising.table[:, LOSS_COLUMNS.index(name)].double() for name in ("log_var_min", "log_var_max"))
+    columns = run.task.noising.table.double().unbind(1)
+    low, high = (columns[LOSS_COLUMNS.index(name)] for name in ("log_var_min", "log_var_max"))
     torch.testing.assert_close(high.exp(), run.model.schedule.betas, rtol=2e-6, atol=0)
     torch.testing.assert_close(high - low, torch.full_like(low, 2), rtol=1e-6, atol=0)
 

@@ -3,7 +3,8 @@
     ln p(x) = ln N(z; 0, I) + ln |det dz/dx|,  z = f(x)                                     (Dinh et al. 2017, eq. 3)
 
 ``Flow`` is a distribution: ``sample(n, seeds=...)`` and ``log_prob(x)`` in nats. ``RealNVP`` is one of vectors,
-``Glow`` one of images, and ``Flow(shape, layers)`` one of any layers. :mod:`diffkern.training.flow` trains them.
+``Glow`` one of images, and ``Flow(shape, layers)`` one of any layers.
+:class:`diffkern.training.Trainer` trains them.
 """
 
 from .architectures import Glow as Glow

@@ -18,8 +18,7 @@ from ..likelihood import nll
 from ..model import Model
 from ..networks.defaults import float32_on
 from ..process import EDM
-from ..progress import bar as progress_bar
-from ..training import Config, Trainer, train_flow
+from ..training import Config, Trainer
 from . import Figure, Panel
 from .densities import DENSITIES, Density
 
@@ -44,7 +43,7 @@ def flow_of(x: Tensor, steps: int, progress: bool = False) -> Flow:
     """A RealNVP of points x [K, 2]."""
     flow = RealNVP((2,), couplings=12, width=64, depth=2, waves=2, permutation="reverse")
     config = Config(**SHARED, steps=steps, lr=4e-3, warmup=steps // 20)
-    return train_flow(flow, x, config, progress=progress)
+    return Trainer(flow, x, config).train(progress=progress)
 
 
 def diffusion_of(x: Tensor, steps: int, progress: bool = False) -> Model:
@@ -58,12 +57,8 @@ def diffusion_of(x: Tensor, steps: int, progress: bool = False) -> Model:
         torch.default_generator.manual_seed(config.seed)
         network = Denoiser()
     process = EDM(sigma_data=x.square().mean().sqrt().item())
-    trainer = Trainer(Model(network, process, "edm", (2,), name="diffusion", clip=False), x, config)
-    with progress_bar(steps, "diffusion", "step", progress) as bar:
-        for _ in range(steps):
-            trainer.step()
-            bar.update()
-    return trainer.model
+    model = Model(network, process, "edm", (2,), name="diffusion", clip=False)
+    return Trainer(model, x, config).train(progress=progress)
 
 
 def log_prob(model: Model, x: Tensor, tol: float) -> Tensor:

@@ -11,7 +11,6 @@ from .checkpoint import read_checkpoint
 from .config import Config, config_fields
 from .draws import Draws, draw
 from .ema import PostHoc, ema_decay, post_hoc_ema
-from .flow import FlowTrainer, train_flow
 from .recipes import PRESETS, recipe
 from .runs import Log
 from .start import new_model
@@ -23,7 +22,6 @@ __all__ = [
     "Config",
     "Diverged",
     "Draws",
-    "FlowTrainer",
     "Log",
     "PostHoc",
     "Trainer",
@@ -34,5 +32,4 @@ __all__ = [
     "post_hoc_ema",
     "read_checkpoint",
     "recipe",
-    "train_flow",
 ]

@@ -1,45 +1,28 @@
 """The batches of a run: which items each holds, and what is drawn for them."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import parallel
-from ..data import Batch, Dataset, Items, epoch_order
-from ..model import Model
-from ..process import Process
+from ..data import Dataset, Items, epoch_order
 from .config import Config
 from .draws import Draws, draw
 from .reading import Place, Reader
-from .times import Importance, Times
+from .task import Given, Task
 
 HELD_OUT = 2**62
 """The examples from here on, which no run trains on, are those of the held-out data."""
 
 
-class Given(NamedTuple):
-    """A training batch: examples, labels, random draws and conditions."""
-
-    x_0: Tensor  # [N, ...] float32
-    labels: Tensor | None  # [N] int64, -1 where dropped
-    draws: Draws
-    conditions: dict[str, Tensor]  # [N, ...] by name, null where labels are dropped
-
-
 class Batches:
-    """The examples of a run by their numbers: each is a function of its number and the run's seed.
+    """The examples of a run by their numbers: each is a function of its number and the run's seed."""
 
-    clock  how many time steps the process has, or a process of real times
-    times  how t is drawn
-    """
-
-    def __init__(
-        self, model: Model, dataset: Dataset | Items, config: Config, clock: int | Process, times: Times | Importance
-    ):
-        self.model, self.dataset, self.config, self.clock, self.times = model, dataset, config, clock, times
+    def __init__(self, task: Task, dataset: Dataset | Items, config: Config):
+        self.task, self.dataset, self.config = task, dataset, config
         ahead = config.workers and isinstance(dataset, Items)
         self.reader = Reader(dataset, config.workers, self._asked, self._after) if ahead else None
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64, device="cpu"))
@@ -58,13 +41,17 @@ class Batches:
     def at(self, place: Place) -> Given:
         """This process's share of a part of a step."""
         batch = self.dataset.batch(*self._asked(place)) if self.reader is None else self.reader.read(place)
-        return self._given(batch, self._draws(place), flip=self.config.flip)
+        draws = self._draws(place)
+        if self.config.flip:
+            flip = draws.flip.view(-1, *[1] * (batch.x_0.ndim - 1))
+            batch = replace(batch, x_0=torch.where(flip, batch.x_0.flip(-1), batch.x_0))
+        return self.task.given(batch, draws)
 
-    def held_out(self, data: Dataset | Items, times: Times) -> Iterator[Given]:
-        """All of ``data``, with the same draws each time, at t drawn by ``times``."""
+    def held_out(self, data: Dataset | Items) -> Iterator[Given]:
+        """All of ``data``, with the same draws each time."""
         for index in torch.arange(len(data), dtype=torch.int64, device="cpu").split(self.config.batch_size):
-            draws = draw(HELD_OUT + index.numpy(), self.config.seed, self.clock, 0.0, times)
-            yield self._given(data.batch(index, draws.seeds), draws)
+            draws = draw(HELD_OUT + index.numpy(), self.config.seed, self.task.clock, 0.0, self.task.times)
+            yield self.task.given(data.batch(index, draws.seeds), draws)
 
     def close(self) -> None:
         """End the processes that read ahead, if there are any."""
@@ -79,8 +66,9 @@ class Batches:
         return before + share * (parts * parallel.rank() + part) + np.arange(share)
 
     def _draws(self, place: Place) -> Draws:
-        config = self.config
-        return draw(self._examples(place), config.seed, self.clock, config.label_dropout, self.times)
+        config, task = self.config, self.task
+        times = task.importance or task.times
+        return draw(self._examples(place), config.seed, task.clock, config.label_dropout, times)
 
     def _asked(self, place: Place) -> tuple[Tensor, Tensor]:
         """The index and the seeds of the items at a place."""
@@ -90,21 +78,3 @@ class Batches:
         before, part = place
         last = part == self.config.accumulate - 1
         return (before + self.config.batch_size, 0) if last else (before, part + 1)
-
-    def _given(self, batch: Batch, draws: Draws, *, flip: bool = False) -> Given:
-        """A batch of items as the network gets it: mirrored, encoded, its labels and conditions dropped."""
-        x_0, labels, n = batch.x_0, batch.labels, len(batch.x_0)
-        if flip:
-            x_0 = torch.where(draws.flip.view(-1, *[1] * (x_0.ndim - 1)), x_0.flip(-1), x_0)
-        if self.model.codec is not None:
-            x_0 = self.model.to_latents(x_0).float()
-        if tuple(x_0.shape[1:]) != self.model.shape:
-            raise ValueError(f"data: expected items of shape {self.model.shape}, got {tuple(x_0.shape[1:])}")
-        labels = None if labels is None else labels.masked_fill(draws.null, -1)
-        conditions = {}
-        for condition in self.model.conditions:
-            value = conditions[condition.name] = condition.batch(batch.conditions.get(condition.name), n)
-            if condition.null is not None:
-                null = draws.null.view(-1, *[1] * (value.ndim - 1))
-                conditions[condition.name] = torch.where(null, condition.batch(None, n), value)
-        return Given(x_0, labels, draws, conditions)

@@ -1,32 +1,34 @@
 """A run's checkpoint, read with its settings and checked; :meth:`diffkern.training.Trainer.save` writes it."""
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..io.description import check_model, checked_training
+from ..io.description import checked_training
 from ..io.files import read
 from .config import Config
+from .denoising import Denoising
+from .maximum_likelihood import MaximumLikelihood
 from .runs import Unlogged
+from .task import Task
 
 
-def read_checkpoint(
-    path: str | os.PathLike, check: Callable[[dict[str, Any], int], None] = check_model
-) -> tuple[dict[str, Any], dict[str, Tensor], Config]:
-    """The description, the tensors and the settings of a checkpoint; ValueError for a file that is none.
-
-    check  raises for a description that is not of what is trained; it gets the number of tensors, too
-    """
+def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor], Config]:
+    """The description, the tensors and the settings of a checkpoint; ValueError for a file that is none."""
     description, tensors = read(path)
     config = checked_training(description, path, Config)
     try:
-        check(description, len(tensors))
+        kind_in(description).check(description, len(tensors))
         _check_optional(**{key: description["training"].get(key) for key in ("data", "log", "frozen", "eval")})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     return description, tensors, config
+
+
+def kind_in(description: dict[str, Any]) -> type[Task]:
+    """The task of a checkpoint's run."""
+    return MaximumLikelihood if "flow" in description else Denoising
 
 
 def modes(network: nn.Module) -> dict[str, list[str]]:

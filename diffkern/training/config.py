@@ -1,6 +1,7 @@
 """The settings of a training run."""
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -38,6 +39,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)([plain(item) for item in value])
     return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+
+
+def as_json(value: Any) -> Any:
+    """``value`` as it is read from a file again."""
+    return json.loads(json.dumps(plain(value)))
 
 
 @dataclass(frozen=True)

@@ -8,27 +8,27 @@ import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import images, ops, parallel
+from .. import parallel
+from ..flows import Flow
 from ..io.files import restore, state, write
-from ..model import Model, build, plan
-from ..process import Process
-from ..runtime.loop import call
-from ..sampling import sample
+from ..model import Model
+from ..progress import bar as progress_bar
 from . import loop
-from .batches import Batches, Given
-from .checkpoint import modes, read_checkpoint, restore_modes
+from .batches import Batches
+from .checkpoint import kind_in, modes, read_checkpoint, restore_modes
 from .config import Config
 from .draws import step_seed
 from .ema import PowerAverages, ema_decay
-from .fitting import Fitted, changed, fitted, settled
+from .fitting import Fitted, changed, fitted
 from .runs import Unlogged
-from .times import Importance, Times
+from .task import Given
 
 
 class Diverged(RuntimeError):
@@ -39,10 +39,12 @@ class Trainer:
     """The state of a run: the network, its average, AdamW's moments, and two counters.
 
     ``model`` holds the averaged network, and is what to sample from. ``steps`` optimizer steps have been taken and
-    ``examples`` images seen; ``step()`` takes the next one.
+    ``examples`` images seen; ``step()`` takes the next one. ``task`` is the loss: an objective of a ``Model``, bits a
+    dimension of a flow.
 
     model       its network is any ``nn.Module``, called as ``network(x_t, t, labels, **conditions)``; its process,
-                prediction and conditions are those of the run
+                prediction and conditions are those of the run. Or a :class:`diffkern.flows.Flow`: ``run`` and ``save``
+                want a ``RealNVP`` or ``Glow``, and the config's settings of t, labels and networks keep their defaults
     dataset     a :class:`diffkern.data.Dataset`, or any map-style dataset, as :class:`diffkern.data.Items` reads it
     validation  held-out data of the same kind, or None
 
@@ -52,42 +54,44 @@ class Trainer:
     Raises TypeError or ValueError for a model, data and config that do not fit each other.
     """
 
-    importance: Importance | None = None
-
     def __init__(
         self,
-        model: Model,
+        model: Model | Flow,
         dataset: Any,
         config: Config,
         *,
         device: torch.device | str | None = None,
         validation: Any = None,
     ):
-        self._begin(fitted(model, dataset, config, device=device, validation=validation))
+        self._begin(fitted(model, dataset, config, device=device, validation=validation), first=True)
 
-    def _begin(self, run: Fitted) -> None:
-        """The state before the first step. All that is refused has been refused: the caller's network changes here."""
-        self.objective, self.noising = run.objective, run.noising
-        clock = self.noising.terms or run.model.schedule
-        self.importance = Importance(clock) if run.config.times == "importance" else None
-        self._start(run, clock, run.objective.t)
+    def _begin(self, run: Fitted, *, first: bool) -> None:
+        """The state before the first step. All that is refused has been refused: the caller's network changes here.
 
-    def _start(self, run: Fitted, clock: int | Process, times: Times) -> None:
-        """All of that but the objective."""
-        self.config, self.dataset, self.validation, self.times = run.config, run.dataset, run.validation, times
+        first  whether the network takes from data what it begins with; of a checkpoint it has
+        """
+        self.config, self.dataset, self.validation = run.config, run.dataset, run.validation
         self.steps = self.examples = 0
         self.data = {"images": len(self.dataset), "fingerprint": self.dataset.fingerprint}
         self.unlogged = Unlogged()
         self._terms: list[Tensor] = []  # [N, 2], t and loss of each example of the step
-        self.network = _in_training(run.model.network, run.device)
+        network = run.task.network.to(run.device)
+        if first:
+            run.task.initialize(Batches(run.task, run.dataset, replace(run.config, workers=0, accumulate=1)))
+        self.network = _in_training(network)
         self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        self.model = replace(run.model, network=copy.deepcopy(self.network).eval().requires_grad_(False))
-        average = dict(self.model.network.named_parameters())
+        self.task = run.task.of(copy.deepcopy(self.network).eval().requires_grad_(False))
+        average = dict(self.task.network.named_parameters())
         self.average = [average[name] for name in self.trained]
         self.powers = PowerAverages(run.config.ema_profiles if run.config.snapshot_every else (), self.trained)
         self.predict = parallel.averaging(self.network)
         self.optimizer = _optimizer(self.trained.values(), run.config)
-        self.batches = Batches(self.model, self.dataset, run.config, clock, self.importance or times)
+        self.batches = Batches(self.task, self.dataset, run.config)
+
+    @property
+    def model(self) -> Model | Flow:
+        """The model with the averaged network."""
+        return self.task.model
 
     @classmethod
     def resume(
@@ -110,15 +114,16 @@ class Trainer:
         other images than the run has seen. Raises ValueError for a change of the network, the process, the objective
         or the seed, and for fewer ``steps`` than have been taken.
         """
+        path = Path(path)
         description, tensors, config = read_checkpoint(path)
-        training = description["training"]
-        planned = plan(description, tensors, path, into=into)
-        config = changed(settled(config, planned), changes, planned, training["steps"], path)
+        training, kind = description["training"], kind_in(description)
+        planned = kind.planned(description, tensors, path, into)
+        config = changed(kind.settled(config, planned), changes, planned, training["steps"], path)
         run = fitted(planned, dataset, config, device=device, validation=validation)
-        model = build(description, tensors, path, prefix="network.", device=run.device, into=into)
-        restore_modes(model.network, training)
+        task = run.task.of(kind.built(description, tensors, path, into, run.device))
+        restore_modes(task.network, training)
         self = cls.__new__(cls)
-        self._begin(replace(run, model=model))
+        self._begin(replace(run, task=task), first=False)
         self._continue(training, tensors, path)
         return self
 
@@ -143,10 +148,10 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a step changes, but for the counters: the live tensors, by their names in a checkpoint."""
-        importance = {} if self.importance is None else self.importance.tensors()
+        importance = {} if self.task.importance is None else self.task.importance.tensors()
         return {
             **{f"network.{name}": tensor for name, tensor in state(self.network).items()},
-            **{f"ema.{name}": tensor for name, tensor in state(self.model.network).items()},
+            **{f"ema.{name}": tensor for name, tensor in state(self.task.network).items()},
             **{f"exp_avg.{name}": self.optimizer.state[p]["exp_avg"] for name, p in self.trained.items()},
             **{f"exp_avg_sq.{name}": self.optimizer.state[p]["exp_avg_sq"] for name, p in self.trained.items()},
             **self.powers.tensors(),
@@ -179,26 +184,13 @@ class Trainer:
         return self.batches.at((self.examples, part))
 
     def loss(self, part: int = 0) -> Tensor:
-        """The mean of the objective: on a schedule by default || eps - eps_theta(sqrt(alpha_bar) x_0 +
-        sqrt(1 - alpha_bar) eps, t) ||^2 an element."""
+        """The mean of the task's losses of a part of this process's share of the next step."""
         batch = self.batch(part)
-        losses, draws = self._losses(self.predict, batch), batch.draws
+        losses, draws = self.task.losses(self.predict, batch), batch.draws
         if draws.weights is None:
             return losses.mean()
         self._terms.append(torch.stack((draws.t.to(losses), losses.detach()), 1))
         return (losses * draws.weights.to(losses)).mean()
-
-    def _losses(self, network: Any, batch: Given) -> Tensor:
-        """Each example's loss, [N]."""
-        device, learned = self.model.device, self.model.learned_variance
-        _, labels, draws, conditions = batch
-        x_0, seeds, at = batch.x_0.to(device), draws.seeds.to(device), self.noising.at(draws.t)
-        given = conditions if labels is None else conditions | {"labels": labels}
-        given = {name: value.to(device) for name, value in given.items()}
-        x_t = ops.q_sample(x_0, at.step, seeds, at.q_table, address=at.address)
-        channels, dtype = x_t.shape[1] * (2 if learned else 1), torch.bfloat16 if self.config.bf16 else None
-        out = call(network, x_t, at.t, given, channels, dtype)
-        return self.noising.loss(out, x_0, seeds, at, learned_variance=learned)
 
     def step(self) -> float:
         """One step of Algorithm 1; returns its loss. Raises :class:`Diverged`, and then has changed no parameter."""
@@ -214,9 +206,9 @@ class Trainer:
         self.steps += 1
         self.examples += self.config.batch_size
         self._update_averages()
-        if self.importance is not None:
+        if self.task.importance is not None:
             t, terms = parallel.joined_rows(torch.cat(self._terms)).cpu().unbind(1)
-            self.importance.update(t.long(), terms)
+            self.task.importance.update(t.long(), terms)
         return loss.item()
 
     def _backward(self) -> Tensor:
@@ -237,7 +229,7 @@ class Trainer:
         trained, decay = list(self.trained.values()), ema_decay(self.config.ema, self.steps)
         torch._foreach_lerp_(self.average, trained, 1 - decay)  # ema <- decay ema + (1 - decay) theta
         self.powers.update(self.steps)
-        for mine, theirs in zip(self.model.network.buffers(), self.network.buffers(), strict=True):
+        for mine, theirs in zip(self.task.network.buffers(), self.network.buffers(), strict=True):
             mine.copy_(theirs)  # such as the statistics of BatchNorm, which are averages themselves
 
     @torch.no_grad()
@@ -246,24 +238,30 @@ class Trainer:
         if self.validation is None:
             raise ValueError("validation: expected held-out data, got None")
         total = 0.0
-        for batch in self.batches.held_out(self.validation, self.times):
-            total += self._losses(self.model.network, batch).double().sum().item()
+        for batch in self.batches.held_out(self.validation):
+            total += self.task.losses(self.task.network, batch).double().sum().item()
         return total / len(self.validation)
 
     def grid(self, n: int = 40, steps: int = 50):
         """A ``PIL.Image`` of n samples of the averaged model, the same seeds and labels each time: the classes in turn,
-        or where they have no names the labels of the first items, if items have some."""
-        classes, index = self.model.classes, torch.arange(n, dtype=torch.int64, device="cpu")
-        labels = names = None
-        if classes is not None:
-            labels = index % len(classes)
-            names = images.captions(classes, labels.tolist())
-        elif self.dataset.labelled:
-            labels = self.dataset.batch(index % len(self.dataset)).labels
-            names = [str(label) for label in labels.tolist()]
-        steps = min(steps, self.noising.terms or steps)
-        x = sample(self.model, n, labels=labels, sampler="ddim", steps=steps, progress=False)
-        return images.grid(x, names, columns=10)
+        or where they have no names the labels of the first items, if items have some.
+
+        steps  of a diffusion model's sampler
+        """
+        return self.task.grid(self.dataset, n, steps)
+
+    def train(self, *, progress: bool = True) -> Model | Flow:
+        """Train up to ``config.steps`` and return the averaged model. Nothing is written."""
+        with (
+            contextlib.closing(self.batches),
+            progress_bar(self.config.steps, "training", "step", progress, initial=self.steps) as bar,
+        ):
+            while self.steps < self.config.steps:
+                loss = self.step()
+                bar.update()
+                if self.steps % self.config.log_every == 0:
+                    bar.report(loss=f"{loss:.4f}")
+        return self.model
 
     def run(self, out: str | os.PathLike, *, progress: bool = True, lock: bool = True) -> signal.Signals | None:
         """Train up to ``config.steps``, into the directory ``out``: checkpoint.safetensors, log.csv, loss.png,
@@ -278,9 +276,8 @@ class Trainer:
         return loop.run(self, out, progress=progress, lock=lock)
 
 
-def _in_training(network: nn.Module, device: torch.device) -> nn.Module:
-    """``network`` on ``device``, in training mode where all of it was in eval mode, trained where all was frozen."""
-    network.to(device)
+def _in_training(network: nn.Module) -> nn.Module:
+    """``network`` in training mode where all of it was in eval mode, trained where all was frozen."""
     if not any(module.training for module in network.modules()):
         network.train()
     if not any(parameter.requires_grad for parameter in network.parameters()):
