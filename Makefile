@@ -1,4 +1,4 @@
-# make sample | test | test-all | bench | lint | clean
+# make sample | test | test-all | bench | docs | lint | clean
 #
 # Each makes the environment $(VENV), installs diffkern and what it needs into it, and runs. VENV=path uses one that
 # exists, and keeps its torch. Python, a C++ compiler and make must be there; an nvcc is used if it is (docs/install.md
@@ -15,7 +15,7 @@ TORCH   := torch==$(shell sed -n 's/^PINNED = "\(.*\)"/\1/p' csrc/setup/build_ba
 RUFF    := $(shell sed -n 's/^lint = \["\(.*\)"\]/\1/p' pyproject.toml)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: sample test test-all bench lint clean
+.PHONY: sample test test-all bench docs lint clean
 
 sample: $(VENV)/.diffkern
 	$(BIN)/diffkern sample --model fashion-mnist --n 64 --steps 50 --out samples.png
@@ -24,12 +24,16 @@ test: $(VENV)/.diffkern-test
 	$(BIN)/python tests/interpreted.py
 	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
 
-test-all: $(VENV)/.diffkern-test $(VENV)/.diffkern-interop $(VENV)/.diffkern-tensorboard
+test-all: $(VENV)/.diffkern-test $(VENV)/.diffkern-interop $(VENV)/.diffkern-tensorboard $(VENV)/.diffkern-docs
 	$(BIN)/python tests/interpreted.py
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow" $(PYTEST)
 
 bench: $(VENV)/.diffkern-bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST)
+
+docs: $(VENV)/.diffkern-docs
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/docs
+	@echo build/docs/README.html
 
 lint: $(VENV)/.ruff
 	$(BIN)/ruff check

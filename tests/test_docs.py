@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -146,3 +148,13 @@ def test_every_word_of_the_glossary_is_used_elsewhere():
     used = "\n".join(path.read_text() for path in others)
     unused = [word for word in words if not re.search(rf"(?<!\w){re.escape(word)}s?(?!\w)", used, re.IGNORECASE)]
     assert len(words) == len(set(words)) and not unused
+
+
+@pytest.mark.slow
+def test_the_site_is_made_without_a_warning(tmp_path):
+    pytest.importorskip("furo"), pytest.importorskip("myst_parser")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", ".", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "docs" / "reference.html").read_text()
+    assert all(f'id="diffkern.{name}"' in page for name in diffkern.__all__ if name != "__version__")
