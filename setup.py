@@ -40,7 +40,7 @@ class BuildKernels(BuildExtension):
         torch = build_backend.target_torch()
         built = build_kernels.build(
             default="native" if self.for_this_machine else "all",
-            torch_has_cuda=bool(torch and torch.cuda),
+            torch_has_cuda=torch and bool(torch.cuda),
         )
         (extension,) = self.extensions
         extension.depends += extension.sources

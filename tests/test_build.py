@@ -206,6 +206,24 @@ def test_cuda_is_left_out_by_request_before_nvcc_is_looked_for(monkeypatch):
         build_cuda.usable_nvcc("maybe", torch_has_cuda=False)
 
 
+def test_a_native_build_for_a_torch_without_cuda_leaves_it_out_unless_a_variable_asks(monkeypatch, tmp_path):
+    cmake = program(tmp_path / "bin" / "cmake", "")
+    monkeypatch.setenv("PATH", str(cmake.parent), prepend=os.pathsep)
+    monkeypatch.setenv("CUDACXX", str(program(tmp_path / "nvcc", GOOD_NVCC)))
+    monkeypatch.setattr(build_kernels, "KERNELS", tmp_path / "kernels")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "cmake-info.json").write_text(json.dumps({"cuda_architectures": ""}))
+    for variable in ("DIFFKERN_CUDA", *build_cuda.CHOICES):
+        monkeypatch.delenv(variable, raising=False)
+    assert build_kernels.build("native", torch_has_cuda=False)["cuda_left_out"] == "this torch has no CUDA"
+    for default, torch_has_cuda in (("all", False), ("native", None), ("native", True)):
+        assert build_kernels.build(default, torch_has_cuda)["cuda_left_out"] == ""
+    for variable, value in (("DIFFKERN_CUDA", "ON"), ("DIFFKERN_CUDA_ARCHITECTURES", "80")):
+        with monkeypatch.context() as asking:
+            asking.setenv(variable, value)
+            assert build_kernels.build("native", torch_has_cuda=False)["cuda_left_out"] == ""
+
+
 # --- a build folder and its circumstances ---
 
 

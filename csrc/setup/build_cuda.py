@@ -3,7 +3,8 @@
 The names of architectures are nvcc's: sm_80 is machine code for one, compute_80 is PTX, which the driver compiles for
 any later one. Environment:
 
-    DIFFKERN_CUDA                   ON: CUDA kernels or an error; OFF: none; unset: where an nvcc works
+    DIFFKERN_CUDA                   ON: CUDA kernels or an error; OFF: none; unset: where an nvcc works, but in an
+                                    editable install for a torch without CUDA only if architectures are named
     CUDACXX, CUDA_HOME, CUDA_PATH   where nvcc is, before PATH and /usr/local/cuda; CUDAHOSTCXX is its C++ compiler
     DIFFKERN_CUDA_ARCHITECTURES     for which cards, else TORCH_CUDA_ARCH_LIST; an editable build is for those that are
                                     there, without any it is PTX alone; any other build is for all
@@ -31,6 +32,7 @@ GENERATIONS = {  # the names that TORCH_CUDA_ARCH_LIST may have
     "hopper": "90",
     "blackwell": "100 120",
 }
+CHOICES = ("DIFFKERN_CUDA_ARCHITECTURES", "TORCH_CUDA_ARCH_LIST")  # of these, the first that is set
 TRUE, FALSE = ("ON", "1", "TRUE", "YES"), ("OFF", "0", "FALSE", "NO")
 SPELLINGS = "architectures of 75 or later as in '80;90', '8.0 8.9+PTX', 'sm_90a', 'compute_80', 'native' or 'all'"
 
@@ -67,7 +69,7 @@ def complaint(nvcc: str) -> str | None:
     return f"{nvcc}: {[*telling, *lines, f'exit status {done.returncode}'][0]}"
 
 
-def usable_nvcc(wanted: str, torch_has_cuda: bool) -> tuple[str | None, str]:
+def usable_nvcc(wanted: str, torch_has_cuda: bool | None) -> tuple[str | None, str]:
     """(nvcc, "") or (None, why the CUDA kernels are left out).
 
     ``wanted``: DIFFKERN_CUDA, empty where it is not set. ValueError where the kernels cannot be left out: they were
@@ -89,6 +91,11 @@ def usable_nvcc(wanted: str, torch_has_cuda: bool) -> tuple[str | None, str]:
     if wanted or torch_has_cuda:
         raise ValueError(refusal(reason))
     return None, reason
+
+
+def asked_for() -> bool:
+    """Does the environment ask for CUDA kernels, or have a say in them?"""
+    return any(os.environ.get(variable, "").strip() for variable in ("DIFFKERN_CUDA", *CHOICES))
 
 
 def refusal(reason: str) -> str:
@@ -183,7 +190,7 @@ def _number(name: str) -> int:
 def chosen_architectures(nvcc: str, default: str) -> list[str]:
     """Return the architectures of DIFFKERN_CUDA_ARCHITECTURES, else of TORCH_CUDA_ARCH_LIST, else of the default."""
     known = known_architectures(nvcc)
-    for variable in ("DIFFKERN_CUDA_ARCHITECTURES", "TORCH_CUDA_ARCH_LIST"):
+    for variable in CHOICES:
         if text := os.environ.get(variable, "").strip():
             return read_architectures(text, variable, known)
     return read_architectures(default, "default", known)

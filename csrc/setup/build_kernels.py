@@ -62,14 +62,19 @@ def check() -> None:
 # --- the kernels -------------------------------------------------------------------------------------------------
 
 
-def build(default: str, torch_has_cuda: bool) -> dict[str, str]:
+def build(default: str, torch_has_cuda: bool | None) -> dict[str, str]:
     """Configure and build the kernels, for "all" machines or the "native" one where no variable says otherwise.
 
+    ``torch_has_cuda``: None if there is no torch yet. A native build for a torch without CUDA leaves the CUDA kernels
+    out, which that torch cannot run, unless a variable asks for them.
     Returns what build-info.json then holds, lists with semicolons: "library", its path; "cpu_levels";
     "cuda_library_dirs"; "cuda_architectures", as in "sm_80;compute_80", or nothing; "cuda_left_out", or why.
     """
     try:
-        nvcc, left_out = build_cuda.usable_nvcc(os.environ.get("DIFFKERN_CUDA", ""), torch_has_cuda)
+        if default == "native" and torch_has_cuda is False and not build_cuda.asked_for():
+            nvcc, left_out = None, "this torch has no CUDA"
+        else:
+            nvcc, left_out = build_cuda.usable_nvcc(os.environ.get("DIFFKERN_CUDA", ""), torch_has_cuda)
         architectures = build_cuda.chosen_architectures(nvcc, default) if nvcc else []
         levels = chosen_levels(os.environ.get("DIFFKERN_CPU_LEVELS") or default, processor_flags())
         extra = shlex.split(os.environ.get("DIFFKERN_CMAKE_ARGS", ""))
