@@ -15,6 +15,9 @@ TORCH   := torch==$(shell sed -n 's/^PINNED = "\(.*\)"/\1/p' csrc/setup/build_ba
 RUFF    := $(shell sed -n 's/^lint = \["\(.*\)"\]/\1/p' pyproject.toml)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
+# Tests start some hundred processes: each would compile the package anew where bytecode is not kept.
+test test-all: export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: sample test test-all bench docs lint clean
 
 sample: $(VENV)/.diffkern

@@ -1,6 +1,5 @@
 """U-Nets of every kind, their inputs, and the same networks by diffusers."""
 
-import diffusers
 import torch
 from tolerances import UNET
 from torch import Tensor, nn
@@ -45,6 +44,8 @@ def with_random_weights(network: nn.Module) -> nn.Module:
 
 def diffusers_twin(unet: UNet) -> nn.Module:
     """The same network by diffusers' names of things."""
+    import diffusers  # it takes seconds, which most that read this file can do without
+
     c = unet.config
     levels = range(len(c["channel_mult"]))
 
