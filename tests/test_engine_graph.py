@@ -9,6 +9,7 @@ import math
 import pickle
 import re
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,6 +307,19 @@ def test_inputs_of_a_graph_that_is_returned_are_the_callers():
         assert fast(X, T)[1] is X
 
 
+def test_a_label_out_of_range_raises_what_the_network_raises():
+    network = network_of(lambda n, x, t: n.conv(x) + F.embedding(t, n.q.weight)[:, :, None, None])
+    fast, labels, wrong = optimize(network), torch.tensor([0, 1, 2]), torch.tensor([0, 1, 8])
+    for call in (lambda: None, lambda: fast(X, labels)):  # in the first call, and where there is a recording
+        call()
+        with pytest.raises(IndexError) as expected:
+            network(X, wrong)
+        with pytest.raises(IndexError) as raised:
+            fast(X, wrong)
+        assert str(raised.value) == str(expected.value) and raised.value.__context__ is None
+    assert_close(fast(X, labels), network(X, labels))
+
+
 def test_explain_raises_what_a_network_raises():
     network = UNet(3, channels=8, channel_mult=(1,), attention_levels=(), groups=4, num_classes=3).eval()
     x, t, wrong = torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 3])
@@ -534,6 +548,32 @@ def test_packed_weights_go_with_the_recordings_that_use_them():
     fast(X, T)
     gc.collect()
     assert len(store) == 0  # the store of the weights that were
+
+
+BACK = {
+    "a bound method": lambda n: n.forward,
+    "a closure": lambda n: lambda: n,
+    "a list": lambda n: [n],
+    "its optimized form": optimize,
+}
+
+
+def test_a_network_that_its_modules_refer_to_is_garbage_with_all_that_was_made_of_it():
+    def made_of(back: Callable) -> list[weakref.ref]:
+        network = network_of(lambda n, x, t: n.conv(x))
+        network.conv.back = back(network)
+        fast = optimize(network)
+        fast(X, T)
+        made = compiled_module.compiled(network)
+        optimize(network)(X, T)
+        assert compiled_module.compiled(network) is made
+        assert [case.why_not for case in made.cases.values()] == [""]
+        (packed,) = made._store._packed.values()
+        return [weakref.ref(thing) for thing in (network, made, packed)]
+
+    gone = {name: made_of(back) for name, back in BACK.items()}
+    gc.collect()
+    assert not {name for name, things in gone.items() if any(thing() is not None for thing in things)}
 
 
 # --- torch.compile ---

@@ -1,6 +1,6 @@
 """Capture a network's graph: its ``forward`` runs once, and every function of torch that it calls becomes a node.
 
-    network, inputs -> Capture: a ``torch.fx.Graph`` whose nodes know their shape and dtype
+    network, inputs -> Capture: a graph whose nodes know their shape and dtype
 
 The run is a real one, on the memory of the call's inputs, by ``torch.overrides.TorchFunctionMode``. So it sees whatever
 Python does: processors, patched methods, options. It takes no compiler, and gives a result that the recording is held
@@ -16,12 +16,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..ops import transforms
-from .functions import SEEN, SHAPED_BY_NUMBERS, Written, item_of, name_of, sweep
+from .functions import SEEN, SHAPED_BY_NUMBERS, Written, item_of, name_of
+from .graph import Graph, Node
 from .number import Number, plain
 from .trees import leaves_of, mapped, masks
 
@@ -41,25 +42,17 @@ class NotCaptured(Exception):
 class Capture:
     """The graph of a call.
 
-    graph    its nodes have ``meta["shape"]`` and ``meta["dtype"]``. Weights and constants are ``get_attr`` nodes,
-             inputs ``placeholder`` nodes, one a tensor or number of the call
-    tensors  by the target of a ``get_attr`` node
-    weights  the targets of those that are the network's own, whose numbers may change
-    output   the structure of the result, for ``tree_unflatten``
-    leaves   its leaves: a node, or what is there at every call
-    result   the result of the run
+    graph   it has an input for each tensor and number of the call. Weights are the network's own tensors, whose numbers
+            may change
+    output  the structure of the result, for ``tree_unflatten``
+    leaves  its leaves: a node, or what is there at every call
+    result  the result of the run
     """
 
-    graph: fx.Graph
-    tensors: dict[str, Tensor]
-    weights: set[str]
+    graph: Graph
     output: Any
     leaves: list[Any]
     result: Any
-
-    @property
-    def placeholders(self) -> list[fx.Node]:
-        return [node for node in self.graph.nodes if node.op == "placeholder"]
 
 
 def capture(run: Callable[..., Any], args: tuple, kwargs: dict[str, Any], owned: Sequence[Tensor]) -> Capture:
@@ -89,12 +82,10 @@ def capture(run: Callable[..., Any], args: tuple, kwargs: dict[str, Any], owned:
 class _Recorder(TorchFunctionMode):
     def __init__(self, owned: Sequence[Tensor]):
         super().__init__()
-        self.graph, self.refused = fx.Graph(), ""
-        self.tensors: dict[str, Tensor] = {}
-        self.weights: set[str] = set()
+        self.graph, self.refused = Graph(), ""
         self._owned = {id(tensor): tensor for tensor in owned}
-        self._known: dict[int, tuple[weakref.ref, fx.Node]] = {}
-        self._numbers: dict[int, tuple[Any, fx.Node]] = {}
+        self._known: dict[int, tuple[weakref.ref, Node]] = {}
+        self._numbers: dict[int, tuple[Any, Node]] = {}
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}  # what the network gets, and what the caller gave
 
     # --- what is known ---
@@ -107,9 +98,9 @@ class _Recorder(TorchFunctionMode):
         if isinstance(leaf, Tensor):
             given, leaf = leaf, leaf.detach()
             self._inputs[id(leaf)] = leaf, given
-            self._bind(leaf, self._placeholder(tuple(leaf.shape), leaf.dtype))
+            self._bind(leaf, _described(self.graph.add("input"), tuple(leaf.shape), leaf.dtype))
         elif type(leaf) in (int, float):
-            node = self._placeholder((), type(leaf))
+            node = _described(self.graph.add("input"), (), type(leaf))
             leaf = Number.of(leaf, lambda: self.refuse("its forward computes with a number that it gets"))
             self._numbers[id(leaf)] = leaf, node
         return leaf
@@ -118,31 +109,21 @@ class _Recorder(TorchFunctionMode):
         """Return the caller's tensor for the one that the network got; anything else as it is."""
         return self._inputs[id(leaf)][1] if id(leaf) in self._inputs else plain(leaf)
 
-    def _placeholder(self, shape: tuple[int, ...], dtype: Any) -> fx.Node:
-        return _described(self.graph.placeholder(f"input_{len(self.graph.nodes)}"), shape, dtype)
-
-    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
+    def _bind(self, tensor: Tensor, node: Node) -> None:
         self._known[id(tensor)] = weakref.ref(tensor), node
 
-    def _find(self, tensor: Tensor) -> fx.Node | None:
+    def _find(self, tensor: Tensor) -> Node | None:
         reference, node = self._known.get(id(tensor), (None, None))
         if node is not None and reference() is tensor:
             return node
         if id(tensor) in self._owned:
-            node = self._attribute(tensor)
-            self.weights.add(node.target)
-            return node
+            return self._add("weight", tensor)
         return None
 
-    def _attribute(self, tensor: Tensor) -> fx.Node:
-        name = f"tensor_{len(self.tensors)}"
-        self.tensors[name] = tensor
-        node = _described(self.graph.create_node("get_attr", name), tuple(tensor.shape), tensor.dtype)
+    def _add(self, kind: str, tensor: Tensor) -> Node:
+        node = _described(self.graph.add(kind, tensor), tuple(tensor.shape), tensor.dtype)
         self._bind(tensor, node)
         return node
-
-    def _is_constant(self, node: fx.Node) -> bool:
-        return node.op == "get_attr" and node.target not in self.weights
 
     def refuse(self, why: str) -> NotCaptured:
         self.refused = self.refused or why
@@ -202,7 +183,7 @@ class _Recorder(TorchFunctionMode):
             return  # it did nothing
         if not numbers and all(self._constant_operand(tensor) for tensor in operands):
             for tensor in made:
-                self._attribute(tensor)
+                self._add("constant", tensor)
             return
         node = self._call(function, args, kwargs)
         if isinstance(result, Tensor):
@@ -210,21 +191,21 @@ class _Recorder(TorchFunctionMode):
         else:
             self._bind_several(results, node)
 
-    def _bind_several(self, results: Sequence[Any], node: fx.Node) -> None:
+    def _bind_several(self, results: Sequence[Any], node: Node) -> None:
         """Each result of a function is a node of its own."""
         _described(node, None, None)
         for i, tensor in enumerate(results):
             if isinstance(tensor, Tensor):
-                item = self.graph.call_function(item_of, (node, i))
+                item = self.graph.add("call", item_of, (node, i))
                 self._bind(tensor, _described(item, tuple(tensor.shape), tensor.dtype))
             elif tensor is not None:
-                raise self.refuse(f"a result has other things than tensors: {name_of(node.target)}")
+                raise self.refuse(f"a result has other things than tensors: {node.name}")
 
     def _constant_operand(self, tensor: Tensor) -> bool:
         node = self._find(tensor)
-        return node is not None and self._is_constant(node)
+        return node is not None and node.kind == "constant"
 
-    def _call(self, function: Callable, args: Any, kwargs: Any) -> fx.Node:
+    def _call(self, function: Callable, args: Any, kwargs: Any) -> Node:
         def node_of(leaf: Any) -> Any:
             if isinstance(leaf, Number):
                 return self._numbers[id(leaf)][1]
@@ -238,7 +219,7 @@ class _Recorder(TorchFunctionMode):
             return leaf
 
         args, kwargs = mapped(node_of, args), mapped(node_of, kwargs)
-        return self.graph.call_function(function, tuple(args), kwargs)
+        return self.graph.add("call", function, tuple(args), kwargs)
 
     def _write(self, function: Callable, args: Any, kwargs: Any, operands: list[Tensor], written: list[int]) -> None:
         """A function wrote to a tensor: from here on, that is another value."""
@@ -246,9 +227,9 @@ class _Recorder(TorchFunctionMode):
         node = self._find(tensor)
         if node is None or any(operands[i] is not tensor for i in written):
             raise self.refuse(f"it writes to a tensor from elsewhere: {name}")
-        if node.op == "placeholder":
+        if node.kind == "input":
             raise self.refuse(f"it writes to an input: {name}")
-        if node.target in self.weights:
+        if node.kind == "weight":
             raise self.refuse(f"it writes to a weight: {name}")
         others = (reference() for reference, known in list(self._known.values()) if known is not node)
         address = tensor.untyped_storage().data_ptr()
@@ -281,16 +262,16 @@ class _Recorder(TorchFunctionMode):
                 found.append(leaf)
             else:
                 raise NotCaptured(f"its result holds a {type(leaf).__name__}")
-        nodes = [leaf for leaf in found if isinstance(leaf, fx.Node)]
+        nodes = [leaf for leaf in found if isinstance(leaf, Node)]
         if not nodes:
             raise NotCaptured("its result holds no tensor")
-        self.graph.output(tuple(nodes))
-        sweep(self.graph)
-        return Capture(self.graph, self.tensors, self.weights, spec, found, result)
+        self.graph.add("output", None, tuple(nodes))
+        self.graph.sweep()
+        return Capture(self.graph, spec, found, result)
 
 
-def _described(node: fx.Node, shape: tuple[int, ...] | None, dtype: Any) -> fx.Node:
-    node.meta["shape"], node.meta["dtype"] = shape, dtype
+def _described(node: Node, shape: tuple[int, ...] | None, dtype: Any) -> Node:
+    node.shape, node.dtype = shape, dtype
     return node
 
 

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import rules
 from .capture import Capture, NotCaptured, capture
-from .embeddings import Rows, Small, embeddings, evaluate, frontier
+from .embeddings import Rows, Small, embeddings, frontier
+from .graph import Graph, Node, evaluate
 from .packing import Store, terms_of
 from .plan import Plan
 from .trees import mapped
@@ -50,6 +51,7 @@ class Case:
 
     steady      says whether the network's modules are as they were
     own_result  the network's own result, in a tuple, where its only run so far gave one and no recording is to be had
+    raised      did that run raise, as for a class that there is not?
     """
 
     def __init__(
@@ -64,11 +66,12 @@ class Case:
     ):
         self.why_not, self.dtype, self.terms, self.store, self.steady = "", dtype, terms_of(dtype), store, steady
         self.own_result: tuple[Any] | None = None
+        self.raised = False
         self._ready: list[Tensor] | None = None  # the results of the call that this was made for
         try:
             self._build(run, args, kwargs, tensors)
         except NotCaptured as why:
-            self.why_not = str(why)
+            self.why_not, self.raised = str(why), why.result is None
             self.own_result = why.result if why.result and _is_finite(why.result) else None
 
     def _build(self, run: Callable[..., Any], args: tuple, kwargs: dict, tensors: list[Tensor]) -> None:
@@ -90,20 +93,20 @@ class Case:
     def _record(self, run: Callable[..., Any], args: tuple, kwargs: dict, leaves: list[Any], captured: Capture) -> None:
         self._rewrite(captured)
         self.graph, self.output = captured.graph, captured
-        if not any(rules.is_ours(node, *rules.OURS) for node in self.graph.nodes):
+        if not any(rules.is_ours(node, *rules.OURS) for node in self.graph):
             raise NotCaptured("no kernel of ours is of use to it")
         static = _static(captured)
         small = _small(captured)
         self.read = frontier(self.graph)
-        main = [(i, node) for i, node in enumerate(captured.placeholders) if node.meta["role"] == "main"]
+        main = [(i, node) for i, node in enumerate(captured.graph.inputs) if node.role == "main"]
         self._places = [i for i, _ in main]
         samples = rules.shape(main[0][1])[0] if main else 1
         batch = all(rules.shape(node)[0] == samples for _, node in main)
 
-        def alone() -> tuple[fx.Graph, dict[fx.Node, Any], Small] | None:
+        def alone() -> tuple[Graph, dict[Node, Any], Small] | None:
             return self._of_one(run, args, kwargs, samples) if batch else None
 
-        self.embeddings = embeddings(self.graph, static, small, samples, alone)
+        self.embeddings = embeddings(self.graph, static, small, samples, leaves, alone)
         self.plan = Plan(
             self.graph, static, [*(node for _, node in main), *self.read], self.store, self.dtype, self.terms
         )
@@ -173,7 +176,7 @@ class Case:
         if results is None:
             raise NotCaptured("its embeddings are not finite")
         results = iter(results)
-        found = [next(results) if isinstance(leaf, fx.Node) else leaf for leaf in self.output.leaves]
+        found = [next(results) if isinstance(leaf, Node) else leaf for leaf in self.output.leaves]
         return pytree.tree_unflatten(found, self.output.output)
 
 
@@ -182,15 +185,15 @@ def _another(leaf: Any) -> Any:
     return leaf + (-1 if leaf > 0 else 1) if type(leaf) in (int, float) else leaf
 
 
-def _static(captured: Capture) -> dict[fx.Node, Any]:
-    nodes = (node for node in captured.graph.nodes if node.op == "get_attr")
-    values: dict[fx.Node, Any] = {node: captured.tensors[node.target] for node in nodes}
-    evaluate(captured.graph, "static", values)
+def _static(captured: Capture) -> dict[Node, Any]:
+    nodes = [node for node in captured.graph if node.role == "static"]
+    values: dict[Node, Any] = {node: node.target for node in nodes if node.kind != "call"}
+    evaluate([node for node in nodes if node.kind == "call"], values)
     return values
 
 
 def _small(captured: Capture) -> Small:
-    found = [(i, node) for i, node in enumerate(captured.placeholders) if node.meta["role"] == "small"]
+    found = [(i, node) for i, node in enumerate(captured.graph.inputs) if node.role == "small"]
     return Small([node for _, node in found], [i for i, _ in found])
 
 
@@ -200,15 +203,16 @@ def _is_finite(tree: Any) -> bool:
 
 
 CHANGES = "its forward changes its modules"
-RESTLESS = 3  # captures of one signature in which a network changed its own modules: then it runs itself for good
+RESTLESS = 3  # captures of one signature in which a network changed its own modules, or raised: then it runs itself
 
 
 class Compiled:
-    """All that is made of a network. It never holds the network."""
+    """All that is made of a network. It holds the network only where what it watches leads back to it."""
 
     def __init__(self) -> None:
         self._changes: collections.Counter[Any] = collections.Counter()  # captures in which it did, by signature
         self._restless: set[bool] = set()  # the training flags with which it goes on changing itself
+        self._raised: collections.Counter[Any] = collections.Counter()  # captures in which it did, by signature
         self.lock = threading.Lock()
         self.cases: dict[Any, Case] = {}
         self._modules: Modules | None = None
@@ -221,6 +225,7 @@ class Compiled:
             return CHANGES
         if self._modules is None or self._modules.changed():
             self._modules, self._numbers = Modules(network), None
+            _keep(network, self, not self._modules.leads_back)
         if self._numbers is None or self._numbers.changed(exact):
             self._numbers = Numbers(self._modules.tensors)
             self.cases, self._store = {}, Store()
@@ -239,6 +244,9 @@ class Compiled:
                 del self.cases[next(iter(self.cases))]
             steady = functools.partial(self._steady, key)
             case = Case(run, args, kwargs, self._modules.tensors, dtype, self._store, steady)
+            self._raised[key] += case.raised
+            if case.raised and self._raised[key] < RESTLESS:  # other values may do
+                return case
         self.cases[key] = case
         return case
 
@@ -253,10 +261,23 @@ class Compiled:
 
 
 _compiled: weakref.WeakKeyDictionary[nn.Module, Compiled] = weakref.WeakKeyDictionary()
+_cyclic: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Compiled]] = weakref.WeakKeyDictionary()
+"""Those that hold their network. Its optimized forms hold them, so that all of it is garbage together."""
 
 
 def compiled(network: nn.Module) -> Compiled:
-    return _compiled.setdefault(network, Compiled())
+    found = _cyclic.get(network)
+    return (found and found()) or _compiled.setdefault(network, Compiled())
+
+
+def _keep(network: nn.Module, one: Compiled, keep: bool) -> None:
+    """Keep it as long as the network lives, or as long as an optimized form of the network does."""
+    if keep:
+        _compiled[network] = one
+        _cyclic.pop(network, None)
+    else:
+        _cyclic[network] = weakref.ref(one)
+        _compiled.pop(network, None)
 
 
 def _after_fork() -> None:
@@ -264,6 +285,9 @@ def _after_fork() -> None:
     for network, one in list(_compiled.items()):
         if one.lock.locked():
             _compiled[network] = Compiled()
+    for network, found in list(_cyclic.items()):
+        if (one := found()) is not None and one.lock.locked():
+            del _cyclic[network]
 
 
 if hasattr(os, "register_at_fork"):

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from . import rules
-from .functions import called, name_of
+from .graph import Graph, Node, evaluate
 from .words import words
 
 KEPT_ROWS = 4096
@@ -30,32 +30,20 @@ ROWWISE = rules.VIEWS | words(
 """Functions that take the samples of a batch apart."""
 
 
-def frontier(graph: fx.Graph) -> list[fx.Node]:
+def frontier(graph: Graph) -> list[Node]:
     """The small nodes that main nodes read, or the result."""
-    return [
-        node
-        for node in graph.nodes
-        if node.op != "output" and node.meta["role"] == "small" and any(map(_reads, node.users))
-    ]
+    return [node for node in graph if node.role == "small" and any(map(_reads, node.users))]
 
 
-def _reads(user: fx.Node) -> bool:
-    return user.op == "output" or user.meta["role"] == "main"
-
-
-def evaluate(graph: fx.Graph, role: str, values: dict[fx.Node, Any]) -> None:
-    """Compute the nodes of a role, by torch, from the values that are there."""
-    for node in graph.nodes:
-        if node.op in ("call_function", "call_method") and node.meta["role"] == role:
-            args, kwargs = (fx.node.map_arg(tree, values.__getitem__) for tree in (node.args, node.kwargs))
-            values[node] = called(node.target, args, kwargs)
+def _reads(user: Node) -> bool:
+    return user.kind == "output" or user.role == "main"
 
 
 @dataclasses.dataclass
 class Small:
     """The small inputs of a graph: which they are, and what they hold."""
 
-    nodes: list[fx.Node]
+    nodes: list[Node]
     places: list[int]  # among the leaves of the call
 
     def values(self, leaves: Sequence[Any]) -> list[Any]:
@@ -67,35 +55,37 @@ class Whole:
 
     alone = False  # rows are not taken apart
 
-    def __init__(self, graph: fx.Graph, static: dict[fx.Node, Any], small: Small):
-        self.graph, self.static, self.small, self.read = graph, static, small, frontier(graph)
+    def __init__(self, graph: Graph, static: dict[Node, Any], small: Small):
+        self.static, self.small, self.read = static, small, frontier(graph)
+        self.calls = [node for node in graph if node.kind == "call" and node.role == "small"]
         self._last: tuple[Any, list[Tensor]] | None = None
 
     def fill(self, buffers: list[Tensor], leaves: Sequence[Any]) -> bool:
         """Put them into the plan's memory. Returns whether they are finite."""
         key = repr(self.small.values(leaves))
         if self._last is None or self._last[0] != key:
-            given = dict(zip(self.small.nodes, (leaves[i] for i in self.small.places), strict=True))
-            values = {**self.static, **given}
-            evaluate(self.graph, "small", values)
-            self._last = key, [values[node] for node in self.read]
+            self._last = key, self.computed([leaves[i] for i in self.small.places])
         for buffer, value in zip(buffers, self._last[1], strict=True):
             buffer.copy_(value)
         return all(bool(value.isfinite().all()) for value in self._last[1])
 
+    def computed(self, given: Sequence[Any]) -> list[Tensor]:
+        """The embeddings of these small inputs."""
+        values = {**self.static, **dict(zip(self.small.nodes, given, strict=True))}
+        evaluate(self.calls, values)
+        return [values[node] for node in self.read]
 
-class Rows:
-    """The embeddings of a sample, by the graph of one; kept by the values of its small inputs."""
+
+class Rows(Whole):
+    """The embeddings of each sample alone; kept by the values of its small inputs."""
 
     alone = True
 
-    def __init__(self, graph: fx.Graph, static: dict[fx.Node, Any], small: Small, samples: int):
-        self.graph, self.static, self.small, self.read = graph, static, small, frontier(graph)
+    def __init__(self, graph: Graph, static: dict[Node, Any], small: Small, samples: int):
+        super().__init__(graph, static, small)
         self.samples, self._kept = samples, {}
-        self._widths = [node.meta["shape"] and int(torch.Size(node.meta["shape"]).numel()) for node in self.read]
 
     def fill(self, buffers: list[Tensor], leaves: Sequence[Any]) -> bool:
-        """Put them into the plan's memory. Returns whether they are finite."""
         lists = [
             value
             if isinstance(value, list) and len(value) == self.samples
@@ -111,49 +101,60 @@ class Rows:
         rows = [self._kept[key] for key in keys]
         same = all(row is rows[0] for row in rows)
         rows = rows[0].expand(self.samples, -1) if same else torch.stack(rows)
-        torch.split_with_sizes_copy(
-            rows, self._widths, dim=1, out=[buffer.view(self.samples, -1) for buffer in buffers]
-        )
+        flat = [buffer.view(self.samples, -1) for buffer in buffers]
+        torch.split_with_sizes_copy(rows, [buffer.shape[1] for buffer in flat], dim=1, out=flat)
         return True
 
     def _add(self, key: Any, i: int, leaves: Sequence[Any]) -> bool:
-        values = dict(self.static)
-        for node, place in zip(self.small.nodes, self.small.places, strict=True):
-            leaf = leaves[place]
-            each = isinstance(leaf, Tensor) and leaf.ndim == 1 and len(leaf) == self.samples
-            values[node] = leaf[i : i + 1].clone() if each else leaf
-        evaluate(self.graph, "small", values)
-        row = torch.cat([values[node].reshape(-1) for node in self.read])
+        row = torch.cat([value.reshape(-1) for value in self.of(i, leaves)])
         if not row.isfinite().all():  # a label that there is not, or a network that has diverged
             return False
         self._kept[key] = row
         return True
 
+    def of(self, i: int, leaves: Sequence[Any]) -> list[Tensor]:
+        """The embeddings of a sample, [1, ...] each."""
+        given = [leaves[place] for place in self.small.places]
+        each = [isinstance(leaf, Tensor) and leaf.ndim == 1 and len(leaf) == self.samples for leaf in given]
+        return self.computed([leaf[i : i + 1].clone() if own else leaf for leaf, own in zip(given, each, strict=True)])
+
+    def fit(self, leaves: Sequence[Any], read: Sequence[Node]) -> bool:
+        """Are they the samples of what ``read`` holds of a batch?"""
+        try:
+            shapes = [tuple(value.shape) for value in self.of(0, leaves)]
+        except (IndexError, RuntimeError, ValueError):  # a size of the batch stands among the arguments
+            return False
+        return shapes == [(1, *rules.shape(node)[1:]) for node in read]
+
 
 def embeddings(
-    graph: fx.Graph,
-    static: dict[fx.Node, Any],
+    graph: Graph,
+    static: dict[Node, Any],
     small: Small,
     samples: int,
-    alone: Callable[[], tuple[fx.Graph, dict[fx.Node, Any], Small] | None],
-) -> Rows | Whole:
+    leaves: Sequence[Any],
+    alone: Callable[[], tuple[Graph, dict[Node, Any], Small] | None],
+) -> Whole:
     """Rows where each is what it is alone; else the batch's together.
 
-    alone  gives the rewritten graph of the first sample, its static values and its small inputs; None if there is none
+    The batch's own graph gives rows where none of its arguments is the size of the batch; else that of one sample.
+
+    leaves  of the call
+    alone   gives the rewritten graph of the first sample, its static values and its small inputs; None if there is none
     """
     whole = Whole(graph, static, small)
-    nodes = [node for node in graph.nodes if node.op == "call_function" and node.meta["role"] == "small"]
-    if not all(name_of(node.target) in ROWWISE for node in nodes):
+    if not all(node.name in ROWWISE for node in whole.calls):
         return whole
     if any(len(shape) == 1 and shape[0] not in (1, samples) for shape in map(rules.shape, small.nodes)):
         return whole
-    found = (graph, static, small) if samples == 1 else alone()
+    if not all(rules.is_float(node) and rules.shape(node)[:1] == (samples,) for node in whole.read):
+        return whole
+    rows = Rows(graph, static, small, samples)
+    if samples == 1 or rows.fit(leaves, whole.read):
+        return rows
+    found = alone()
     if found is None:
         return whole
-    one, many = frontier(found[0]), whole.read
-    fits = len(one) == len(many) and all(
-        rules.is_float(a, b) and rules.shape(a)[:1] == (1,) and (samples, *rules.shape(a)[1:]) == rules.shape(b)
-        for a, b in zip(one, many, strict=True)
-    )
-    same = [name_of(node.target) for node in one] == [name_of(node.target) for node in many]
-    return Rows(*found, samples) if fits and same else whole
+    rows = Rows(*found, samples)
+    same = [node.name for node in rows.read] == [node.name for node in whole.read]
+    return rows if same and rows.fit(leaves, whole.read) else whole

@@ -7,12 +7,12 @@ import math
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from . import rules
 from .capture import NotCaptured
 from .compiled import Case, signature
-from .functions import name_of
+from .graph import Node
 from .optimized import dtype_of, unwrapped, why_not_now
 from .packing import Store
 from .watch import Modules, Numbers
@@ -77,10 +77,10 @@ def explain(network: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         except NotCaptured:
             run(*args, **kwargs)  # it raises, or gives what is not finite
     ours, others = (
-        collections.Counter(name_of(step.node.target) for step in case.plan.steps if step.native == native)
+        collections.Counter(step.node.name for step in case.plan.steps if step.native == native)
         for native in (True, False)
     )
-    main = [node for node in case.graph.nodes if node.op == "call_function" and node.meta["role"] == "main"]
+    main = [node for node in case.graph if node.kind == "call" and node.role == "main"]
     operations = {node: _operations(node) for node in main}
     total = sum(operations.values())
     share = sum(count for node, count in operations.items() if rules.is_ours(node, *rules.OURS)) / max(1, total)
@@ -95,7 +95,7 @@ APART = words(
 """Torch's functions, and copies, that round each element by itself, whatever lies beside it."""
 
 
-def _operations(node: fx.Node) -> int:
+def _operations(node: Node) -> int:
     """Products and sums, of those that are counted."""
     if rules.is_ours(node, rules.conv):
         weights = sum(math.prod(rules.shape(weight)) for weight in node.args[2])
@@ -103,8 +103,8 @@ def _operations(node: fx.Node) -> int:
         return 2 * n * height * width * weights
     if rules.is_ours(node, rules.attention):
         return 4 * math.prod(rules.shape(node)) * rules.shape(node.args[1])[2]
-    shapes = [rules.shape(one) for one in node.all_input_nodes if rules.is_tensor(one)]
-    name = name_of(node.target)
+    shapes = [rules.shape(one) for one in node.inputs if rules.is_tensor(one)]
+    name = node.name
     if len(shapes) < 2:
         return 0
     if name in ("conv1d", "conv2d", "conv3d", "linear") and rules.is_tensor(node):

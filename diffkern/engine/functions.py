@@ -1,10 +1,10 @@
-"""Functions of torch as nodes of a graph: their names, what they tell, and how they are called."""
+"""Functions of torch as nodes of a graph: their names, and what they tell."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .words import words
@@ -32,19 +32,12 @@ FUNCTION_OF = {
 
 def name_of(function: Any) -> str:
     """``add`` for ``torch.add``, ``Tensor.__add__``, ``operator.add`` and the method; ``shape`` for its getter."""
-    if isinstance(function, str):
-        return function
     if isinstance(function, Written):
         return "written"
     name = getattr(function, "__name__", type(function).__name__).removesuffix(".default")
     if name == "__get__":
         return function.__self__.__name__
     return FUNCTION_OF.get(name, name)
-
-
-def called(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Call a node's target: a function, or a method by its name."""
-    return getattr(args[0], function)(*args[1:], **kwargs) if isinstance(function, str) else function(*args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +63,3 @@ class Written:
 def item_of(results: Sequence[Any], index: int) -> Any:
     """One of the results of a function that has several."""
     return results[index]
-
-
-def sweep(graph: fx.Graph) -> None:
-    """Take out what nothing uses, but for inputs."""
-    for node in reversed(graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output"):
-            graph.erase_node(node)

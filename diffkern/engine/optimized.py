@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..ops import transforms
 from .capture import NotCaptured
-from .compiled import CHANGES, compiled, signature
+from .compiled import CHANGES, Compiled, compiled, signature
 
 _classes: "weakref.WeakKeyDictionary[type, type]" = weakref.WeakKeyDictionary()
 
@@ -99,6 +99,7 @@ class Runner:
 
     def __init__(self, network: nn.Module, dtype: torch.dtype):
         self.network, self.dtype, self._is_new, self._told = network, dtype, True, False
+        self._compiled: Compiled | None = None  # so that it lives as long as this
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -106,8 +107,8 @@ class Runner:
         try:
             return self.recorded(args, kwargs)
         except NotCaptured as why:
-            reason = str(why)
-            result = self.plainly(args, kwargs) if why.result is None else why.result[0]  # or raises, for wrong inputs
+            reason, own_result = str(why), why.result
+        result = self.plainly(args, kwargs) if own_result is None else own_result[0]  # or raises, for wrong inputs
         if reason and not self._told:
             self._told = True
             kind = type(self.network).__name__
@@ -132,7 +133,7 @@ class Runner:
         network, grad = self.network, torch.is_grad_enabled()
         if grad and next((parameter.requires_grad for parameter in network.parameters()), False):
             raise NotCaptured("")
-        one = compiled(network)
+        one = self._compiled = compiled(network)
         with one.lock, torch.inference_mode(False), torch.no_grad():
             exact, self._is_new = self._is_new, False
             why_not = one.update(network, exact)

@@ -100,7 +100,8 @@ class Store:
         key: Any = (*(_place(weight) for weight in weights), pack)
         packed = self._packed.get(key)
         if packed is None:
-            weight = torch.cat([weight.detach() for weight in weights])
+            weight, *others = [weight.detach() for weight in weights]
+            weight = torch.cat([weight, *others]) if others else weight
             packed = pack(weight if weight.ndim == 4 else weight[:, :, None, None])
             self._packed[key] = packed
         return packed

@@ -10,15 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from .. import _C
 from . import rules
 from .capture import NotCaptured
-from .functions import name_of
+from .graph import Graph, Node
 from .memory import Memory, storage_of
 from .packing import Problem, Store, plan_conv
 from .torch_calls import into
+from .trees import mapped
 from .words import words
 
 _ops = torch.ops.diffkern
@@ -42,7 +43,7 @@ class Step:
     y: Tensor
     inputs: tuple[Tensor | None, ...]
     native: bool
-    node: fx.Node
+    node: Node
 
 
 class Plan:
@@ -57,27 +58,25 @@ class Plan:
 
     def __init__(
         self,
-        graph: fx.Graph,
-        static: dict[fx.Node, Tensor],
-        inputs: Sequence[fx.Node],
+        graph: Graph,
+        static: dict[Node, Tensor],
+        inputs: Sequence[Node],
         store: Store,
         dtype: torch.dtype,
         terms: int | None,
     ):
         self.static, self.store, self.dtype, self.terms = static, store, dtype, terms
         self.memory, self.steps = Memory(), []
-        self.values: dict[fx.Node, Any] = {}
+        self.values: dict[Node, Any] = {}
         self._casts: dict[tuple[int, Any], Tensor] = {}
         for node in inputs:
-            self.values[node] = self.memory.new(
-                rules.shape(node), node.meta["dtype"], -1, last=node.op == "placeholder"
-            )
-        *nodes, output = graph.nodes
-        self._outputs = {node for node in output.all_input_nodes}
-        for node in nodes:
-            if node.meta["role"] == "main" and node.op != "placeholder":
+            self.values[node] = self.memory.new(rules.shape(node), node.dtype, -1, last=node.kind == "input")
+        output = graph.output
+        self._outputs = set(output.inputs)
+        for node in graph:
+            if node.role == "main" and node.kind == "call":
                 self.values[node] = self._lower(node)
-        self.outputs = [self._cast(self.values[node], torch.float32, node) for node in output.args[0]]
+        self.outputs = [self._cast(self.values[node], torch.float32, node) for node in output.args]
         self._inputs = [self.values[node] for node in inputs]
         self.memory.use([*self.outputs], len(self.steps))
         self.memory.use(self._inputs, 0)
@@ -107,7 +106,7 @@ class Plan:
 
     # --- steps ---
 
-    def _step(self, node: fx.Node, run: Callable[..., Any], y: Tensor, *inputs: Tensor | None, native: bool) -> Tensor:
+    def _step(self, node: Node, run: Callable[..., Any], y: Tensor, *inputs: Tensor | None, native: bool) -> Tensor:
         self.memory.use([value for value in inputs if value is not None], len(self.steps))
         self.steps.append(Step(run, y, inputs, native, node))
         return y
@@ -115,21 +114,21 @@ class Plan:
     def _new(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, *, last: bool = False) -> Tensor:
         return self.memory.new(shape, dtype, len(self.steps), last=last)
 
-    def _lower(self, node: fx.Node) -> Any:
+    def _lower(self, node: Node) -> Any:
         if node.target is rules.conv:
             return self._conv(node)
         if node.target is rules.norm:
             return self._norm(node)
         if node.target is rules.attention:
             return self._attention(node)
-        return self._alias(node) if name_of(node.target) in ALIASES else self._by_torch(node)
+        return self._alias(node) if node.name in ALIASES else self._by_torch(node)
 
-    def _alias(self, node: fx.Node) -> Any:
+    def _alias(self, node: Node) -> Any:
         """A view, where memory is as it asks; else a copy."""
-        x, name = self.values.get(node.args[0]), name_of(node.target)
+        x, name = self.values.get(node.args[0]), node.name
         if name == "item_of" and isinstance(x, (tuple, list)):
             return x[node.args[1]]
-        if not isinstance(x, Tensor) or any(rules.is_tensor(arg) for arg in node.all_input_nodes[1:]):
+        if not isinstance(x, Tensor) or any(rules.is_tensor(arg) for arg in node.inputs[1:]):
             return self._by_torch(node)
         if name in RESHAPES:
             shape = rules.shape(node)
@@ -139,47 +138,46 @@ class Plan:
             y = self._new(shape, x.dtype)
             self._step(node, _copy, y.view(x.shape), x, native=False)
             return y
-        args, kwargs = (fx.node.map_aggregate(tree, self._meta) for tree in (node.args, node.kwargs))
-        y = getattr(x, node.target)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)
+        args, kwargs = (mapped(self._meta, tree) for tree in (node.args, node.kwargs))
+        y = node.target(*args, **kwargs)
         parts = y if isinstance(y, (tuple, list)) else [y]
         if all(isinstance(part, Tensor) and storage_of(part) == storage_of(x) for part in parts):
             return y
         return self._by_torch(node)
 
     def _meta(self, leaf: Any) -> Any:
-        return self.values[leaf] if isinstance(leaf, fx.Node) else leaf
+        return self.values[leaf] if isinstance(leaf, Node) else leaf
 
-    def _by_torch(self, node: fx.Node) -> Any:
+    def _by_torch(self, node: Node) -> Any:
         """By torch's function, on float32 where we keep bfloat16."""
-        operands = [one for one in node.all_input_nodes if one in self.values]
-        inputs = [self._cast(self.values[one], one.meta["dtype"], node) for one in operands]
+        operands = [one for one in node.inputs if one in self.values]
+        inputs = [self._cast(self.values[one], one.dtype, node) for one in operands]
         if any(not isinstance(value, Tensor) for value in inputs):
-            raise NotCaptured(f"{name_of(node.target)} reads several results at once")
+            raise NotCaptured(f"{node.name} reads several results at once")
         places = {one: i for i, one in enumerate(operands)}
 
         def run(*tensors: Tensor, out: Tensor | None = None) -> Any:
             def of(leaf: Any) -> Any:
-                if not isinstance(leaf, fx.Node):
+                if not isinstance(leaf, Node):
                     return leaf
                 return tensors[places[leaf]] if leaf in places else self.static[leaf]
 
-            args, kwargs = fx.node.map_aggregate(node.args, of), fx.node.map_aggregate(node.kwargs, of)
-            return args, kwargs
+            return mapped(of, node.args), mapped(of, node.kwargs)
 
-        if node.meta["shape"] is None:  # several results: each is a node of its own
+        if node.shape is None:  # several results: each is a node of its own
             return self._several(node, run, inputs)
         images = [value for value in inputs if value.ndim == 4]
         last = bool(images) and all(_lies_last(value) for value in images)
-        y = self._new(rules.shape(node), node.meta["dtype"], last=last)
+        y = self._new(rules.shape(node), node.dtype, last=last)
         return self._step(node, _Torch(node, run), y, *inputs, native=False)
 
-    def _several(self, node: fx.Node, run: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def _several(self, node: Node, run: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """A function with several results: it runs again for each that is used."""
         results: dict[int, Tensor] = {}
         for user in node.users:
-            if name_of(user.target) != "item_of":
-                raise NotCaptured(f"results of {name_of(node.target)} are taken together")
-            y = self._new(rules.shape(user), user.meta["dtype"])
+            if user.name != "item_of":
+                raise NotCaptured(f"results of {node.name} are taken together")
+            y = self._new(rules.shape(user), user.dtype)
             results[user.args[1]] = self._step(
                 node, _Torch(node, run, item=user.args[1]), y, *inputs, native=False
             )  # fmt: skip
@@ -187,7 +185,7 @@ class Plan:
 
     # --- our kernels ---
 
-    def _conv(self, node: fx.Node) -> Tensor:
+    def _conv(self, node: Node) -> Tensor:
         x, skip, weights, biases, add, residual, stride, padding, upsample = node.args
         n, k, height, width = rules.shape(node)
         weights, problem = [self.static[weight] for weight in weights], self.problem(node)
@@ -211,7 +209,7 @@ class Plan:
 
         return self._step(node, run, y, image, other, rest, each, native=True)
 
-    def problem(self, node: fx.Node) -> Problem:
+    def problem(self, node: Node) -> Problem:
         """Return the shapes and options of a convolution, by which its kernel is chosen."""
         x, skip, weights, _, _, _, stride, padding, upsample = node.args
         n, k, height, width = rules.shape(node)
@@ -219,7 +217,7 @@ class Plan:
         kernel = 3 if rules.shape(weights[0])[2:] == (3, 3) else 1
         return Problem(n, channels, k, height, width, kernel, stride, padding, upsample, self.terms)
 
-    def _norm(self, node: fx.Node) -> Tensor:
+    def _norm(self, node: Node) -> Tensor:
         x, skip, weight, bias, groups, eps, scale_shift, silu = node.args
         dtype = self.dtype if self.values[x].dtype == self.dtype else torch.float32
         images = [None if one is None else self._image(self.values[one], dtype, node) for one in (x, skip)]
@@ -236,7 +234,7 @@ class Plan:
 
         return self._step(node, run, y, *images, vector, native=True)
 
-    def _blocks(self, node: fx.Node) -> bool:
+    def _blocks(self, node: Node) -> bool:
         """Does a norm write blocks of terms, as the convolutions behind it like them?"""
         if self.terms is None or node in self._outputs:
             return False
@@ -252,11 +250,11 @@ class Plan:
             for user in node.users
         )
 
-    def _blocked(self, node: fx.Node) -> bool:
+    def _blocked(self, node: Node) -> bool:
         value = self.values[node]
         return isinstance(value, Tensor) and value.ndim == 6 and rules.is_ours(node, rules.norm)
 
-    def _attention(self, node: fx.Node) -> Tensor:
+    def _attention(self, node: Node) -> Tensor:
         *operands, scale = node.args
         n, heads, tokens, d = rules.shape(node)
         terms = self.terms if d % 32 == 0 and d <= 256 else None
@@ -271,7 +269,7 @@ class Plan:
 
     # --- how values lie ---
 
-    def _value(self, node: fx.Node, user: fx.Node) -> Tensor:
+    def _value(self, node: Node, user: Node) -> Tensor:
         """A planned value; that of weights alone is copied into the plan."""
         if node not in self.values:
             static = self.static[node].detach()
@@ -279,7 +277,7 @@ class Plan:
             self.values[node] = self._step(user, _Constant(static), y, native=False)
         return self.values[node]
 
-    def _wanted(self, node: fx.Node) -> torch.dtype:
+    def _wanted(self, node: Node) -> torch.dtype:
         """The dtype of what our kernels make: float32 for those who read nothing else."""
         if self.dtype == torch.float32:
             return torch.float32
@@ -293,12 +291,12 @@ class Plan:
                     if d % 32 or d > 256:
                         return torch.float32
                 elif not rules.is_ours(user, rules.conv, rules.norm):
-                    if name_of(user.target) not in ALIASES:
+                    if user.name not in ALIASES:
                         return torch.float32
                     users.append(user)
         return self.dtype
 
-    def _cast(self, value: Any, dtype: Any, node: fx.Node) -> Any:
+    def _cast(self, value: Any, dtype: Any, node: Node) -> Any:
         """The value in that dtype, copied if it has another."""
         if not isinstance(value, Tensor) or value.dtype == dtype:
             return value
@@ -308,7 +306,7 @@ class Plan:
             self._casts[key] = self._step(node, _copy, y, value, native=False)
         return self._casts[key]
 
-    def _image(self, value: Tensor, dtype: torch.dtype, node: fx.Node) -> Tensor:
+    def _image(self, value: Tensor, dtype: torch.dtype, node: Node) -> Tensor:
         """[N, C, H, W] in channels_last memory."""
         value = self._cast(value, dtype, node)
         n, c, h, w = value.shape
@@ -317,14 +315,14 @@ class Plan:
             value = self._step(node, _copy, y, value, native=False)
         return value.as_strided((n, c, h, w), (h * w * c, 1, w * c, c))
 
-    def _rows(self, value: Tensor, node: fx.Node, *, dense: bool = False) -> Tensor:
+    def _rows(self, value: Tensor, node: Node, *, dense: bool = False) -> Tensor:
         """[N, K] with the channels of a sample together."""
         value = self._cast(value, torch.float32, node)
         if not value.is_contiguous() if dense else value.stride(1) != 1:
             value = self._step(node, _copy, self._new(value.shape), value, native=False)
         return value
 
-    def _heads(self, value: Tensor, dtype: torch.dtype, node: fx.Node) -> Tensor:
+    def _heads(self, value: Tensor, dtype: torch.dtype, node: Node) -> Tensor:
         """[N, heads, tokens, d] with the channels of a token together."""
         value = self._cast(value, dtype, node)
         if value.stride(3) != 1 and value.shape[3] > 1:
@@ -370,7 +368,7 @@ class _Constant:
 class _Torch:
     """A node that torch computes: its function, with the arguments that ``arguments`` makes of tensors."""
 
-    def __init__(self, node: fx.Node, arguments: Callable[..., Any], item: int | None = None):
+    def __init__(self, node: Node, arguments: Callable[..., Any], item: int | None = None):
         self.node, self.arguments, self.item = node, arguments, item
 
 

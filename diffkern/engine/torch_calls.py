@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functions import called, name_of
 from .words import words
 
 _aten = torch.ops.aten
@@ -27,7 +26,7 @@ def into(step: Any, y: Tensor, operands: Sequence[Tensor]) -> Callable[[], Any]:
     if not hasattr(step, "arguments"):
         return lambda: step(y, *operands)
     args, kwargs = step.arguments(*operands)
-    function, name = step.node.target, name_of(step.node.target)
+    function, name = step.node.target, step.node.name
     special = SPECIAL.get(name)
     if special is not None and step.item is None:
         call = special(y, *args, **kwargs)
@@ -35,7 +34,7 @@ def into(step: Any, y: Tensor, operands: Sequence[Tensor]) -> Callable[[], Any]:
             return call
     kernel = WITH_OUT.get(name)
     if kernel is not None and step.item is None and y.dtype == torch.float32:
-        options = {key: value for key, value in kwargs.items() if (key, value) not in WITHOUT_EFFECT}
+        options = {key: value for key, value in kwargs.items() if WITHOUT_EFFECT.get(key, _UNSET) != value}
 
         def with_out() -> Any:
             return kernel(*args, **options, out=y)
@@ -44,7 +43,7 @@ def into(step: Any, y: Tensor, operands: Sequence[Tensor]) -> Callable[[], Any]:
             return with_out
 
     def compute() -> None:
-        result = called(function, args, kwargs)
+        result = function(*args, **kwargs)
         result = result if step.item is None else result[step.item]
         if result.shape != y.shape:
             raise RuntimeError(f"{name}: expected a result of shape {tuple(y.shape)}, got {tuple(result.shape)}")
@@ -53,7 +52,8 @@ def into(step: Any, y: Tensor, operands: Sequence[Tensor]) -> Callable[[], Any]:
     return compute
 
 
-WITHOUT_EFFECT = {("inplace", False), ("dtype", None), ("_stacklevel", 3)}
+_UNSET = object()
+WITHOUT_EFFECT = {"inplace": False, "dtype": None, "_stacklevel": 3}
 
 
 def _works(call: Callable[[], Any], y: Tensor) -> bool:

@@ -12,23 +12,31 @@ _NESTS = (tuple, list, dict, slice)
 
 def leaves_of(tree: Any) -> list[Any]:
     """Return the leaves of ``tree`` in order: the items that are no tuple, list, dict or slice."""
-    if isinstance(tree, (tuple, list)):
-        return [leaf for item in tree for leaf in (leaves_of(item) if isinstance(item, _NESTS) else (item,))]
-    if isinstance(tree, dict):
-        return leaves_of(list(tree.values()))
-    return leaves_of((tree.start, tree.stop, tree.step)) if isinstance(tree, slice) else [tree]
+    leaves: list[Any] = []
+    _gather(tree, leaves)
+    return leaves
+
+
+def _gather(tree: Any, leaves: list[Any]) -> None:
+    if not isinstance(tree, _NESTS):
+        leaves.append(tree)
+        return
+    if isinstance(tree, slice):
+        tree = tree.start, tree.stop, tree.step
+    for item in tree.values() if isinstance(tree, dict) else tree:
+        _gather(item, leaves)
 
 
 def mapped(of: Callable[[Any], Any], tree: Any) -> Any:
     """``tree`` with ``of`` of each leaf, in order."""
+    if not isinstance(tree, _NESTS):
+        return of(tree)
     if isinstance(tree, (tuple, list)):
         items = [mapped(of, item) for item in tree]
         return tuple(items) if isinstance(tree, tuple) else items
     if isinstance(tree, dict):
         return {key: mapped(of, value) for key, value in tree.items()}
-    if isinstance(tree, slice):
-        return slice(*(mapped(of, part) for part in (tree.start, tree.stop, tree.step)))
-    return of(tree)
+    return slice(*(mapped(of, part) for part in (tree.start, tree.stop, tree.step)))
 
 
 def masks(index: Any) -> bool:

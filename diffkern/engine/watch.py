@@ -32,6 +32,7 @@ _IMMUTABLE = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, pathlib.PurePath, np.generic, np.dtype),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
 )
+_UNWATCHED = (*_IMMUTABLE, *_LEAVES)
 _MUTABLE = (list, set, collections.deque)
 _CONTAINERS = (dict, *_MUTABLE, tuple, frozenset)
 _ARRAYS = (np.ndarray, bytearray, array.array, memoryview)
@@ -44,22 +45,23 @@ _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}  # the attributes that e
 class Modules:
     """A network's modules, with all that they hold in attributes, and their classes. It holds tables, not the network.
 
-    tensors  its parameters and buffers, and tensors among its attributes
-    why_not  why it must run by itself: hooks, forwards of single modules; or ""
+    tensors     its parameters and buffers, and tensors among its attributes
+    why_not     why it must run by itself: hooks, forwards of single modules; or ""
+    leads_back  does one of the tables hold the network, as by a bound method?
     """
 
     def __init__(self, network: nn.Module):
         self.tensors: list[Tensor] = []
-        self._tables: list[dict] = []  # of attributes
-        self._getters: list[Callable[[dict], Any]] = []  # of what is looked at in each of them
-        self._held: list[tuple[dict, Any]] = []  # where tensors are among them
+        self._attributes_of: list[tuple[dict, Callable[[dict], Any]]] = []  # tables, and what is looked at in each
+        self._tables: list[dict] = []
+        self._alike: list[tuple[dict, Any]] = []  # where a value is that another may be equal to
         self._lists: list[Any] = []
         self._looks: list[Callable[[], list[Any]]] = []  # at slots, cells, arrays, and lists of tensors
         self._owners: list[dict] = []  # of members
         self._empty: list[Any] = []
         self._hooks: list[dict] = []  # dictionaries for hooks, empty ones
         self._handles = RemovableHandle.next_id
-        self.why_not = ""
+        self.why_not, self.leads_back = "", False
         classes = self._explore(network)
         self._classes = [vars(one) for one in dict.fromkeys(itertools.chain.from_iterable(c.__mro__ for c in classes))]
         self._classes.append(vars(F))
@@ -70,11 +72,11 @@ class Modules:
         if self._hooked() or any(self._empty):
             return True
         try:
-            members, values = self._find()
-            if len(members) != len(self._seen[0]) or any(map(operator.is_not, members, self._seen[0])):
+            values, alike = self._find()
+            if len(alike) != len(self._seen[1]) or any(map(operator.is_not, alike, self._seen[1])):
                 return True
-            return values != self._seen[1]
-        except Exception:  # an attribute is gone, or values do not compare
+            return values != self._seen[0]
+        except Exception:  # an attribute is gone, or values do not compare: two tensors of several elements
             return True
 
     def _hooked(self) -> bool:
@@ -86,19 +88,21 @@ class Modules:
         return False
 
     def _find(self) -> tuple[list[Any], list[Any]]:
-        """(members, which are compared by what they are; other values)."""
+        """(values, those of them that must be the same and not only equal). To compare equal lists of the same things
+        asks none of them, so that it is faster than to look at each."""
         every = itertools.chain.from_iterable
-        values = [get(table) for get, table in zip(self._getters, self._tables, strict=True)]
+        values = [get(table) for table, get in self._attributes_of]
         values += map(len, self._tables)
+        values += every(map(dict.values, self._owners))
         values += every(self._lists)
         values += map(len, self._lists)
         values += map(type, self._holders)
         values += every(table.values() for table in self._classes)
-        members = [*every(map(dict.values, self._owners)), *(table[key] for table, key in self._held)]
+        alike = [table[key] for table, key in self._alike]
         for look in self._looks:
             for value in look():
-                (members if isinstance(value, Tensor) else values).append(value)
-        return members, values
+                (alike if isinstance(value, Tensor) else values).append(value)
+        return values, alike
 
     def _explore(self, network: nn.Module) -> set[type]:
         seen: set[int] = set()
@@ -109,16 +113,20 @@ class Modules:
             self._watch_hooks(hooks, "there are global hooks")
         while stack:
             thing = stack.pop()
-            if isinstance(thing, (*_IMMUTABLE, *_LEAVES)) or id(thing) in seen:
+            if isinstance(thing, _UNWATCHED):
+                continue
+            if id(thing) in seen:
+                self.leads_back |= thing is network
                 continue
             seen.add(id(thing))
             if len(seen) > MANY:
-                self.why_not = f"its modules hold more than {MANY} things"
+                self.why_not, self.leads_back = f"its modules hold more than {MANY} things", True
                 break
             if isinstance(thing, Tensor):
                 self.tensors.append(thing)
             elif isinstance(thing, nn.Module):
                 classes.add(type(thing))
+                self.leads_back |= vars(thing) is vars(network) and thing is not network  # as an optimized one
                 self._module(thing, stack, root=thing is network)
             elif isinstance(thing, _CONTAINERS):
                 self._container(thing, stack)
@@ -143,7 +151,7 @@ class Modules:
         self._attributes(table, [name for name in table if name not in _OF_TORCH], stack)
         for name in _MEMBERS:
             (self._owners if table[name] else self._empty).append(table[name])
-            stack += table[name].values()
+            self._add(table[name], list(table[name]), stack)
 
     def _container(self, thing: Any, stack: list[Any]) -> None:
         if isinstance(thing, dict):
@@ -193,9 +201,19 @@ class Modules:
             self._empty.append(table)
             return
         self._tables.append(table)
-        self._getters.append(operator.itemgetter(*keys))
-        self._held += [(table, key) for key in keys if isinstance(table[key], Tensor)]
+        self._attributes_of.append((table, operator.itemgetter(*keys)))
+        self._add(table, keys, stack)
+
+    def _add(self, table: dict, keys: list[Any], stack: list[Any]) -> None:
+        self._alike += [(table, key) for key in keys if _may_equal_another(table[key])]
         stack += [table[key] for key in keys]
+
+
+def _may_equal_another(value: Any) -> bool:
+    """Is it a tensor or module that another may be equal to? Two tensors of several elements do not compare."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 or type(value) not in (Tensor, nn.Parameter, nn.Buffer)
+    return isinstance(value, nn.Module) and type(value).__eq__ is not object.__eq__
 
 
 def _members(kind: type) -> list[Any]:

@@ -5,9 +5,7 @@ stand there. Calls of ours are nodes whose target is one of three functions, ``c
 are names with a signature: :mod:`diffkern.engine.plan` makes memory and kernels of them.
 """
 
-from torch import fx
-
-from ..functions import sweep
+from ..graph import Graph
 from .attention_rules import attentions, side_by_side
 from .conv_rules import convolutions, linears, paddings, token_images, upsamplings
 from .nodes import OURS, VIEWS, assign_roles, attention, conv, is_float, is_ours, is_tensor, norm, shape, uses
@@ -29,12 +27,12 @@ __all__ = [
 ]
 
 
-def rewrite(graph: fx.Graph) -> None:
+def rewrite(graph: Graph) -> None:
     """Apply every rule, in place."""
     assign_roles(graph)
     for rule in (no_ops, group_norms, scale_shifts, silus, convolutions, linears, token_images, paddings, upsamplings):
         rule(graph)
-        sweep(graph)
+        graph.sweep()
     for rule in (attentions, side_by_side, added_vectors, residuals, concatenations):
         rule(graph)
-        sweep(graph)
+        graph.sweep()

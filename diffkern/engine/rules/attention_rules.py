@@ -1,13 +1,11 @@
 """Attention, and the linear layers that give it q, k and v."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import fx
 
+from ..graph import Graph, Node
 from .nodes import (
-    Node,
     attention,
     bound,
     calls,
@@ -24,7 +22,7 @@ from .nodes import (
 )
 
 
-def attentions(graph: fx.Graph) -> None:
+def attentions(graph: Graph) -> None:
     """``F.scaled_dot_product_attention`` without a mask, and ``ops.attention``."""
     for node in calls(graph, "scaled_dot_product_attention"):
         names = "query key value attn_mask dropout_p is_causal"
@@ -45,7 +43,7 @@ def _is_attention(q: Node, k: Node, v: Node) -> bool:
     )  # fmt: skip
 
 
-def side_by_side(graph: fx.Graph) -> None:
+def side_by_side(graph: Graph) -> None:
     """Linear layers of one input that attention gets, q, k and v: one product."""
     groups: dict[Any, list[Node]] = {}
     for node in ours(graph, conv):
@@ -61,20 +59,6 @@ def side_by_side(graph: fx.Graph) -> None:
         widths = [shape(node)[1] for node in nodes]
         n, _, *size = shape(nodes[0])
         y = make(nodes[0], conv, (x, None, weights, biases, None, None, 1, 0, False), (n, sum(widths), *size))
-        _advance(y, (*weights, *(biases or ())))
         for i, node in enumerate(nodes):
             args = (y, 1, sum(widths[:i]), widths[i])
             replace(node, make(node, torch.narrow, args, shape(node)))
-
-
-def _advance(node: Node, needed: Iterable[Node]) -> None:
-    """Move what a node needs, which depends on weights alone, in front of it."""
-    for one in needed:
-        for before in (*one.all_input_nodes, one):
-            if before.op != "placeholder" and not _stands_before(before, node):
-                _advance(before, before.all_input_nodes)
-                node.prepend(before)
-
-
-def _stands_before(a: Node, b: Node) -> bool:
-    return a < b

@@ -4,11 +4,9 @@ import math
 from typing import Any
 
 import torch
-from torch import fx
 
-from ..functions import name_of
+from ..graph import Graph, Node
 from .nodes import (
-    Node,
     bound,
     calls,
     chain,
@@ -25,10 +23,10 @@ from .nodes import (
 )
 
 
-def convolutions(graph: fx.Graph) -> None:
+def convolutions(graph: Graph) -> None:
     """3x3 with padding 1, and 1x1; stride 1 or 2. Of 3x3 without padding, all that stand behind ``F.pad``."""
     for node in calls(graph, "conv2d", "conv1d", "conv3x3"):
-        name = name_of(node.target)
+        name = node.name
         names = "input weight bias stride padding dilation groups"
         given = bound(node, names, bias=None, stride=1, padding=1 if name == "conv3x3" else 0, dilation=1, groups=1)
         x, weight, bias = given["input"], given["weight"], given["bias"]
@@ -44,7 +42,7 @@ def convolutions(graph: fx.Graph) -> None:
             continue
         fits = (kernel == (3, 3) and padding[0] <= 1) or (kernel == (1, 1) and padding[0] == 0)
         sizes = tuple(-(-size // stride[0]) for size in shape(x)[2:])
-        padded = kernel == (3, 3) and padding[0] == 0 and name_of(x.target) == "pad"
+        padded = kernel == (3, 3) and padding[0] == 0 and x.name == "pad"
         if last == 4 and fits and stride[0] in (1, 2) and (padded or sizes == shape(node)[2:]):
             biases = None if bias is None else (bias,)
             args = (x, None, (weight,), biases, None, None, stride[0], padding[0], False)
@@ -66,7 +64,7 @@ def _replace_by_tokens(node: Node, x: Node, weight: Node, bias: Node | None) -> 
     replace(node, make(node, torch.reshape, (y, (n, k, tokens)), (n, k, tokens)))
 
 
-def linears(graph: fx.Graph) -> None:
+def linears(graph: Graph) -> None:
     """A linear layer: the 1x1 convolution of an image [N, C, 1, tokens]."""
     images: dict[Node, Node] = {}
     for node in calls(graph, "linear"):
@@ -85,7 +83,7 @@ def linears(graph: fx.Graph) -> None:
         replace(node, make(node, torch.reshape, (rows, shape(node)), shape(node)))
 
 
-def token_images(graph: fx.Graph) -> None:
+def token_images(graph: Graph) -> None:
     """A linear layer whose tokens are made an image of is a 1x1 convolution of their image."""
     for node in ours(graph, conv):
         n, k, height, _ = shape(node)
@@ -107,7 +105,7 @@ def token_images(graph: fx.Graph) -> None:
                 break
 
 
-def paddings(graph: fx.Graph) -> None:
+def paddings(graph: Graph) -> None:
     """Zeros at the right and below, in front of a strided convolution, which reads them there anyway."""
     for node in ours(graph, conv):
         x, stride, padding = node.args[0], node.args[6], node.args[7]
@@ -117,7 +115,7 @@ def paddings(graph: fx.Graph) -> None:
         if is_call(x, "pad") and tuple(given["pad"]) == (0, 1, 0, 1) and given["mode"] == "constant" and stride == 2:
             inner = given["input"]
             if not given["value"] and tuple(-(-size // 2) for size in shape(inner)[2:]) == shape(node)[2:]:
-                node.update_arg(0, inner)
+                node.set_args((inner, *node.args[1:]))
                 continue
         _by_torch(node)
 
@@ -129,7 +127,7 @@ def _by_torch(node: Node) -> None:
     replace(node, make(node, torch.conv2d, (x, weight, bias, stride, padding), shape(node)))
 
 
-def upsamplings(graph: fx.Graph) -> None:
+def upsamplings(graph: Graph) -> None:
     """A doubled image, nearest neighbour, in front of a convolution."""
     for node in ours(graph, conv):
         x, stride = node.args[0], node.args[6]
@@ -138,6 +136,5 @@ def upsamplings(graph: fx.Graph) -> None:
         given = bound(x, "input size scale_factor mode", size=None, scale_factor=None, mode="nearest")
         inner = given["input"]
         doubled = [2 * size for size in shape(inner)[2:]] == list(shape(x)[2:])
-        if given["mode"] == "nearest" and doubled and name_of(x.target) == "interpolate":
-            node.update_arg(0, inner)
-            node.update_arg(8, True)
+        if given["mode"] == "nearest" and doubled and x.name == "interpolate":
+            node.set_args((inner, *node.args[1:8], True))

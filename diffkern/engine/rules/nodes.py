@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import fx
 
-from ..functions import name_of
+from ..graph import Graph, Node
+from ..trees import leaves_of
 from ..words import words
-
-Node = fx.Node
 
 
 def conv(x, skip, weights, biases, add, residual, stride, padding, upsample):
@@ -37,58 +35,56 @@ VIEWS = words(
 """Functions that only say anew how elements are counted, so that they can be turned back."""
 
 
-def assign_roles(graph: fx.Graph) -> None:
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            shape = node.meta["shape"]
-            node.meta["role"] = "small" if len(shape) <= 1 else "main"
-        elif node.op != "output":
-            node.meta["role"] = _role(node.all_input_nodes)
+def assign_roles(graph: Graph) -> None:
+    for node in graph:
+        if node.kind == "input":
+            node.role = "small" if len(node.shape) <= 1 else "main"
+        elif node.kind != "output":
+            node.role = _role(node.inputs)
 
 
 def _role(inputs: Iterable[Node]) -> str:
-    roles = {node.meta["role"] for node in inputs}
+    roles = {node.role for node in inputs}
     return "main" if "main" in roles else "small" if "small" in roles else "static"
 
 
 def is_call(node: Any, *names: str) -> bool:
     """A main node that calls a function of one of these names?"""
-    called = isinstance(node, Node) and node.op in ("call_function", "call_method") and node.meta["role"] == "main"
-    return called and node.target not in OURS and name_of(node.target) in names
+    return is_call_of_any(node, *names) and node.role == "main"
 
 
 def is_call_of_any(node: Any, *names: str) -> bool:
     """As ``is_call``, for a node of any role."""
-    return isinstance(node, Node) and node.op in ("call_function", "call_method") and name_of(node.target) in names
+    return isinstance(node, Node) and node.name in names and node.target not in OURS
 
 
 def is_ours(node: Any, *targets: Callable) -> bool:
-    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+    return isinstance(node, Node) and node.kind == "call" and node.target in targets
 
 
-def calls(graph: fx.Graph, *names: str) -> Iterator[Node]:
+def calls(graph: Graph, *names: str) -> Iterator[Node]:
     """As they are now: rules change the graph."""
-    return (node for node in list(graph.nodes) if not node._erased and is_call(node, *names))
+    return (node for node in list(graph) if node.name in names and not node.erased and is_call(node, *names))
 
 
-def ours(graph: fx.Graph, *targets: Callable) -> Iterator[Node]:
-    return (node for node in list(graph.nodes) if not node._erased and is_ours(node, *targets))
+def ours(graph: Graph, *targets: Callable) -> Iterator[Node]:
+    return (node for node in list(graph) if node.kind == "call" and not node.erased and node.target in targets)
 
 
 def shape(node: Node) -> tuple[int, ...]:
-    return node.meta["shape"]
+    return node.shape
 
 
 def is_tensor(node: Any) -> bool:
-    return isinstance(node, Node) and isinstance(node.meta.get("dtype"), torch.dtype)
+    return isinstance(node, Node) and isinstance(node.dtype, torch.dtype)
 
 
 def is_float(*nodes: Any) -> bool:
-    return all(is_tensor(node) and node.meta["dtype"] == torch.float32 for node in nodes)
+    return all(is_tensor(node) and node.dtype == torch.float32 for node in nodes)
 
 
 def is_static(*nodes: Any) -> bool:
-    return all(is_float(node) and node.meta["role"] == "static" for node in nodes if node is not None)
+    return all(is_float(node) and node.role == "static" for node in nodes if node is not None)
 
 
 def only_user(node: Node) -> Node | None:
@@ -96,15 +92,7 @@ def only_user(node: Node) -> Node | None:
 
 
 def uses(user: Node, node: Node) -> int:
-    count = 0
-
-    def visit(one: Node) -> Node:
-        nonlocal count
-        count += one is node
-        return one
-
-    fx.map_arg((user.args, user.kwargs), visit)
-    return count
+    return sum(leaf is node for leaf in leaves_of((user.args, user.kwargs)))
 
 
 def bound(node: Node, names: str, **defaults: Any) -> dict[str, Any]:
@@ -112,17 +100,17 @@ def bound(node: Node, names: str, **defaults: Any) -> dict[str, Any]:
     return {**defaults, **dict(zip(names.split(), node.args, strict=False)), **node.kwargs}
 
 
-def make(before: Node, target: Callable, args: tuple, shape: tuple[int, ...], **kwargs: Any) -> Node:
+def make(
+    before: Node, target: Callable, args: tuple, shape: tuple[int, ...], kwargs: dict[str, Any] | None = None
+) -> Node:
     """A new call in front of ``before``, of float32."""
-    with before.graph.inserting_before(before):
-        node = before.graph.call_function(target, args, kwargs)
-    node.meta.update(shape=tuple(shape), dtype=torch.float32, role=_role(node.all_input_nodes))
+    node = before.graph.add("call", target, args, kwargs, before=before)
+    node.shape, node.dtype, node.role = tuple(shape), torch.float32, _role(node.inputs)
     return node
 
 
 def replace(old: Node, new: Node) -> None:
-    old.replace_all_uses_with(new)
-    old.graph.erase_node(old)
+    old.graph.replace(old, new)
 
 
 def chain(node: Node) -> tuple[list[Node], Node | None]:
@@ -136,11 +124,8 @@ def chain(node: Node) -> tuple[list[Node], Node | None]:
 def through(views: Iterable[Node], memory: torch.Tensor) -> torch.Tensor | None:
     """Return ``memory`` as the views show it; None if one of them copies."""
     for view in views:
-        name = name_of(view.target)
-        if name in ("view", "reshape"):
+        if view.name in ("view", "reshape"):
             y = memory.reshape(shape(view))
-        elif view.op == "call_method":
-            y = getattr(memory, view.target)(*view.args[1:], **view.kwargs)
         else:
             y = view.target(memory, *view.args[1:], **view.kwargs)
         if y.untyped_storage()._cdata != memory.untyped_storage()._cdata:

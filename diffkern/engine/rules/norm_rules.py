@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from torch import fx
 
+from ..graph import Graph, Node
 from .nodes import (
-    Node,
     bound,
     calls,
     chain,
@@ -23,7 +22,7 @@ from .nodes import (
 )
 
 
-def group_norms(graph: fx.Graph) -> None:
+def group_norms(graph: Graph) -> None:
     """``F.group_norm``, and ``ops.group_norm_silu`` with all that it does besides."""
     for node in calls(graph, "group_norm"):
         given = bound(node, "input num_groups weight bias eps", weight=None, bias=None, eps=1e-5)
@@ -46,7 +45,7 @@ def group_norms(graph: fx.Graph) -> None:
         if not (is_static(weight, bias) and is_float(x)):
             continue
         if add is not None:
-            vector = make(node, torch.reshape, (add, (*shape(add), 1, 1)), (*shape(add), 1, 1))
+            vector = make(node, torch.reshape, (add, (-1, shape(x)[1], 1, 1)), (*shape(x)[:2], 1, 1))
             x = make(node, torch.add, (x, vector), shape(x))
         new = make(node, norm, (x, None, weight, bias, groups, eps, scale_shift, silu), shape(x))
         if residual is not None:
@@ -54,7 +53,7 @@ def group_norms(graph: fx.Graph) -> None:
         replace(y, new)
 
 
-def scale_shifts(graph: fx.Graph) -> None:
+def scale_shifts(graph: Graph) -> None:
     """``norm(x) * (1 + scale) + shift``, of one vector each sample."""
     for node in ours(graph, norm):
         product = only_user(node)
@@ -72,7 +71,7 @@ def scale_shifts(graph: fx.Graph) -> None:
             continue
         if not is_float(*scales, shift) or any(shape(vector) != (n, c, 1, 1) for vector in (*scales, shift)):
             continue
-        flat = [make(total, torch.reshape, (vector, (n, c)), (n, c)) for vector in (*scales, shift)]
+        flat = [make(total, torch.reshape, (vector, (-1, c)), (n, c)) for vector in (*scales, shift)]
         both = make(total, torch.cat, (flat, 1), (n, 2 * c))
         replace(total, make(total, norm, (*node.args[:6], both, False), shape(node)))
 
@@ -87,7 +86,7 @@ def _other(node: Node, one: Node) -> Node:
     return b if a is one else a
 
 
-def silus(graph: fx.Graph) -> None:
+def silus(graph: Graph) -> None:
     """SiLU behind a group norm."""
     for node in ours(graph, norm):
         y = only_user(node)
@@ -97,5 +96,5 @@ def silus(graph: fx.Graph) -> None:
         views, y = chain(node)
         if not node.args[7] and views and is_call(y, "silu"):  # behind the views of a norm over tokens
             new = make(views[0], norm, (*node.args[:7], True), shape(node))
-            views[0].replace_input_with(node, new)
+            views[0].replace_input(node, new)
             replace(y, views[-1])

@@ -1,13 +1,11 @@
 """Rules that drop no-ops, and merge sums and concatenations into the convolution or norm beside them."""
 
 import torch
-from torch import fx
 
-from ..functions import name_of
+from ..graph import Graph, Node
 from ..words import words
 from .nodes import (
     VIEWS,
-    Node,
     bound,
     calls,
     conv,
@@ -31,13 +29,13 @@ NO_OPS = words(
 """Functions that give their input back, if its shape and dtype are those of the result."""
 
 
-def no_ops(graph: fx.Graph) -> None:
+def no_ops(graph: Graph) -> None:
     """Remove calls that return their input: dropout in eval mode, ``x / 1``, ``contiguous``, ``clone``, ``detach``."""
-    for node in list(graph.nodes):
-        if node.op not in ("call_function", "call_method") or not node.args or not is_tensor(node.args[0]):
+    for node in list(graph):
+        if node.kind != "call" or not node.args or not is_tensor(node.args[0]):
             continue
-        x, name = node.args[0], name_of(node.target)
-        if not is_tensor(node) or (shape(x), x.meta["dtype"]) != (shape(node), node.meta["dtype"]):
+        x, name = node.args[0], node.name
+        if not is_tensor(node) or (shape(x), x.dtype) != (shape(node), node.dtype):
             continue
         number = node.args[1] if len(node.args) == 2 and not node.kwargs else None
         by_one = name in ("mul", "div") and isinstance(number, (int, float)) and number == 1
@@ -45,7 +43,7 @@ def no_ops(graph: fx.Graph) -> None:
             replace(node, x)
 
 
-def added_vectors(graph: fx.Graph) -> None:
+def added_vectors(graph: Graph) -> None:
     """A vector each sample, added to every pixel that a convolution gives: the time embedding."""
     for node in calls(graph, "add"):
         if len(node.args) != 2 or node.kwargs or not is_float(*node.args):
@@ -54,12 +52,12 @@ def added_vectors(graph: fx.Graph) -> None:
             n, c, *_ = shape(node)
             alone = is_ours(y, conv) and only_user(y) is node and y.args[4] is None and y.args[5] is None
             if alone and shape(vector) == (n, c, 1, 1) and shape(y) == shape(node):
-                flat = make(node, torch.reshape, (vector, (n, c)), (n, c))
+                flat = make(node, torch.reshape, (vector, (-1, c)), (n, c))  # any number of samples
                 replace(node, make(node, conv, (*y.args[:4], flat, *y.args[5:]), shape(node)))
                 break
 
 
-def residuals(graph: fx.Graph) -> None:
+def residuals(graph: Graph) -> None:
     """A sum with what a convolution gives, also where views lie between the two."""
     for node in calls(graph, "add"):
         if len(node.args) != 2 or node.kwargs or not is_float(*node.args):
@@ -83,10 +81,7 @@ def residuals(graph: fx.Graph) -> None:
                 continue
             y = make(node, conv, (*source.args[:5], other, *source.args[6:]), shape(source))
             for view in reversed(views):
-                with graph.inserting_before(node):
-                    again = graph.create_node(view.op, view.target, (y, *view.args[1:]), view.kwargs)
-                again.meta.update(view.meta)
-                y = again
+                y = make(node, view.target, (y, *view.args[1:]), shape(view), view.kwargs)
             replace(node, y)
             break
 
@@ -94,16 +89,16 @@ def residuals(graph: fx.Graph) -> None:
 def _turned_back(before: Node, view: Node, y: Node) -> Node | None:
     """The view, undone."""
     x = view.args[0]
-    if name_of(view.target) in ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"):
+    if view.name in ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"):
         return make(before, torch.reshape, (y, shape(x)), shape(x))
     sizes = range(2, 2 + len(shape(x)))  # all different, so that they tell where each dimension went
-    seen = through([view], torch.empty(*sizes, dtype=torch.float32, device="meta")) if view.op else None
+    seen = through([view], torch.empty(*sizes, dtype=torch.float32, device="meta"))
     if seen is None:
         return None
     return make(before, torch.permute, (y, tuple(list(seen.shape).index(size) for size in sizes)), shape(x))
 
 
-def concatenations(graph: fx.Graph) -> None:
+def concatenations(graph: Graph) -> None:
     """Two images side by side, which norms and convolutions read as two."""
     for node in calls(graph, "cat"):
         given = bound(node, "tensors dim", dim=0)
@@ -116,4 +111,4 @@ def concatenations(graph: fx.Graph) -> None:
         )
         if reads:
             for user in list(node.users):
-                user.args = (*parts, *user.args[2:])
+                user.set_args((*parts, *user.args[2:]))
