@@ -50,8 +50,8 @@ class Model:
     variance    what ddpm draws with, unless told otherwise; None: what the network has learned, or "fixed_small"
     clip        how ``sample`` clips x0_hat, unless told otherwise; None: to [-1, 1]
     spacing     how it spreads steps, unless told otherwise; None: the process's own way
-    conditions  what the network gets beside labels; of a diffkern network by default those of its config: a vector's
-                null value is 0, and there is none of a number or an image
+    conditions  what the network gets beside labels; of a diffkern network by default those of its config: the null
+                value of a vector or an image is 0, and a number has none
     codec       between images and what is diffused; None: pixels are
     """
 
@@ -265,9 +265,9 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _own_conditions(network: Any) -> tuple[Condition, ...]:
-    """The conditions in the config of a diffkern network: a vector's null value is 0."""
+    """The conditions in the config of a diffkern network: the null value of a vector or an image is 0."""
     shapes = network.config.get("conditions", {}) if _describes(network) else {}
-    return tuple(Condition(name, tuple(shape), 0.0 if len(shape) == 1 else None) for name, shape in shapes.items())
+    return tuple(Condition(name, tuple(shape), 0.0 if shape else None) for name, shape in shapes.items())
 
 
 def _describes(network: Any) -> bool:

@@ -1,22 +1,17 @@
 """unCLIP: the words, the towers, what it draws, its file, its recipe. The networks are tiny and mostly untrained."""
 
-import inspect
 import json
 import math
 import re
-from dataclasses import fields, replace
 
 import pytest
 import torch
 from PIL import Image
 
-from diffkern import Model, Run, Schedule, UNet, cli, images, interpolate, load, sample, save, similarity, vary
-from diffkern.arguments import DESCRIBED
-from diffkern.conditions import Condition
+from diffkern import Model, Schedule, UNet, cli, images, interpolate, load, sample, save, similarity, vary
 from diffkern.datasets.emoji import Emoji
 from diffkern.io.files import read, write
 from diffkern.networks import ResidualMLP
-from diffkern.networks.conditioning import TAKEN
 from diffkern.system import part_seeds
 from diffkern.unclip import CLIP, UnCLIP, contrastive, pictures, recipe
 from diffkern.unclip.vocabulary import UnknownWord, Vocabulary
@@ -276,53 +271,3 @@ def test_the_decoder_learns_without_each_condition(few_pictures):
     assert items[0]["x"].dtype == torch.uint8 and items[0]["x"].shape == (3, 32, 32)
     mean_square = data.image.square().mean().item()
     assert abs(mean_square - 1) < 1e-5
-
-
-# --- the networks' conditions ---
-
-
-def test_no_condition_has_the_name_of_an_argument_of_sample():
-    known = {*inspect.signature(sample).parameters, *(field.name for field in fields(Run)), *DESCRIBED}
-    assert known - {"options"} | {"x_t", "t", "x_T", "spacing"} == TAKEN
-
-
-def test_conditions_enter_by_their_shape():
-    """A number, a vector and an image change the output; each is checked by name."""
-    torch.manual_seed(0)
-    shapes = {"level": (), "z": (5,), "low": (2, 8, 8)}
-    net = filled(UNet(3, channels=8, channel_mult=(1, 1), blocks=1, attention_levels=(), groups=4, conditions=shapes))
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 4])
-    given = dict(level=torch.tensor([1.0, 2.0]), z=torch.randn(2, 5), low=torch.randn(2, 2, 8, 8))
-    out = net(x, t, **given)
-    for name, value in given.items():
-        assert not torch.allclose(out, net(x, t, **given | {name: value + 1}), atol=1e-4), name
-        with pytest.raises(TypeError, match=f"{name}: expected a tensor, got NoneType"):
-            net(x, t, **{other: given[other] for other in given if other != name})
-    with pytest.raises(ValueError, match=r"z: expected shape \(2, 5\), got \(2, 4\)"):
-        net(x, t, **given | {"z": torch.zeros(2, 4)})
-    with pytest.raises(TypeError, match="other: expected one of the network's conditions"):
-        net(x, t, **given, other=x)
-    model = Model(net, Schedule.linear(10), shape=(3, 8, 8))
-    assert [condition.null for condition in model.conditions] == [None, 0.0, None]
-    assert "own" not in model.description()
-    changed = replace(model, conditions=(*model.conditions[::2], Condition("z", (5,), null=1.0)))
-    assert changed.description()["own"] == {"z": "Condition"}  # which no file can hold
-    drawn = sample(model, 2, steps=2, progress=False, guidance=2.0, **given)
-    assert drawn.shape == x.shape and drawn.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("conditions", "error", "message"),
-    [
-        ([("z", (5,))], TypeError, "conditions: expected a shape by name"),
-        ({"t": ()}, ValueError, "conditions: expected names that no argument of sample and no module has, got 't'"),
-        ({"type": (4,)}, ValueError, "no module has, got 'type'"),
-        ({"progress": ()}, ValueError, "no module has, got 'progress'"),
-        ({"z": 5}, TypeError, r"conditions: expected \(\), \(D,\) or \(C, H, W\) of positive ints as z, got 5"),
-        ({"z": (5, 5)}, ValueError, "as z, got"),
-        ({"z": (0,)}, ValueError, "as z, got"),
-    ],
-)
-def test_conditions_that_are_none_are_refused(conditions, error, message):
-    with pytest.raises(error, match=message):
-        UNet(3, channels=32, conditions=conditions)

@@ -95,7 +95,7 @@ class Batches:
         """A batch of items as the network gets it: mirrored, encoded, its labels and conditions dropped."""
         x_0, labels, n = batch.x_0, batch.labels, len(batch.x_0)
         if flip:
-            x_0 = torch.where(draws.flip.view(-1, *[1] * (x_0.ndim - 1)), x_0.flip(-1), x_0)
+            x_0 = _mirrored(x_0, draws.flip)
         if self.model.codec is not None:
             x_0 = self.model.to_latents(x_0).float()
         if tuple(x_0.shape[1:]) != self.model.shape:
@@ -103,8 +103,16 @@ class Batches:
         labels = None if labels is None else labels.masked_fill(draws.null, -1)
         conditions = {}
         for condition in self.model.conditions:
-            value = conditions[condition.name] = condition.batch(batch.conditions.get(condition.name), n)
+            value = condition.batch(batch.conditions.get(condition.name), n)
+            if flip and len(condition.shape) == 3:  # an image beside x_t
+                value = _mirrored(value, draws.flip)
+            conditions[condition.name] = value
             if condition.null is not None:
                 null = draws.null.view(-1, *[1] * (value.ndim - 1))
                 conditions[condition.name] = torch.where(null, condition.batch(None, n), value)
         return Given(x_0, labels, draws, conditions)
+
+
+def _mirrored(x: Tensor, flip: Tensor) -> Tensor:
+    """Images [N, C, H, W], mirrored where ``flip`` [N]."""
+    return torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)

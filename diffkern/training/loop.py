@@ -110,8 +110,7 @@ class Files:
         return self.trainer.validation is not None and due > before // config.validate_every
 
     def _has_grids(self) -> bool:
-        """Whether there are sample grids: of images, by a network that needs no condition."""
+        """Whether there are sample grids: of images alone."""
         model = self.trainer.model
         image = model.codec is not None or (len(model.shape) == 3 and model.shape[0] in (1, 3))
-        free = all(condition.null is not None for condition in model.conditions)
-        return bool(self.trainer.config.sample_every and image and free)
+        return bool(self.trainer.config.sample_every and image)

@@ -252,17 +252,20 @@ class Trainer:
 
     def grid(self, n: int = 40, steps: int = 50):
         """A ``PIL.Image`` of n samples of the averaged model, the same seeds and labels each time: the classes in turn,
-        or where they have no names the labels of the first items, if items have some."""
+        or where they have no names the labels of the first items, if items have some. Their
+        conditions are those of the first items.
+        """
         classes, index = self.model.classes, torch.arange(n, dtype=torch.int64, device="cpu")
+        first = self.dataset.batch(index % len(self.dataset))
         labels = names = None
         if classes is not None:
             labels = index % len(classes)
             names = images.captions(classes, labels.tolist())
         elif self.dataset.labelled:
-            labels = self.dataset.batch(index % len(self.dataset)).labels
+            labels = first.labels
             names = [str(label) for label in labels.tolist()]
         steps = min(steps, self.noising.terms or steps)
-        x = sample(self.model, n, labels=labels, sampler="ddim", steps=steps, progress=False)
+        x = sample(self.model, n, labels=labels, sampler="ddim", steps=steps, progress=False, **first.conditions)
         return images.grid(x, names, columns=10)
 
     def run(self, out: str | os.PathLike, *, progress: bool = True, lock: bool = True) -> signal.Signals | None:
