@@ -191,7 +191,7 @@ def test_a_file_holds_all_three_networks(system, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d | {"system": "other"}, "system: expected 'unclip', got 'other'"),
+        (lambda d: d | {"system": "other"}, "system: expected one of cascade, unclip, got 'other'"),
         (lambda d: d | {"format": 2}, "expected a system of format 1, got 2"),
         (lambda d: d | {"steps": "x"}, "steps: expected a number, got 'x'"),
         (lambda d: d | {"clip": None}, "clip: expected an object, got None"),
