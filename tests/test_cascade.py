@@ -35,9 +35,9 @@ def upsampler(size: int = 16, noised: bool = True) -> Model:
     return Model(network, SCHEDULE, "v", (3, size, size), name=f"to {size}")
 
 
-def base(**options) -> Model:
+def base(size: int = 4, **options) -> Model:
     torch.manual_seed(0)
-    return Model(filled(UNet(3, **SMALL, **options)), SCHEDULE, "v", (3, 4, 4), name="base")
+    return Model(filled(UNet(3, **SMALL, **options)), SCHEDULE, "v", (3, size, size), name="base")
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_bad_arguments_are_told_by_name(cascade, name):
         call(cascade)
 
 
-def test_a_file_holds_a_cascade_and_the_commands_draw_from_it(cascade, tmp_path, monkeypatch):
+def test_a_file_holds_a_cascade_and_the_commands_draw_from_it(cascade, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save(cascade, "tiny.safetensors")
     loaded = load("tiny.safetensors")
@@ -206,6 +206,11 @@ def test_a_file_holds_a_cascade_and_the_commands_draw_from_it(cascade, tmp_path,
     assert cli.main(["sample", "--model", "tiny.safetensors", "--n", "2", "-o", "augmentation=5", "--no-progress"]) == 0
     told = json.loads(Image.open("samples.png").text[images.KEY])
     assert told["augmentation"] == 5 and told["steps"] == 2
+    images.save_png(images.picture(small[0]), "small.png")
+    command = ["upscale", "--model", "tiny.safetensors", "small.png", "--n", "2", "--steps", "1", "--no-progress"]
+    assert cli.main(command) == 0 and Image.open("upscaled.png").size[0] == 2 * 64 + 3 * images.GAP
+    assert cli.main([*command, "--size", "16"]) == 2
+    assert "small: expected pictures smaller than the model's (8 x 8, 16 x 16)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

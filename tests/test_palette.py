@@ -10,13 +10,14 @@ from PIL import Image
 from test_cascade import Knows
 from tiny import one_thread  # noqa: F401
 
-from diffkern import images, load, ops, restore
+from diffkern import cli, images, load, ops, restore
 from diffkern.cascade.recipe import WIDTHS
 from diffkern.data import Items
 from diffkern.datasets.faces import Faces
 from diffkern.image_to_image import gray
 from diffkern.palette import Damage, damaged, recipe
-from diffkern.palette.damage import hole, jpeg
+from diffkern.palette.damage import hole as hole_of
+from diffkern.palette.damage import jpeg
 from diffkern.system import part_seeds
 
 FACE = images.from_pixels(Faces(1, 16)[0]["x"])
@@ -36,8 +37,8 @@ def test_a_gray_picture_has_the_luma_in_every_channel():
 
 
 def test_a_hole_is_a_rectangle_with_noise_of_the_seed():
-    assert hole((16, 16), (0.0, 0.999, 0.0, 0.999)).sum() == 4 * 11  # a quarter of a side, and nearly three
-    mask = hole((16, 16), (0.5, 0.5, 0.999, 0.0))[0]
+    assert hole_of((16, 16), (0.0, 0.999, 0.0, 0.999)).sum() == 4 * 11  # a quarter of a side, and nearly three
+    mask = hole_of((16, 16), (0.5, 0.5, 0.999, 0.0))[0]
     assert mask[8:, :8].all() and mask.sum() == 64
     x, noise = damaged(FACE, 5, ("hole",)), ops.noise(5, (3, 16, 16), step=0, stream=2)[0]
     new = (x != FACE).any(0)
@@ -84,7 +85,7 @@ def test_a_picture_is_restored_n_times_by_what_the_network_is_given():
 
 def test_what_is_no_hole_stays_exactly_as_it_is():
     face, knows = images.from_pixels(Faces(1, 8)[0]["x"]), Knows()
-    mask = hole((8, 8), (0.5, 0.5, 0.5, 0.5))
+    mask = hole_of((8, 8), (0.5, 0.5, 0.5, 0.5))
     drawn = draw(knows.model(), face, seeds=[6, 7], mask=mask)
     kept = (mask == 0).expand(2, 3, -1, -1)
     assert torch.equal(drawn[kept], face.expand(2, -1, -1, -1)[kept])
@@ -123,4 +124,10 @@ def test_the_recipe_trains_a_model_and_packs_it(tmp_path, monkeypatch):
     assert 20 < coarse < 35 and restored < coarse  # untrained
     model = load(tmp_path / "palette.safetensors")
     assert model.name == "palette" and [c.name for c in model.conditions] == ["image"]
-    assert restore(model, torch.zeros(3, 32, 32), 1, steps=1, progress=False).shape == (1, 3, 32, 32)
+    monkeypatch.chdir(tmp_path)
+    images.save_png(images.picture(FACE), "face.png")
+    command = ["restore", "--model", "palette.safetensors", "face.png", "--n", "2", "--steps", "1", "--no-progress"]
+    for hole in ([], ["--box", "8", "0", "20", "16"]):
+        assert cli.main([*command, *hole]) == 0
+        settings = images.read_settings("restored.png")
+        assert settings["seeds"] == [0, 1] and settings["box"] == ([int(side) for side in hole[1:]] or None)
