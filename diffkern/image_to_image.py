@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .arguments import loaded, run_of
-from .constraints import rows_of
+from .constraints import Inpaint, rows_of
 from .model import Model
 from .process import checked_count
 from .sampling import sample
@@ -238,7 +238,8 @@ def restore(
     if mask is None:
         return sample_given(model, images, seeds, run=run, **options)
     _check_pictures("mask", mask, 3)
-    mask = rows_of("mask", mask[None], len(seeds), model.shape).to("cpu", torch.float32)
+    mask = Inpaint(image, mask[None]).mask.to("cpu", torch.float32)  # which checks its values
+    mask = rows_of("mask", mask, len(seeds), model.shape)
     x = sample_given(model, holed(images, mask, part_seeds(seeds, 1)), seeds, run=run, **options)
     mask, image = mask.to(x.device), image.to(x.device)
     return torch.where(mask == 0, image, mask * x + (1 - mask) * image)

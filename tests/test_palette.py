@@ -101,7 +101,12 @@ def test_what_is_no_hole_stays_exactly_as_it_is():
         (lambda m: restore(m, FACE), ValueError, r"image: expected the model's shape \(3, 8, 8\), got \(3, 16, 16\)"),
         (lambda m: restore(m, FACE[None]), TypeError, r"image: expected floats \[C, H, W\], got torch.float32 \(1, 3,"),
         (lambda m: restore(m, FACE[:, :8, :8], 2, seeds=[1]), ValueError, "seeds: expected 2, one for each picture"),
-        (lambda m: restore(m, FACE[:, :8, :8], mask=FACE[:2, :8, :8]), ValueError, "mask: expected shape"),
+        (lambda m: restore(m, FACE[:, :8, :8], mask=torch.ones(2, 8, 8)), ValueError, "mask: expected shape"),
+        (
+            lambda m: restore(m, FACE[:, :8, :8], mask=torch.full((1, 8, 8), 2.0)),
+            ValueError,
+            "mask: expected values in",
+        ),
         (lambda m: restore("fashion-mnist", FACE), ValueError, "model: expected one with the condition image"),
     ],
 )

@@ -1,6 +1,6 @@
 """How the model ``faces`` is made, part by part, each a command that goes on where it was interrupted:
 
-python -m diffkern.cascade.recipe base --out runs/faces    # 60 minutes on two cores: 16 x 16
+python -m diffkern.cascade.recipe base --out runs/faces    # 105 minutes on two cores: 16 x 16
 python -m diffkern.cascade.recipe sr32 --out runs/faces    # 70 minutes: 16 x 16 to 32 x 32
 python -m diffkern.cascade.recipe sr64 --out runs/faces    # 110 minutes: 32 x 32 to 64 x 64
 python -m diffkern.cascade.recipe pack --out runs/faces    # faces.safetensors

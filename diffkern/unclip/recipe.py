@@ -3,7 +3,7 @@
 python -m diffkern.unclip.recipe clip --out runs/emoji        # 20 minutes on two cores
 python -m diffkern.unclip.recipe prior --out runs/emoji       # 5 minutes
 python -m diffkern.unclip.recipe decoder --out runs/emoji     # 4 hours
-python -m diffkern.unclip.recipe upsampler --out runs/emoji   # 3 hours, and npm; without it, pictures are 32 x 32
+python -m diffkern.unclip.recipe upsampler --out runs/emoji   # 2 hours, and npm; without it, pictures are 32 x 32
 python -m diffkern.unclip.recipe pack --out runs/emoji        # emoji.safetensors
 """
 
