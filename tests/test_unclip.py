@@ -3,13 +3,16 @@
 import json
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
 from diffkern import Model, Schedule, UNet, cli, images, interpolate, load, sample, save, similarity, vary
+from diffkern.cascade.recipe import WIDTHS
 from diffkern.datasets.emoji import Emoji
+from diffkern.datasets.faces import Faces
 from diffkern.io.files import read, write
 from diffkern.networks import ResidualMLP
 from diffkern.system import part_seeds
@@ -252,13 +255,15 @@ def test_the_recipe_trains_all_parts_and_resumes_clip_to_the_bit(tmp_path, monke
             contrastive.train_clip(out, steps)
     (_, a), (_, b) = (read(out / contrastive.CLIP_FILE) for out in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    for part in ("prior", "decoder"):
+    monkeypatch.setitem(WIDTHS, 64, dict(channels=8, channel_mult=(1, 1), blocks=1, attention_levels=()))
+    monkeypatch.setattr(recipe.emoji.Emoji, "fetch", partial(Faces, 8))  # drawn at 64 x 64
+    for part in ("prior", "decoder", "upsampler"):
         dataset, make, settings = recipe.PARTS[part]
         monkeypatch.setitem(recipe.PARTS, part, (dataset, make, settings | {"batch_size": 4}))
         recipe.train_part(part, parts, 1)
     packed = recipe.pack(parts)
     assert isinstance(load(parts / "emoji.safetensors"), UnCLIP)
-    assert packed.decoder.shape == (3, 32, 32) and packed.prior.shape == (128,)
+    assert packed.decoder.shape == (3, 32, 32) and packed.prior.shape == (128,) and packed.drawn.shape == (3, 64, 64)
 
 
 def test_the_decoder_learns_without_each_condition(few_pictures):
