@@ -165,7 +165,7 @@ BAD = {
     "seeds": (lambda s: draw(s, n=1, seeds=[0, 1]), "seeds: expected 1, one for each picture, got 2"),
     "image": (lambda s: vary(s, torch.zeros(1, 3, 16, 16)), r"image: expected a picture \[3, H, W\], got \(1, 3,"),
     "end": (lambda s: interpolate(s, 0.5, 1), "a: expected a picture .*, a text or a seed, got float"),
-    "fraction": (lambda s: interpolate(s, 0, 1, fraction=0.5), "fraction: expected None with a model of embeddings"),
+    "fraction": (lambda s: interpolate(s, 0, 1, fraction=0.5), "fraction: expected None with a system of models"),
     "option": (lambda s: draw(s, n=1, prompts="cat"), "prompts: expected "),
     "both": (lambda s: vary(s, torch.zeros(3, 16, 16), 3, seeds=[1]), "seeds: expected 3, one for each picture, got 1"),
     "model": (lambda s: vary("fashion-mnist", torch.zeros(3, 16, 16)), "model: expected an UnCLIP, .*, got Model"),

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..arguments import samples_of
+from ..arguments import run_of, samples_of
 from ..image_to_image import LEVEL, check_stage, enlarged, level_of, sample_and_enlarge
 from ..model import Model, unwrapped
 from ..process import checked_count
@@ -79,10 +79,11 @@ class Cascade(System):
         The base draws what lies between them, and all frames are enlarged with the noise of one ``seed``.
         """
         ends = (self._small(end) for end in (a, b))
+        run = run_of(run, options)
         options |= dict(steps=self.steps if steps is None else steps, run=run)
         level = level_of(options.pop("augmentation", None), self.stages, self.augmentation)
         x = interpolate(self.base, *ends, n, seed=seed, **options)
-        shared = {name: value for name, value in options.items() if name in ("steps", "sampler", "run")}
+        shared = {name: value for name, value in options.items() if name in ("steps", "sampler", "run", "labels")}
         return enlarged(self.stages, x, seeds_of(None, [seed] * n), level=level, **shared)
 
     def _small(self, end: Any) -> Any:
