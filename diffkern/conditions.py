@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .images import from_pixels
+
 
 @dataclass(frozen=True, eq=False)
 class Condition:
@@ -35,11 +37,16 @@ class Condition:
         return hash((self.name, self.shape))
 
     def batch(self, value: Any, n: int) -> Tensor:
-        """The condition for n samples, from one for each or one for all: float32 [n, *shape]."""
+        """The condition for n samples, from one for each or one for all: float32 [n, *shape].
+
+        The bytes of an image [C, H, W] are pixels, which become [-1, 1]; a number will do where the shape is ().
+        """
         if value is None:
             if self.null is None:
                 raise ValueError(f"{self.name}: expected a value, for the network has none that stands for its absence")
             return torch.as_tensor(self.null, dtype=torch.float32, device="cpu").expand(n, *self.shape).clone()
+        if not self.shape and isinstance(value, int | float) and not isinstance(value, bool):
+            value = torch.tensor(value, dtype=torch.float32, device="cpu")
         if not isinstance(value, Tensor):
             if self.encode is None:
                 raise TypeError(f"{self.name}: expected a tensor, got {type(value).__name__}")
@@ -48,4 +55,5 @@ class Condition:
             value = value.expand(n, *self.shape)
         if tuple(value.shape) != (n, *self.shape):
             raise ValueError(f"{self.name}: expected shape {(n, *self.shape)}, got {tuple(value.shape)}")
-        return value.to(torch.float32)
+        pixels = value.dtype == torch.uint8 and len(self.shape) == 3
+        return from_pixels(value) if pixels else value.to(torch.float32)

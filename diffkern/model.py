@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -30,10 +31,14 @@ from .process import Process, checked_int
 from .progress import tell
 from .samplers import LEARNED, VARIANCES
 from .schedule import SPACINGS, from_config
+from .system import FORMAT as SYSTEM_FORMAT
 from .system import System
 
 MODELS = Path(__file__).parent / "models"
 """The folder of the shipped models, each with its card."""
+
+SYSTEMS = ("cascade", "unclip")
+"""The kinds of files of several models: packages here, whose modules ``files`` read them."""
 
 
 @dataclasses.dataclass(repr=False)
@@ -50,8 +55,8 @@ class Model:
     variance    what ddpm draws with, unless told otherwise; None: what the network has learned, or "fixed_small"
     clip        how ``sample`` clips x0_hat, unless told otherwise; None: to [-1, 1]
     spacing     how it spreads steps, unless told otherwise; None: the process's own way
-    conditions  what the network gets beside labels; of a diffkern network by default those of its config: a vector's
-                null value is 0, and there is none of a number or an image
+    conditions  what the network gets beside labels; of a diffkern network by default those of its config: the null
+                value of a vector or an image is 0, and a number has none
     codec       between images and what is diffused; None: pixels are
     """
 
@@ -265,9 +270,9 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _own_conditions(network: Any) -> tuple[Condition, ...]:
-    """The conditions in the config of a diffkern network: a vector's null value is 0."""
+    """The conditions in the config of a diffkern network: the null value of a vector or an image is 0."""
     shapes = network.config.get("conditions", {}) if _describes(network) else {}
-    return tuple(Condition(name, tuple(shape), 0.0 if len(shape) == 1 else None) for name, shape in shapes.items())
+    return tuple(Condition(name, tuple(shape), 0.0 if shape else None) for name, shape in shapes.items())
 
 
 def _describes(network: Any) -> bool:
@@ -332,11 +337,33 @@ def load_one(name: str | os.PathLike, device: torch.device | str | None = None) 
 def _system(
     description: dict[str, Any], tensors: Mapping[str, Tensor], path: str | os.PathLike, device: torch.device
 ) -> System:
-    from .unclip import files  # which is made of models
+    """The system of a file. Raises ValueError that begins with ``path`` for whatever no diffkern has written."""
+    kind = description["system"]
+    if kind not in SYSTEMS:
+        raise ValueError(f"{path}: system: expected one of {', '.join(SYSTEMS)}, got {kind!r:.80}")
+    files = import_module(f".{kind}.files", __package__)  # which is made of models
+    try:
+        if description.get("format") != SYSTEM_FORMAT:
+            raise ValueError(f"expected a system of format {SYSTEM_FORMAT}, got {description.get('format')!r:.80}")
+        return files.read(description, tensors, path, device)
+    except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        message = str(error)
+        raise ValueError(message if message.startswith(str(path)) else f"{path}: {message[:500]}") from None
 
-    if description["system"] != files.KIND:
-        raise ValueError(f"{path}: system: expected {files.KIND!r}, got {description['system']!r:.80}")
-    return files.read(description, tensors, path, device)
+
+def load_part(
+    description: Mapping[str, Any],
+    name: str,
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike,
+    device: torch.device | str | None,
+) -> Model:
+    """The model that is the part ``name`` of a system's file, in eval mode. Raises TypeError or ValueError."""
+    if not isinstance(description.get(name), dict):
+        raise TypeError(f"{name}: expected an object, got {description.get(name)!r:.80}")
+    model = build(description[name], tensors, path, prefix=f"{name}.", device=device)
+    model.network.eval().requires_grad_(False)
+    return model
 
 
 def find(name: str | os.PathLike) -> Path:

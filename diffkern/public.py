@@ -14,9 +14,11 @@ except (AttributeError, ImportError, RuntimeError) as error:  # absent, or older
 
     raise ImportError(explain(error)) from None
 
+from .cascade import Cascade
 from .constraints import From, Inpaint, Quantile
 from .engine import explain, optimize
 from .guidance import Guidance, PiGDM
+from .image_to_image import restore, upscale
 from .likelihood import Nll, nll
 from .model import Model, load, save
 from .process import EDM, VE, VP, RectifiedFlow, SubVP
@@ -27,6 +29,7 @@ from .unclip import similarity, vary
 from .unet import UNet
 
 __all__ = [
+    "Cascade",
     "EDM",
     "From",
     "Guidance",
@@ -55,10 +58,12 @@ __all__ = [
     "noise_loss",
     "optimize",
     "q_sample",
+    "restore",
     "reverse_step",
     "sample",
     "save",
     "similarity",
     "torch_ops",
+    "upscale",
     "vary",
 ]

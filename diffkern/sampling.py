@@ -251,7 +251,7 @@ def interpolate(
     model = loaded(model, run)
     if isinstance(model, System):
         if fraction is not None:
-            raise ValueError(f"fraction: expected None with a model of embeddings, got {fraction}")
+            raise ValueError(f"fraction: expected None with a system of models, got {fraction}")
         return model.interpolate(a, b, n, seed=seed, steps=steps, run=run, **options)
     _refuse(options, "x_T", "seeds", "start", "clip", "noise", "constraint", *(["sampler"] if fraction is None else []))
     model, _, device, _ = resolve(model, run, options)

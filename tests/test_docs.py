@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import test_cascade
 import test_unclip
 import tiny
 import torch
@@ -44,6 +45,9 @@ def small(tmp_path, monkeypatch):
     diffkern.save(small, "models/fashion-mnist.safetensors")
     diffkern.save(small, "model.safetensors")
     diffkern.save(test_unclip.tiny((3, 32, 32)), "emoji.safetensors")
+    upsamplers = [test_cascade.upsampler(size) for size in (32, 64)]
+    diffkern.save(diffkern.Cascade(test_cascade.base(16), upsamplers), "faces.safetensors")
+    diffkern.save(test_cascade.upsampler(32, noised=False), "palette.safetensors")
     monkeypatch.setattr(model, "MODELS", tmp_path / "models")
 
 

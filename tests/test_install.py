@@ -273,6 +273,7 @@ def test_the_package_has_its_public_names_and_no_others():
         *("noise", "q_sample", "reverse_step", "noise_loss", "diffusion_loss", "group_norm_silu", "attention"),
         *("Schedule", "VP", "SubVP", "VE", "EDM", "RectifiedFlow"),
         *("UNet", "Model", "load", "save", "optimize", "explain", "torch_ops", "similarity", "vary"),
+        *("Cascade", "upscale", "restore"),
         *("sample", "encode", "interpolate", "Run", "Guidance", "PiGDM", "From", "Inpaint", "Quantile", "nll", "Nll"),
     }
     assert set(diffkern.__all__) == names | {"__version__"}

@@ -1,22 +1,20 @@
 """unCLIP: the words, the towers, what it draws, its file, its recipe. The networks are tiny and mostly untrained."""
 
-import inspect
 import json
 import math
 import re
-from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
-from diffkern import Model, Run, Schedule, UNet, cli, images, interpolate, load, sample, save, similarity, vary
-from diffkern.arguments import DESCRIBED
-from diffkern.conditions import Condition
+from diffkern import Model, Schedule, UNet, cli, images, interpolate, load, sample, save, similarity, vary
+from diffkern.cascade.recipe import WIDTHS
 from diffkern.datasets.emoji import Emoji
+from diffkern.datasets.faces import Faces
 from diffkern.io.files import read, write
 from diffkern.networks import ResidualMLP
-from diffkern.networks.conditioning import TAKEN
 from diffkern.system import part_seeds
 from diffkern.unclip import CLIP, UnCLIP, contrastive, pictures, recipe
 from diffkern.unclip.vocabulary import UnknownWord, Vocabulary
@@ -167,7 +165,7 @@ BAD = {
     "seeds": (lambda s: draw(s, n=1, seeds=[0, 1]), "seeds: expected 1, one for each picture, got 2"),
     "image": (lambda s: vary(s, torch.zeros(1, 3, 16, 16)), r"image: expected a picture \[3, H, W\], got \(1, 3,"),
     "end": (lambda s: interpolate(s, 0.5, 1), "a: expected a picture .*, a text or a seed, got float"),
-    "fraction": (lambda s: interpolate(s, 0, 1, fraction=0.5), "fraction: expected None with a model of embeddings"),
+    "fraction": (lambda s: interpolate(s, 0, 1, fraction=0.5), "fraction: expected None with a system of models"),
     "option": (lambda s: draw(s, n=1, prompts="cat"), "prompts: expected "),
     "both": (lambda s: vary(s, torch.zeros(3, 16, 16), 3, seeds=[1]), "seeds: expected 3, one for each picture, got 1"),
     "model": (lambda s: vary("fashion-mnist", torch.zeros(3, 16, 16)), "model: expected an UnCLIP, .*, got Model"),
@@ -196,7 +194,7 @@ def test_a_file_holds_all_three_networks(system, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d | {"system": "other"}, "system: expected 'unclip', got 'other'"),
+        (lambda d: d | {"system": "other"}, "system: expected one of cascade, unclip, got 'other'"),
         (lambda d: d | {"format": 2}, "expected a system of format 1, got 2"),
         (lambda d: d | {"steps": "x"}, "steps: expected a number, got 'x'"),
         (lambda d: d | {"clip": None}, "clip: expected an object, got None"),
@@ -257,13 +255,15 @@ def test_the_recipe_trains_all_parts_and_resumes_clip_to_the_bit(tmp_path, monke
             contrastive.train_clip(out, steps)
     (_, a), (_, b) = (read(out / contrastive.CLIP_FILE) for out in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    for part in ("prior", "decoder"):
+    monkeypatch.setitem(WIDTHS, 64, dict(channels=8, channel_mult=(1, 1), blocks=1, attention_levels=()))
+    monkeypatch.setattr(recipe.emoji.Emoji, "fetch", partial(Faces, 8))  # drawn at 64 x 64
+    for part in ("prior", "decoder", "upsampler"):
         dataset, make, settings = recipe.PARTS[part]
         monkeypatch.setitem(recipe.PARTS, part, (dataset, make, settings | {"batch_size": 4}))
         recipe.train_part(part, parts, 1)
     packed = recipe.pack(parts)
     assert isinstance(load(parts / "emoji.safetensors"), UnCLIP)
-    assert packed.decoder.shape == (3, 32, 32) and packed.prior.shape == (128,)
+    assert packed.decoder.shape == (3, 32, 32) and packed.prior.shape == (128,) and packed.drawn.shape == (3, 64, 64)
 
 
 def test_the_decoder_learns_without_each_condition(few_pictures):
@@ -276,53 +276,3 @@ def test_the_decoder_learns_without_each_condition(few_pictures):
     assert items[0]["x"].dtype == torch.uint8 and items[0]["x"].shape == (3, 32, 32)
     mean_square = data.image.square().mean().item()
     assert abs(mean_square - 1) < 1e-5
-
-
-# --- the networks' conditions ---
-
-
-def test_no_condition_has_the_name_of_an_argument_of_sample():
-    known = {*inspect.signature(sample).parameters, *(field.name for field in fields(Run)), *DESCRIBED}
-    assert known - {"options"} | {"x_t", "t", "x_T", "spacing"} == TAKEN
-
-
-def test_conditions_enter_by_their_shape():
-    """A number, a vector and an image change the output; each is checked by name."""
-    torch.manual_seed(0)
-    shapes = {"level": (), "z": (5,), "low": (2, 8, 8)}
-    net = filled(UNet(3, channels=8, channel_mult=(1, 1), blocks=1, attention_levels=(), groups=4, conditions=shapes))
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 4])
-    given = dict(level=torch.tensor([1.0, 2.0]), z=torch.randn(2, 5), low=torch.randn(2, 2, 8, 8))
-    out = net(x, t, **given)
-    for name, value in given.items():
-        assert not torch.allclose(out, net(x, t, **given | {name: value + 1}), atol=1e-4), name
-        with pytest.raises(TypeError, match=f"{name}: expected a tensor, got NoneType"):
-            net(x, t, **{other: given[other] for other in given if other != name})
-    with pytest.raises(ValueError, match=r"z: expected shape \(2, 5\), got \(2, 4\)"):
-        net(x, t, **given | {"z": torch.zeros(2, 4)})
-    with pytest.raises(TypeError, match="other: expected one of the network's conditions"):
-        net(x, t, **given, other=x)
-    model = Model(net, Schedule.linear(10), shape=(3, 8, 8))
-    assert [condition.null for condition in model.conditions] == [None, 0.0, None]
-    assert "own" not in model.description()
-    changed = replace(model, conditions=(*model.conditions[::2], Condition("z", (5,), null=1.0)))
-    assert changed.description()["own"] == {"z": "Condition"}  # which no file can hold
-    drawn = sample(model, 2, steps=2, progress=False, guidance=2.0, **given)
-    assert drawn.shape == x.shape and drawn.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("conditions", "error", "message"),
-    [
-        ([("z", (5,))], TypeError, "conditions: expected a shape by name"),
-        ({"t": ()}, ValueError, "conditions: expected names that no argument of sample and no module has, got 't'"),
-        ({"type": (4,)}, ValueError, "no module has, got 'type'"),
-        ({"progress": ()}, ValueError, "no module has, got 'progress'"),
-        ({"z": 5}, TypeError, r"conditions: expected \(\), \(D,\) or \(C, H, W\) of positive ints as z, got 5"),
-        ({"z": (5, 5)}, ValueError, "as z, got"),
-        ({"z": (0,)}, ValueError, "as z, got"),
-    ],
-)
-def test_conditions_that_are_none_are_refused(conditions, error, message):
-    with pytest.raises(error, match=message):
-        UNet(3, channels=32, conditions=conditions)

@@ -21,6 +21,8 @@ COMMANDS = {
     "sample": "Draw images from a model into a labelled grid.",
     "interpolate": "Draw the images between two.",
     "inpaint": "Make a part of an image anew.",
+    "upscale": "Make large pictures of a small one.",
+    "restore": "Make pictures of which a damaged one may be what is left.",
     "data": "List the data sets, or write one as a folder of pictures and captions.",
     "train": "Train a model, or resume the run in --out.",
     "export": "Write a checkpoint's averaged weights as a model file to ship.",

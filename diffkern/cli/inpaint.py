@@ -3,7 +3,6 @@
 import argparse
 
 import torch
-from torch import Tensor
 
 from .. import images, ops
 from ..constraints import Inpaint
@@ -25,7 +24,7 @@ from .options import (
     seed_ranges,
 )
 from .outputs import check_file
-from .pictures import read_picture
+from .pictures import add_mask, mask_of, read_picture
 
 N = 7
 EXAMPLES = """\
@@ -36,11 +35,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_long_options(parser)
     parser.add_argument("image", help="an image file")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--mask", metavar="FILE", help="an image file, white where to make something new")
-    where.add_argument(
-        "--box", nargs=4, type=int, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help="the same as a box, in pixels"
-    )
+    add_mask(parser, required=True)
     add_model(parser)
     add_seeds(parser, N)
     parser.add_argument("--labels", "--label", nargs="+", metavar="LABEL", help="of the images (default: none)")
@@ -57,10 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     check_file("out", arguments.out, ".png")
     model = load_one(arguments.model, arguments.device)
-    if arguments.mask is not None:
-        mask = (read_picture("mask", arguments.mask, (1, *model.shape[1:])) > 0).float()
-    else:
-        mask = _box(arguments.box, model.shape)
+    mask = mask_of(arguments, model.shape)
     image = read_picture("image", arguments.image, model.shape)
     ranges = seed_ranges(arguments.seeds, arguments.n, N)
     seeds = torch.cat([ops.as_seeds(numbers, "cpu") for numbers in ranges])
@@ -84,13 +76,3 @@ def run(arguments: argparse.Namespace) -> int:
     images.save_png(images.grid(shown, columns=columns, scale=arguments.scale), arguments.out, settings)
     print(*fresh_seeds(arguments.seeds, ranges), arguments.out, sep="\n")
     return 0
-
-
-def _box(box: list[int], shape: tuple[int, ...]) -> Tensor:
-    left, top, right, bottom = box
-    _, height, width = shape
-    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise ValueError(f"box: expected 0 <= left < right <= {width}, 0 <= top < bottom <= {height}, got {box}")
-    mask = torch.zeros(1, height, width, dtype=torch.float32, device="cpu")
-    mask[:, top:bottom, left:right] = 1
-    return mask

@@ -1,5 +1,6 @@
-"""Image files that a command is given, as a model's samples."""
+"""Image files that a command is given, as a model's samples, and masks."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -16,10 +17,51 @@ def read_picture(name: str, path: str | os.PathLike, shape: tuple[int, ...]) -> 
     channels, height, width = shape
     if height != width or channels not in (1, 3):
         raise ValueError(f"model: expected one of square images of 1 or 3 channels, got {shape}")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{name}: expected an image file, got {os.fspath(path)!r}")
+    _check_is_file(name, path)
     pixels = np.empty((channels, height, width), np.uint8)
     reason = read_square(Path(path), pixels)
     if reason is not None:
         raise ValueError(f"{name}: expected an image file, got {os.fspath(path)!r}: {reason}")
     return images.from_pixels(torch.from_numpy(pixels))
+
+
+def side_of(name: str, path: str | os.PathLike) -> int:
+    """The shorter side of an image file, in pixels. Raises FileNotFoundError or ValueError."""
+    from PIL import Image, UnidentifiedImageError
+
+    _check_is_file(name, path)
+    try:
+        with Image.open(path) as image:
+            return min(image.size)
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: expected an image file, got {os.fspath(path)!r}") from None
+
+
+def _check_is_file(name: str, path: str | os.PathLike) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{name}: expected an image file, got {os.fspath(path)!r}")
+
+
+def add_mask(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the options that :func:`mask_of` reads."""
+    where = parser.add_mutually_exclusive_group(required=required)
+    where.add_argument("--mask", metavar="FILE", help="an image file, white where to make something new")
+    where.add_argument(
+        "--box", nargs=4, type=int, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help="the same as a box, in pixels"
+    )
+
+
+def mask_of(arguments: argparse.Namespace, shape: tuple[int, ...]) -> Tensor | None:
+    """The mask [1, H, W] of the options, 1 where to make something new; None where there is none."""
+    if arguments.mask is not None:
+        return (read_picture("mask", arguments.mask, (1, *shape[1:])) > 0).float()
+    if arguments.box is None:
+        return None
+    left, top, right, bottom = arguments.box
+    _, height, width = shape
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        box = arguments.box
+        raise ValueError(f"box: expected 0 <= left < right <= {width}, 0 <= top < bottom <= {height}, got {box}")
+    mask = torch.zeros(1, height, width, dtype=torch.float32, device="cpu")
+    mask[:, top:bottom, left:right] = 1
+    return mask

@@ -24,6 +24,7 @@ from .curves import distances_to_limit as distances_to_limit
 from .curves import steps_within as steps_within
 from .detection import Detection as Detection
 from .detection import detector as detector
+from .distortion import psnr as psnr
 from .feature_network import FeatureNetwork as FeatureNetwork
 from .feature_network import feature_network as feature_network
 from .frechet import Moments as Moments

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import parallel
-from ..data import Dataset, Items, epoch_order
+from ..data import Batch, Dataset, Items, epoch_order
 from .config import Config
 from .draws import Draws, draw
 from .reading import Place, Reader
@@ -42,10 +42,7 @@ class Batches:
         """This process's share of a part of a step."""
         batch = self.dataset.batch(*self._asked(place)) if self.reader is None else self.reader.read(place)
         draws = self._draws(place)
-        if self.config.flip:
-            flip = draws.flip.view(-1, *[1] * (batch.x_0.ndim - 1))
-            batch = replace(batch, x_0=torch.where(flip, batch.x_0.flip(-1), batch.x_0))
-        return self.task.given(batch, draws)
+        return self.task.given(_mirrored(batch, draws.flip) if self.config.flip else batch, draws)
 
     def held_out(self, data: Dataset | Items) -> Iterator[Given]:
         """All of ``data``, with the same draws each time."""
@@ -78,3 +75,13 @@ class Batches:
         before, part = place
         last = part == self.config.accumulate - 1
         return (before + self.config.batch_size, 0) if last else (before, part + 1)
+
+
+def _mirrored(batch: Batch, flip: Tensor) -> Batch:
+    """Images [N, C, H, W], and those among their conditions, mirrored where ``flip`` [N]."""
+
+    def mirrored(x: Tensor) -> Tensor:
+        return torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x) if x.ndim == 4 else x
+
+    conditions = {name: mirrored(value) for name, value in batch.conditions.items()}
+    return replace(batch, x_0=mirrored(batch.x_0), conditions=conditions)

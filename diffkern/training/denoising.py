@@ -135,23 +135,22 @@ class Denoising(Task):
 
     @property
     def draws_images(self) -> bool:
-        """Of images, by a network that needs no condition."""
         model = self.model
-        image = model.codec is not None or (len(model.shape) == 3 and model.shape[0] in (1, 3))
-        return image and all(condition.null is not None for condition in model.conditions)
+        return model.codec is not None or (len(model.shape) == 3 and model.shape[0] in (1, 3))
 
     def grid(self, data: Dataset | Items, n: int, steps: int):
         """The classes in turn, or where they have no names the labels of the first items, if items have some."""
         classes, index = self.model.classes, torch.arange(n, dtype=torch.int64, device="cpu")
+        first = data.batch(index % len(data))
         labels = names = None
         if classes is not None:
             labels = index % len(classes)
             names = images.captions(classes, labels.tolist())
         elif data.labelled:
-            labels = data.batch(index % len(data)).labels
+            labels = first.labels
             names = [str(label) for label in labels.tolist()]
         steps = min(steps, self.noising.terms or steps)
-        x = sample(self.model, n, labels=labels, sampler="ddim", steps=steps, progress=False)
+        x = sample(self.model, n, labels=labels, sampler="ddim", steps=steps, progress=False, **first.conditions)
         return images.grid(x, names, columns=10)
 
 

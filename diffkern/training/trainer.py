@@ -244,7 +244,8 @@ class Trainer:
 
     def grid(self, n: int = 40, steps: int = 50):
         """A ``PIL.Image`` of n samples of the averaged model, the same seeds and labels each time: the classes in turn,
-        or where they have no names the labels of the first items, if items have some.
+        or where they have no names the labels of the first items, if items have some. Their conditions are those of the
+        first items.
 
         steps  of a diffusion model's sampler
         """

@@ -3,30 +3,34 @@
 python -m diffkern.unclip.recipe clip --out runs/emoji        # 20 minutes on two cores
 python -m diffkern.unclip.recipe prior --out runs/emoji       # 5 minutes
 python -m diffkern.unclip.recipe decoder --out runs/emoji     # 4 hours
+python -m diffkern.unclip.recipe upsampler --out runs/emoji   # 2 hours, and npm; without it, pictures are 32 x 32
 python -m diffkern.unclip.recipe pack --out runs/emoji        # emoji.safetensors
 """
 
-import argparse
 import math
 import os
-import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..cascade.pictures import LowResolution
+from ..cascade.recipe import picture_model
+from ..datasets import emoji
 from ..io.files import CHECKPOINT
 from ..model import Model, load
 from ..model import save as save_model
 from ..networks import ResidualMLP, UNet
 from ..schedule import Schedule
-from ..training import Config, Trainer
+from ..training import Config, recipes
 from .clip import CLIP
 from .contrastive import by_parts, embeddings, train_clip, trained_clip
 from .pictures import Pictures
 from .system import UnCLIP
 
+FEATURES = 128  # of an embedding
 CAPTIONS = 4  # of each picture, with other tags and without parts, for the prior and the decoder
 LEFT_OUT = {"embedding": 0.1, "caption": 0.4}
 """The chance that the decoder learns without one of its conditions, beside the trainer's chance to drop both."""
@@ -93,35 +97,47 @@ def _config(**given: Any) -> Config:
     return Config(lr_schedule="cosine", weight_decay=0.0, sample_every=0, **given)
 
 
-PARTS = {  # name: dataset, model, settings
-    "prior": (ForPrior, prior_model, dict(batch_size=256, lr=5e-4, objective="x0", warmup=100, checkpoint_every=1000)),
-    "decoder": (ForDecoder, decoder_model, dict(batch_size=64, lr=6e-4, warmup=200, checkpoint_every=250)),
+def large_pictures(out: Path) -> emoji.Emoji:
+    """What the upsampler learns from: the drawings at 64 x 64, which npm gets, beside those that it is to enlarge."""
+    return emoji.Emoji.fetch(size=64, transform=LowResolution(2, Schedule.cosine(1000)))
+
+
+def embedded(kind: type[Embedded], out: Path) -> Embedded:
+    """What the prior or the decoder learns from, by the CLIP of the run."""
+    return kind(trained_clip(out), Pictures())
+
+
+PARTS = {  # name: data of a run's folder, model, settings
+    "prior": (
+        partial(embedded, ForPrior),
+        partial(prior_model, FEATURES),
+        dict(batch_size=256, lr=5e-4, objective="x0", warmup=100, checkpoint_every=1000),
+    ),
+    "decoder": (
+        partial(embedded, ForDecoder),
+        partial(decoder_model, FEATURES),
+        dict(batch_size=64, lr=6e-4, warmup=200, checkpoint_every=250),
+    ),
+    "upsampler": (
+        large_pictures,
+        partial(picture_model, 64),
+        dict(batch_size=32, lr=4e-4, warmup=200, checkpoint_every=250, label_dropout=0.0),
+    ),
 }
-STEPS = {"clip": 5000, "prior": 6000, "decoder": 14_000}
+STEPS = {"clip": 5000, "prior": 6000, "decoder": 14_000, "upsampler": 6000}
 
 
 def train_part(part: str, out: Path, steps: int, init: str | None = None) -> None:
-    """Train the prior or the decoder, or go on; ``init``: with the weights of that part of a packed model."""
-    dataset, make, settings = PARTS[part]
-    clip = trained_clip(out)
-    data = dataset(clip, Pictures())
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        folder, model = out / part, make(clip.config["features"])
-    if (folder / CHECKPOINT).exists():
-        trainer = Trainer.resume(folder / CHECKPOINT, data, steps=steps)
-    else:
-        if init is not None:
-            model.network.load_state_dict(getattr(load(init), part).network.state_dict())
-        trainer = Trainer(model, data, _config(steps=steps, **settings))
-    stopped = trainer.run(folder)
-    if stopped is not None:
-        print(f"stopped by {signal.Signals(stopped).name} after {trainer.steps} steps", flush=True)
+    """Train a part, or go on; ``init``: with the weights of that part of a packed model."""
+    data, make, settings = PARTS[part]
+    config, begin = _config(steps=steps, **settings), None if init is None else load(init).models()[part]
+    recipes.train_part(out / part, make, data(out), config, begin)
 
 
 def pack(out: Path) -> UnCLIP:
     """Write ``emoji.safetensors`` of the parts that a run's folder has."""
-    system = UnCLIP(trained_clip(out), load(out / "prior"), load(out / "decoder"), name="emoji")
+    parts = {part: load(out / part) for part in PARTS if part != "upsampler" or (out / part / CHECKPOINT).exists()}
+    system = UnCLIP(trained_clip(out), **parts, name="emoji")
     save_model(system, out / "emoji.safetensors", dtype=torch.float16)
     size = os.path.getsize(out / "emoji.safetensors")
     print(f"{out / 'emoji.safetensors'}: {size / 1e6:.1f} MB")
@@ -129,23 +145,13 @@ def pack(out: Path) -> UnCLIP:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("clip", "prior", "decoder", "pack"))
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, help=f"(default: {STEPS})")
-    parser.add_argument("--init", help="a packed model, whose weights of the part the run begins with")
-    parser.add_argument("--threads", type=int)
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    steps = arguments.steps or STEPS.get(arguments.part, 0)
+    arguments = recipes.parsed(__doc__, ("clip", *PARTS, "pack"), STEPS)
     if arguments.part == "clip":
-        train_clip(arguments.out, steps)
+        train_clip(arguments.out, arguments.steps)
     elif arguments.part == "pack":
         pack(arguments.out)
     else:
-        train_part(arguments.part, arguments.out, steps, arguments.init)
+        train_part(arguments.part, arguments.out, arguments.steps, arguments.init)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""unCLIP as one object: CLIP, the prior and the decoder."""
+"""unCLIP as one object: CLIP, the prior, the decoder and perhaps an upsampler."""
 
 import math
 import os
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import loaded, run_of
+from ..image_to_image import LEVEL, check_stage, sample_and_enlarge
 from ..model import Model, unwrapped
-from ..ops.seeds import as_seeds
 from ..process import checked_count
 from ..runtime import Run
 from ..sampling import sample, turn
-from ..system import System, part_seeds
+from ..system import System, part_seeds, seeds_of
 from . import files
 from .clip import CLIP
 
@@ -28,9 +28,11 @@ class UnCLIP(System):
     clip            embeds pictures and texts
     prior           a model of image embeddings [D], given "text": a text's embedding
     decoder         a model of pictures, given "embedding", of a picture, and "caption", of a text
+    upsampler       a model that enlarges them, given "image", as those of a cascade, or None
     guidance        of the decoder, unless told otherwise
     prior_guidance  of the prior
-    steps, prior_steps  how many
+    steps, prior_steps  how many; the upsampler has as many as the decoder
+    augmentation    of the upsampler's pictures, in time steps
     name            for file names and titles
 
     The models see embeddings times sqrt(D), whose elements have a mean square of 1.
@@ -39,10 +41,12 @@ class UnCLIP(System):
     clip: CLIP
     prior: Model
     decoder: Model
+    upsampler: Model | None = None
     guidance: float = 2.5
     prior_guidance: float = 2.0
     steps: int = 25
     prior_steps: int = 25
+    augmentation: int = LEVEL
     name: str = "unclip"
 
     def __post_init__(self):
@@ -50,6 +54,9 @@ class UnCLIP(System):
             if tuple(condition.name for condition in part.conditions) != names:
                 got = tuple(condition.name for condition in part.conditions)
                 raise ValueError(f"{part.name}: expected a model with the conditions {names}, got {got}")
+
+        if self.upsampler is not None:
+            check_stage(self.upsampler, self.decoder.shape)
 
     # --- what it draws ---
 
@@ -71,7 +78,7 @@ class UnCLIP(System):
         n, seeds        how many, which have the seeds 0..n-1; or the seed of each; default: as many as texts
         guidance        of the decoder by embedding and text; ``prior_guidance`` of the prior by the text
         steps           of the decoder
-        options         as :func:`diffkern.sample` takes them, for the decoder
+        options         as :func:`diffkern.sample` takes them, for the decoder and the upsampler; ``augmentation``
 
         Warns of words that CLIP has not learned. Raises TypeError or ValueError for an argument that does not fit.
         """
@@ -80,7 +87,7 @@ class UnCLIP(System):
         texts = None if prompt is None or isinstance(prompt, str) else list(prompt)
         if n is None and seeds is None and texts is not None:
             n = len(texts)
-        seeds = _seeds(n, seeds)
+        seeds = seeds_of(n, seeds)
         if texts is not None and len(texts) != len(seeds):
             raise ValueError(f"prompt: expected a text, or {len(seeds)}, one for each picture, got {len(texts)}")
         if texts is None and prompt is not None:
@@ -108,7 +115,7 @@ class UnCLIP(System):
         if not isinstance(image, Tensor) or image.ndim != 3:
             got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise ValueError(f"image: expected a picture [3, H, W], got {got}")
-        seeds = _seeds(8 if n is None and seeds is None else n, seeds)
+        seeds = seeds_of(8 if n is None and seeds is None else n, seeds)
         embedding = self._scaled(self._images(image[None])).expand(len(seeds), -1)
         return self._decode(embedding, None, seeds, guidance, steps, options)
 
@@ -123,22 +130,28 @@ class UnCLIP(System):
         ends = [self._end(name, end) for name, end in (("a", a), ("b", b))]
         w = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
         embedding = self._scaled(turn(*ends, w))
-        return self._decode(embedding, None, _seeds(None, [seed] * n), guidance, steps, options)
+        return self._decode(embedding, None, seeds_of(None, [seed] * n), guidance, steps, options)
 
     @torch.no_grad()
     def similarity(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """The cosine of each picture [N, 3, H, W] and each of K texts: [N, K]. Its argmax is a zero-shot class."""
         return self._images(images) @ self._texts([texts] if isinstance(texts, str) else texts).T
 
-    def save(self, path: str | os.PathLike, dtype: torch.dtype = torch.float16) -> None:
-        files.save(self, path, dtype)
-
     @property
     def drawn(self) -> Model:
-        return self.decoder
+        return self.upsampler or self.decoder
+
+    @property
+    def stages(self) -> dict[int, Model]:
+        return {} if self.upsampler is None else {2: self.upsampler}
+
+    def models(self) -> dict[str, Model]:
+        """The parts but for CLIP, by name."""
+        parts = dict(prior=self.prior, decoder=self.decoder, upsampler=self.upsampler)
+        return {name: part for name, part in parts.items() if part is not None}
 
     def networks(self) -> dict[str, nn.Module]:
-        return {"clip": self.clip, "prior": unwrapped(self.prior.network), "decoder": unwrapped(self.decoder.network)}
+        return {"clip": self.clip, **{name: unwrapped(part.network) for name, part in self.models().items()}}
 
     def description(self) -> dict[str, Any]:
         return files.describe(self)
@@ -166,16 +179,17 @@ class UnCLIP(System):
         options: dict[str, Any],
     ) -> Tensor:
         given = dict(embedding=embedding, caption=caption, guidance=self.guidance if guidance is None else guidance)
-        return sample(self.decoder, seeds=seeds, steps=self.steps if steps is None else steps, **given, **options)
+        given |= dict(steps=self.steps if steps is None else steps, level=self.augmentation)
+        return sample_and_enlarge(self.decoder, self.stages, seeds, **given, **options)
 
     def _end(self, name: str, end: Any) -> Tensor:
         """The embedding [D] of a picture, a text or a seed."""
         if isinstance(end, Tensor) and end.ndim == 3:
             return self._images(end[None])[0]
         if isinstance(end, str):
-            return self.draw_embeddings(self._scaled(self._texts([end])), _seeds(1, None))[0]
+            return self.draw_embeddings(self._scaled(self._texts([end])), seeds_of(1, None))[0]
         if isinstance(end, int) and not isinstance(end, bool):
-            return self.draw_embeddings(None, _seeds(None, [end]))[0]
+            return self.draw_embeddings(None, seeds_of(None, [end]))[0]
         raise TypeError(f"{name}: expected a picture [3, H, W], a text or a seed, got {type(end).__name__}")
 
     @torch.no_grad()
@@ -188,16 +202,6 @@ class UnCLIP(System):
 
     def _scaled(self, embedding: Tensor) -> Tensor:
         return F.normalize(embedding, dim=1) * math.sqrt(self.clip.config["features"])
-
-
-def _seeds(n: int | None, seeds: Any) -> Tensor:
-    """The seed of each picture, [n] int64: 0..n-1 unless they are given."""
-    if seeds is None:
-        return torch.arange(checked_count("n", 1 if n is None else n), dtype=torch.int64, device="cpu")
-    seeds = as_seeds(seeds, "cpu")
-    if n is not None and len(seeds) != n:
-        raise ValueError(f"seeds: expected {n}, one for each picture, got {len(seeds)}")
-    return seeds
 
 
 def vary(model: str | os.PathLike | UnCLIP, image: Tensor, n: int | None = None, **options: Any) -> Tensor:
