@@ -259,6 +259,13 @@ class Model:
         }
 
 
+def check_models(**models: Any) -> None:
+    """Raises TypeError for an argument that is no Model, by its name."""
+    for name, model in models.items():
+        if not isinstance(model, Model):
+            raise TypeError(f"{name}: expected a Model, got {type(model).__name__}")
+
+
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     expected = "positive sizes, as (C, H, W)"
     if not isinstance(shape, Sequence) or isinstance(shape, str):
@@ -409,8 +416,7 @@ def save(model: "Model | System", path: str | os.PathLike, *, dtype: torch.dtype
     if isinstance(model, System):
         model.save(path, dtype)
         return
-    if not isinstance(model, Model):
-        raise TypeError(f"model: expected a Model, got {type(model).__name__}")
+    check_models(model=model)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
     description = model.description()
@@ -479,6 +485,7 @@ def plan(
 
 def _checked(into: Model, description: dict[str, Any], tensors: int, path: str | os.PathLike) -> Model:
     """``into``, without an engine around its network, if it is a model as ``description`` says."""
+    check_models(into=into)
     try:
         check_model(description, tensors)
     except (TypeError, ValueError) as error:

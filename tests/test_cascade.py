@@ -40,6 +40,12 @@ def base(size: int = 4, **options) -> Model:
     return Model(filled(UNet(3, **SMALL, **options)), SCHEDULE, "v", (3, size, size), name="base")
 
 
+def by_class(*names: str, size: int = 4) -> Model:
+    model = base() if size == 4 else upsampler(size)
+    network = UNet(3, **SMALL, num_classes=len(names), conditions=model.network.config["conditions"])
+    return replace(model, network=network, classes=names)
+
+
 @pytest.fixture(scope="module")
 def cascade() -> Cascade:
     return Cascade(base(num_classes=2), (upsampler(8), upsampler(16)), steps=2, augmentation=10, name="tiny")
@@ -180,6 +186,23 @@ BAD = {
     "option": (lambda c: draw(c, 1, prompt="cat"), TypeError, "prompt: expected"),
     "none": (lambda c: Cascade(c.base, ()), ValueError, "upsamplers: expected 1 to 15 models, got 0"),
     "order": (lambda c: Cascade(c.base, c.upsamplers[::-1]), ValueError, r"model: .* larger than \(3, 16, 16\), got"),
+    "classes": (
+        lambda c: Cascade(by_class("disc", "square"), [by_class("square", "disc", size=8)]),
+        ValueError,
+        r"model: expected one with the classes of base, \('disc', 'square'\), got to 8 with \('square', 'disc'\)",
+    ),
+    "number of classes": (
+        lambda c: Cascade(c.base, [by_class("a", "b", "c", size=8)]),
+        ValueError,
+        "model: expected one with the classes of base, 2, got to 8 with 3",
+    ),
+    "path": (lambda c: Cascade("base", c.upsamplers), TypeError, "base: expected a Model, got str"),
+    "paths": (lambda c: Cascade(c.base, ["up"]), TypeError, "upsamplers: expected a Model, got str"),
+    "lone": (
+        lambda c: Cascade(c.base, c.upsamplers[0]),
+        TypeError,
+        "upsamplers: expected a sequence of models, got Model",
+    ),
     "shape": (
         lambda c: Cascade(c.base, (replace(upsampler(8), shape=(3, 16, 16)),)),
         ValueError,

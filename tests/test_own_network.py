@@ -128,6 +128,8 @@ def test_a_model_is_saved_with_the_types_of_its_buffers_and_loads_into_another_o
         wider = model()
         wider.network.more = nn.Linear(1, 1)
         load(tmp_path / "m", into=wider)
+    with pytest.raises(TypeError, match="into: expected a Model, got Small"):
+        load(tmp_path / "m", into=model().network)
 
 
 def test_a_unets_checkpoint_goes_on_in_a_network_that_the_caller_has_made(tmp_path):

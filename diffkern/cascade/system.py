@@ -1,5 +1,6 @@
 """A cascade as one object: a base model and upsamplers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 
 from ..arguments import run_of, samples_of
 from ..image_to_image import LEVEL, check_stage, enlarged, level_of, sample_and_enlarge
-from ..model import Model, unwrapped
+from ..model import Model, check_models, unwrapped
 from ..process import checked_count
 from ..sampling import interpolate
 from ..system import System, seeds_of
@@ -38,12 +39,18 @@ class Cascade(System):
     name: str = "cascade"
 
     def __post_init__(self):
+        if not isinstance(self.upsamplers, Sequence) or isinstance(self.upsamplers, str):
+            raise TypeError(f"upsamplers: expected a sequence of models, got {type(self.upsamplers).__name__}")
         self.upsamplers = tuple(self.upsamplers)
+        check_models(base=self.base)
+        for model in self.upsamplers:
+            check_models(upsamplers=model)
         if not 1 <= len(self.upsamplers) < files.MOST_PARTS:
             raise ValueError(f"upsamplers: expected 1 to {files.MOST_PARTS - 1} models, got {len(self.upsamplers)}")
         checked_count("augmentation", self.augmentation, 0)
         for before, model in zip((self.base, *self.upsamplers), self.upsamplers, strict=False):
             check_stage(model, before.shape)
+            _check_classes(self.base, model)
 
     def sample(
         self,
@@ -109,3 +116,12 @@ class Cascade(System):
 
     def description(self) -> dict[str, Any]:
         return files.describe(self)
+
+
+def _check_classes(base: Model, model: Model) -> None:
+    """Raises ValueError where a label does not mean the same to both, if both have classes."""
+    if None in (base.num_classes, model.num_classes):
+        return
+    theirs, ours = (m.num_classes if None in (base.classes, model.classes) else m.classes for m in (base, model))
+    if theirs != ours:
+        raise ValueError(f"model: expected one with the classes of {base.name}, {theirs}, got {model.name} with {ours}")

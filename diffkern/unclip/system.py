@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..arguments import loaded, run_of
 from ..image_to_image import LEVEL, check_stage, sample_and_enlarge
-from ..model import Model, unwrapped
+from ..model import Model, check_models, unwrapped
 from ..process import checked_count
 from ..runtime import Run
 from ..sampling import sample, turn
@@ -50,12 +50,14 @@ class UnCLIP(System):
     name: str = "unclip"
 
     def __post_init__(self):
+        check_models(prior=self.prior, decoder=self.decoder)
         for part, names in ((self.prior, ("text",)), (self.decoder, ("embedding", "caption"))):
             if tuple(condition.name for condition in part.conditions) != names:
                 got = tuple(condition.name for condition in part.conditions)
                 raise ValueError(f"{part.name}: expected a model with the conditions {names}, got {got}")
 
         if self.upsampler is not None:
+            check_models(upsampler=self.upsampler)
             check_stage(self.upsampler, self.decoder.shape)
 
     # --- what it draws ---
