@@ -323,7 +323,7 @@ def test_options_may_change_on_resuming_and_the_network_may_not(tmp_path):
 def test_a_value_that_the_run_has_is_no_change_even_as_a_default(tmp_path, same):
     run = trainer()
     run.save(tmp_path / CHECKPOINT)
-    assert Trainer.resume(tmp_path / CHECKPOINT, run.dataset, **same).config == run.config
+    assert Trainer.resume(tmp_path, run.dataset, **same).config == run.config  # by the run's folder
 
 
 def test_other_data_than_the_checkpoint_s_are_refused(tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import parallel
 from ..flows import Flow
-from ..io.files import restore, state, write
+from ..io.files import CHECKPOINT, restore, state, write
 from ..model import Model
 from ..progress import bar as progress_bar
 from . import loop
@@ -106,6 +106,7 @@ class Trainer:
     ) -> "Trainer":
         """Continue the run of a checkpoint. ``changes`` are fields of its :class:`Config` that shall differ.
 
+        path  the checkpoint, or the folder of its run
         into  a ``Model`` as the one that the run began with, whose network is trained on: needed where that is none
               of ``networks.ARCHITECTURES``, and where there are a process of one's own, conditions that the network's
               config does not name or a codec
@@ -114,7 +115,7 @@ class Trainer:
         other images than the run has seen. Raises ValueError for a change of the network, the process, the objective
         or the seed, and for fewer ``steps`` than have been taken.
         """
-        path = Path(path)
+        path = Path(path) / CHECKPOINT if Path(path).is_dir() else Path(path)
         description, tensors, config = read_checkpoint(path)
         training, kind = description["training"], kind_in(description)
         planned = kind.planned(description, tensors, path, into)
