@@ -1,6 +1,7 @@
 """Training on every process: the rows that a batch gets, the loss that an exact network has, and runs that resume."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -191,6 +192,16 @@ def test_a_process_is_trained_as_its_paper_does_unless_told_otherwise(kind, proc
     assert run.model.schedule == process and run.config.schedule == process.config()
     other = trainer(kind, prediction="v", objective="min_snr", times="logit_normal", times_std=0.5)
     assert other.task.noising.objective == objectives.Objective("v", objectives.MinSNR(5), LogitNormal(0.0, 0.5))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "score"])
+def test_a_prediction_that_no_sample_can_start_from_is_refused_before_the_first_step(prediction):
+    message = f"prediction: expected 'v', 'x0' or 'flow' where alpha falls to 0 .*, got '{prediction}'"
+    for schedule in ({"kind": "flow"}, tiny.SCHEDULE.rescaled().config()):
+        data, config = tiny.dataset(), tiny.config(schedule=schedule, prediction=prediction)
+        with pytest.raises(ValueError, match=message):
+            Trainer(new_model(data, config), data, config)
+        assert Trainer(new_model(data, replace(config, prediction="x0")), data, replace(config, prediction="x0"))
 
 
 @pytest.mark.parametrize("kind", PROCESSES)

@@ -14,6 +14,7 @@ from ..io.description import check_model, checked_state
 from ..io.files import state
 from ..model import Model, build, plan
 from ..networks import UNet
+from ..prediction import head_at
 from ..runtime.loop import call
 from ..samplers import LEARNED
 from ..sampling import sample
@@ -169,6 +170,8 @@ def _check(model: Model, config: Config, objective: Objective) -> None:
         raise ValueError(f"objective: expected {expected}, got {config.objective!r}")
     if model.prediction != config.prediction:
         raise ValueError(f"prediction: expected {config.prediction!r}, which is trained, got {model.prediction!r}")
+    process = model.schedule
+    head_at(model.prediction, process.point(process.t_max), process)  # samples start there, those of a run too
     if config.label_dropout and not model.null_class:
         raise ValueError(f"label_dropout: expected 0 for a network without a null class, got {config.label_dropout}")
 
