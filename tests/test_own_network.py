@@ -611,9 +611,24 @@ BAD = {
         "variance: expected another one .*diffkern.covariance.*, got 'full'",
     ),
     "no condition": (
-        lambda: Trainer(model(conditions=(Condition("side", (2,)),)), PLAIN, Config(**CONFIG)).step(),
+        lambda: Trainer(model(conditions=(SIDE,)), PLAIN, Config(**CONFIG)),
         ValueError,
-        "side: expected a value, for the network has none",
+        "data: expected items with the model's conditions, side, got items of x$",
+    ),
+    "no condition of held-out items": (
+        lambda: Trainer(
+            model(conditions=(SIDE,)),
+            Points(lambda x, i: {"x": x, "side": x[:2]}),
+            Config(**CONFIG),
+            validation=PLAIN,
+        ),
+        ValueError,
+        "validation: expected items with the model's conditions, side, got items of x$",
+    ),
+    "no condition of images": (
+        lambda: Trainer(replace(tiny.model(), conditions=(SIDE,)), tiny.dataset(), tiny.config()),
+        ValueError,
+        "data: expected images with the model's conditions, side, got images alone",
     ),
     "output": (
         lambda: Trainer(replace(model(), network=Wide()), PLAIN, Config(**CONFIG)).step(),

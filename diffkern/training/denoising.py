@@ -72,6 +72,11 @@ class Denoising(Task):
             data = replace(data, conditions=tuple(condition.name for condition in model.conditions))
         if model.codec is None and data.shape != model.shape:
             raise ValueError(f"{name}: expected {kind} of shape {model.shape}, got {data.shape}")
+        parts = data.names if isinstance(data, Items) else ()
+        missing = [condition.name for condition in model.conditions if condition.name not in parts]
+        if missing:
+            expected, got = ", ".join(missing), f"of {', '.join(parts)}" if parts else "alone"
+            raise ValueError(f"{name}: expected {kind} with the model's conditions, {expected}, got {kind} {got}")
         data = data.in_order_of(model.classes)
         if data.classes != model.classes:
             raise ValueError(f"{name}: expected the classes {model.classes}, got {data.classes}")
