@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from . import ops
 from .arguments import loaded, run_of
 from .constraints import Inpaint, rows_of
+from .images import FAR
 from .model import Model
 from .process import checked_count
 from .sampling import sample
@@ -81,6 +82,14 @@ def check_stage(model: Model, shape: tuple[int, ...]) -> None:
     fits = len(shape) == 3 and shape[0] == model.shape[0] and shape[1] < model.shape[1] and shape[2] < model.shape[2]
     if not fits:
         raise ValueError(f"model: expected one of pictures larger than {shape}, got {model.name} of {model.shape}")
+    if not _proportional(model.shape, shape):
+        expected = f"one of pictures with the proportions of {shape}"
+        raise ValueError(f"model: expected {expected}, got {model.name} of {model.shape}")
+
+
+def _proportional(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether pictures of the shapes [..., H, W] have the same proportions."""
+    return a[-2] * b[-1] == a[-1] * b[-2]
 
 
 def is_augmented(model: Model) -> bool:
@@ -204,7 +213,11 @@ def upscale(
         sizes = ", ".join(f"{m.shape[1]} x {m.shape[2]}" for m in stages.values()) or "none"
         height, width = small.shape[2:]
         raise ValueError(f"small: expected pictures smaller than the model's ({sizes}), got {height} x {width}")
-    small, level = _in_channels("small", small, next(iter(larger.values()))), level_of(augmentation, larger, level)
+    first = next(iter(larger.values()))
+    if not _proportional(first.shape, small.shape):
+        sizes = " to ".join(f"{height} x {width}" for *_, height, width in (small.shape, first.shape))
+        raise ValueError(f"small: expected pictures with the proportions of the model's, got {sizes}")
+    small, level = _in_channels("small", small, first), level_of(augmentation, larger, level)
     return enlarged(larger, small, seeds_of(len(small), seeds), level=level, run=run, **options)
 
 
@@ -259,8 +272,10 @@ def _check_pictures(name: str, x: Any, ndim: int) -> None:
 
 
 def _in_channels(name: str, x: Tensor, model: Model) -> Tensor:
-    """Pictures [N, C, h, w], gray ones with the channels of the model."""
+    """Pictures [N, C, h, w], gray ones with the channels of the model. Raises ValueError for those of another range."""
     channels = model.shape[0]
     if x.shape[1] not in (1, channels):
         raise ValueError(f"{name}: expected 1 or {channels} channels, got {x.shape[1]}")
+    if x.numel() and x.abs().max() > FAR:
+        raise ValueError(f"{name}: expected values in [-1, 1], got {x.min():.4g} to {x.max():.4g}")
     return x.expand(-1, channels, -1, -1)

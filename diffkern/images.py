@@ -17,6 +17,7 @@ from .io.files import check_regular, write_atomically
 KEY = "diffkern"
 """The PNG's tEXt keyword under which the settings are, as JSON."""
 
+FAR = 2.0  # the largest magnitude of floats that are taken for a picture in [-1, 1]; those of pixels reach 255
 GAP, TEXT = 4, 14  # pixels between images, and for the text below each
 LONGEST_SIDE = 2**29 - 1  # of an image in Pillow
 LONGEST_SIDE_OF_GIF = 2**16 - 1

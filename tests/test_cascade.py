@@ -179,6 +179,11 @@ BAD = {
     ),
     "one": (lambda c: upscale(c, torch.zeros(3, 4, 4)), TypeError, r"small: expected floats \[N, C, H, W\], got"),
     "bytes": (lambda c: upscale(c, torch.zeros(1, 3, 4, 4).byte()), TypeError, "small: .*, got torch.uint8"),
+    "pixels": (
+        lambda c: upscale(c, torch.full((1, 3, 4, 4), 100.0)),
+        ValueError,
+        r"small: expected values in \[-1, 1\], got 100 to 100",
+    ),
     "channels": (lambda c: upscale(c, torch.zeros(1, 2, 4, 4)), ValueError, "small: expected 1 or 3 channels, got 2"),
     "seeds": (lambda c: upscale(c, SMALL_ONES, seeds=[1]), ValueError, "seeds: expected 3, one for each .*, got 1"),
     "model": (lambda c: upscale(c.base, SMALL_ONES), ValueError, "model: expected .* image .*, got base with none"),

@@ -396,6 +396,19 @@ def test_latents_of_four_channels_train_a_unet_and_are_drawn_unclipped(tmp_path)
     assert sample(drawn, 4, steps=2, progress=False).abs().max() > 1
 
 
+def test_floats_of_pixels_are_warned_of_and_pixels_and_latents_are_not(recwarn):
+    pixels = tiny.dataset(classes=None).images
+    mine = tiny.model(classes=None)
+    Trainer(mine, pixels, tiny.config())
+    Trainer(replace(mine, clip=False), 3 * torch.randn(2, 1, 8, 8), tiny.config())
+    assert not recwarn.list
+    Trainer(mine, pixels.float(), tiny.config())
+    (told,) = recwarn.list
+    largest = int(pixels[0].max())
+    assert "data: expected floats in [-1, 1], or pixels as uint8" in str(told.message)
+    assert f"got floats up to {largest} in item 0" in str(told.message) and told.filename == __file__
+
+
 def test_conditions_reach_the_network_and_are_dropped_with_the_labels(tmp_path):
     side = Condition("side", (2,), null=7.0)
     data = Points(lambda x, i: {"x": x, "label": i % 3, "side": torch.tensor([i, -i])})

@@ -107,6 +107,11 @@ def test_what_is_no_hole_stays_exactly_as_it_is():
             ValueError,
             "mask: expected values in",
         ),
+        (
+            lambda m: restore(m, 127.5 * (FACE[:, :8, :8] + 1)),
+            ValueError,
+            r"image: expected values in \[-1, 1\], got .* to 2\d\d",
+        ),
         (lambda m: restore("fashion-mnist", FACE), ValueError, "model: expected one with the condition image"),
     ],
 )

@@ -1,5 +1,6 @@
 """The model, data and settings of a run, checked against each other before anything is changed."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from .. import parallel
 from ..data import Dataset, Items, as_dataset
 from ..flows import Flow
+from ..images import FAR
 from ..model import Model, checked_device
 from ..networks import UNet
 from .config import Config, as_json
@@ -52,6 +54,7 @@ def fitted(model: Any, dataset: Any, config: Config, *, device: Any = None, vali
     dataset = kind.fitting("data", as_dataset(dataset), model)
     validation = None if validation is None else kind.fitting("validation", as_dataset(validation), model)
     task = kind(model, config, device, dataset, validation)
+    _warn_of_range(task, dataset)
     if config.flip and len(dataset.shape) != 3:
         raise ValueError(f"flip: expected False of what is no image (C, H, W), got True with shape {dataset.shape}")
     parts = parallel.world() * config.accumulate
@@ -60,6 +63,17 @@ def fitted(model: Any, dataset: Any, config: Config, *, device: Any = None, vali
         expected += f" times {config.accumulate} parts" if config.accumulate > 1 else ""
         raise ValueError(f"batch_size: expected {expected}, got {config.batch_size}")
     return Fitted(task, dataset, validation, config, device)
+
+
+def _warn_of_range(task: Task, data: Dataset | Items) -> None:
+    """Warn of pictures whose first one is far from [-1, 1]: most likely they are pixels that became floats."""
+    latents = isinstance(task.model, Model) and task.model.codec is None and task.model.clip is False
+    if isinstance(data, Dataset) or not task.draws_images or latents:
+        return
+    largest = data.first.x_0.abs().max().item()
+    if largest > FAR:
+        expected = "floats in [-1, 1], or pixels as uint8 (latents: a model with clip=False)"
+        warnings.warn(f"data: expected {expected}, got floats up to {largest:.4g} in item 0", stacklevel=4)
 
 
 def changed(config: Config, changes: Mapping[str, Any], model: Model | Flow, steps: int, path: Path) -> Config:
