@@ -188,6 +188,8 @@ class Model:
         if parameters:
             dtype = str(parameters[0].dtype).removeprefix("torch.")
             network += f" of {sum(p.numel() for p in parameters):,} parameters, {dtype} on {self.device}"
+        if self.learned_variance and self.variance is None:
+            network += ", with a learned variance"
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         given |= dict(network=f"<{network}>", schedule=repr(self.schedule))
         if self.classes is not None:

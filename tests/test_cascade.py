@@ -184,6 +184,11 @@ BAD = {
         ValueError,
         r"small: expected values in \[-1, 1\], got 100 to 100",
     ),
+    "proportions": (
+        lambda c: upscale(c, torch.zeros(1, 3, 7, 5)),
+        ValueError,
+        "small: expected pictures with the proportions of the model's, got 7 x 5 to 8 x 8",
+    ),
     "channels": (lambda c: upscale(c, torch.zeros(1, 2, 4, 4)), ValueError, "small: expected 1 or 3 channels, got 2"),
     "seeds": (lambda c: upscale(c, SMALL_ONES, seeds=[1]), ValueError, "seeds: expected 3, one for each .*, got 1"),
     "model": (lambda c: upscale(c.base, SMALL_ONES), ValueError, "model: expected .* image .*, got base with none"),
@@ -207,6 +212,11 @@ BAD = {
         lambda c: Cascade(c.base, c.upsamplers[0]),
         TypeError,
         "upsamplers: expected a sequence of models, got Model",
+    ),
+    "stretched": (
+        lambda c: Cascade(replace(c.base, shape=(3, 4, 2)), c.upsamplers),
+        ValueError,
+        r"model: expected one of pictures with the proportions of \(3, 4, 2\), got to 8 of \(3, 8, 8\)",
     ),
     "shape": (
         lambda c: Cascade(c.base, (replace(upsampler(8), shape=(3, 16, 16)),)),

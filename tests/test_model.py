@@ -160,6 +160,7 @@ Model(
   name='tiny',
 )"""
     )
+    assert "on cpu, with a learned variance>" in repr(tiny.model(learned_variance=True))
     bare = Model(lambda x_t, t, labels: x_t, tiny.SCHEDULE, shape=(2,), variance="fixed_large")
     assert "  network=<function>,\n" in repr(bare) and repr(bare).endswith("  variance='fixed_large',\n)")
 

@@ -169,7 +169,9 @@ def _check(model: Model, config: Config, objective: Objective) -> None:
     if config.times == "importance" and not model.schedule.discrete:
         raise ValueError(f"times: expected {', '.join(TIMES)} or None without time steps, got 'importance'")
     if model.learned_variance != (objective.vlb != 0):
-        whose = "a learned variance" if model.learned_variance else "a fixed variance"
+        whose = "a fixed variance"
+        if model.learned_variance:
+            whose = f"a learned variance, as it returns {2 * model.shape[0]} channels for {model.shape[0]}"
         with_bound = [name for name, make in OBJECTIVES.items() if (make().vlb != 0) == model.learned_variance]
         expected = f"one of {', '.join(with_bound)} with a network of {whose}"
         raise ValueError(f"objective: expected {expected}, got {config.objective!r}")
