@@ -6,7 +6,7 @@ Each error names the argument, what was expected and what came.
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -147,12 +147,14 @@ def resolve(model: Any, run: Run, options: dict[str, Any]) -> tuple[Model, Netwo
     if dtype is None and dtype_of(model.network) == torch.bfloat16:
         dtype = torch.bfloat16
     network = unwrapped(model.network)
-    _check_signature(network, _conditions(model))
+    check_signature(model)
     return model, network, _where(network, device), dtype
 
 
-def _check_signature(network: Network, conditions: Sequence[str]) -> None:
-    """TypeError unless it can be called as ``network(x_t, t, labels, **conditions)``, as far as Python can tell."""
+def check_signature(model: Model) -> None:
+    """TypeError unless its network can be called as ``network(x_t, t, labels, **conditions)``, as far as Python can
+    tell."""
+    network, conditions = unwrapped(model.network), _conditions(model)
     function = network.forward if isinstance(network, nn.Module) else network
     try:
         signature = inspect.signature(function)

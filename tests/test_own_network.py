@@ -623,6 +623,16 @@ BAD = {
         ValueError,
         "variance: expected another one .*diffkern.covariance.*, got 'full'",
     ),
+    "classes": (
+        lambda: Trainer(tiny.model(classes=None), tiny.dataset(), tiny.config()),
+        ValueError,
+        r"data: expected the classes None, got \(.*\); Model\(\.\.\., classes=dataset.classes\) names those of a network",
+    ),
+    "no labels of a network": (
+        lambda: Trainer(replace(model(), network=nn.Bilinear(3, 3, 3)), PLAIN, Config(**CONFIG)),
+        TypeError,
+        r"model: expected a network that is called as network\(x_t, t, labels\), got Bilinear\(input1",
+    ),
     "no condition": (
         lambda: Trainer(model(conditions=(SIDE,)), PLAIN, Config(**CONFIG)),
         ValueError,

@@ -701,7 +701,7 @@ BAD_RUNS = {
     "prediction": (with_prediction_v, "prediction: expected 'eps', which is trained, got 'v'"),
     "variance": (
         lambda: trainer(network={**tiny.NETWORK, "learned_variance": True}),
-        "expected one of hybrid, vlb with a network of a learned variance, as it returns 2 channels for 1, got 'simple'",
+        "one of hybrid, vlb with a network of a learned variance, as it returns 2 channels for 1, got 'simple'",
     ),
     "no variance": (lambda: trainer(objective="hybrid"), "objective: expected one of simple, .* of a fixed variance"),
     "groups": (lambda: trainer(network={**tiny.NETWORK, "groups": 5}), "groups: expected a divisor of every width"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import images, ops
+from ..arguments import check_signature
 from ..data import Batch, Dataset, Items
 from ..engine import is_optimized
 from ..io.description import check_model, checked_state
@@ -42,6 +43,7 @@ class Denoising(Task):
     ):
         objective = config.made_objective()
         _check(model, config, objective)
+        check_signature(model)
         learns = model.learned_variance and model.variance not in LEARNED
         variance = "learned" if learns else model.default_variance
         self.noising = Noising(objective, model.schedule, variance, device)
@@ -79,7 +81,9 @@ class Denoising(Task):
             raise ValueError(f"{name}: expected {kind} with the model's conditions, {expected}, got {kind} {got}")
         data = data.in_order_of(model.classes)
         if data.classes != model.classes:
-            raise ValueError(f"{name}: expected the classes {model.classes}, got {data.classes}")
+            named = "; Model(..., classes=dataset.classes) names those of a network that takes labels"
+            remedy = named if model.classes is None else ""
+            raise ValueError(f"{name}: expected the classes {model.classes}, got {data.classes}{remedy}")
         if model.num_classes is not None and not data.labelled:
             expected = f"{kind} with labels of {model.num_classes} classes"
             raise ValueError(f"{name}: expected {expected}, got {kind} without labels")
