@@ -70,7 +70,8 @@ def check_given_image(model: Model) -> None:
     shapes = {condition.name: condition.shape for condition in model.conditions}
     if shapes.get(IMAGE) != model.shape or len(model.shape) != 3:
         expected = f"one with the condition {IMAGE} of the shape of its samples, {model.shape}"
-        raise ValueError(f"model: expected {expected}, got {model.name} with {shapes or 'none'}")
+        remedy = "" if shapes else f'; a network of your own: Model(..., conditions={{"{IMAGE}": {model.shape}}})'
+        raise ValueError(f"model: expected {expected}, got {model.name} with {shapes or 'none'}{remedy}")
     if AUGMENTATION in shapes and not (shapes[AUGMENTATION] == () and isinstance(model.schedule, Schedule)):
         got = f"{shapes[AUGMENTATION]} with a {type(model.schedule).__name__}"
         raise ValueError(f"{AUGMENTATION}: expected a number, and a schedule of time steps, got {got}")

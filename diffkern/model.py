@@ -55,8 +55,9 @@ class Model:
     variance    what ddpm draws with, unless told otherwise; None: what the network has learned, or "fixed_small"
     clip        how ``sample`` clips x0_hat, unless told otherwise; None: to [-1, 1]
     spacing     how it spreads steps, unless told otherwise; None: the process's own way
-    conditions  what the network gets beside labels; of a diffkern network by default those of its config: the null
-                value of a vector or an image is 0, and a number has none
+    conditions  what the network gets beside labels: each a Condition, or all as shapes by name: {"image": (3, 32, 32)}.
+                Then the null value of a vector or an image is 0, and a number has none. A diffkern network has by
+                default those of its config
     codec       between images and what is diffused; None: pixels are
     """
 
@@ -69,7 +70,7 @@ class Model:
     variance: str | None = None
     clip: bool | float | Quantile | None = None
     spacing: str | None = None
-    conditions: tuple[Condition, ...] = ()
+    conditions: Sequence[Condition] | Mapping[str, Sequence[int]] = ()
     codec: Codec | None = None
 
     def __post_init__(self):
@@ -98,7 +99,7 @@ class Model:
         if self.clip is not None:
             limit_of(self.clip)
         network = unwrapped(self.network)
-        self.conditions = tuple(self.conditions) or _own_conditions(network)
+        self.conditions = _checked_conditions(self.conditions) or _own_conditions(network)
         if isinstance(network, UNet):
             channels = network.config["in_channels"]
             if len(self.shape) != 3 or self.shape[0] != channels:
@@ -268,20 +269,36 @@ def check_models(**models: Any) -> None:
             raise TypeError(f"{name}: expected a Model, got {type(model).__name__}")
 
 
-def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+def _checked_shape(shape: Sequence[int], name: str = "shape", dimensions: int = 1) -> tuple[int, ...]:
+    """A shape of at least so many dimensions. Raises TypeError or ValueError for what is none."""
     expected = "positive sizes, as (C, H, W)"
     if not isinstance(shape, Sequence) or isinstance(shape, str):
-        raise TypeError(f"shape: expected {expected}, got {shape!r}")
-    shape = tuple(checked_int("shape", size, expected) for size in shape)
-    if not shape or min(shape) < 1:
-        raise ValueError(f"shape: expected {expected}, got {shape}")
+        raise TypeError(f"{name}: expected {expected}, got {shape!r}")
+    shape = tuple(checked_int(name, size, expected) for size in shape)
+    if len(shape) < dimensions or min(shape, default=1) < 1:
+        raise ValueError(f"{name}: expected {expected}, got {shape}")
     return shape
 
 
-def _own_conditions(network: Any) -> tuple[Condition, ...]:
-    """The conditions in the config of a diffkern network: the null value of a vector or an image is 0."""
-    shapes = network.config.get("conditions", {}) if _describes(network) else {}
+def _checked_conditions(conditions: Any) -> tuple[Condition, ...]:
+    """Conditions, or shapes by name. Raises TypeError or ValueError for something else."""
+    if isinstance(conditions, Mapping):
+        return _of_shapes({name: _checked_shape(shape, f"conditions: {name}", 0) for name, shape in conditions.items()})
+    if isinstance(conditions, Sequence) and all(isinstance(condition, Condition) for condition in conditions):
+        return tuple(conditions)
+    raise TypeError(
+        f'conditions: expected Conditions, or shapes by name as {{"image": (3, 32, 32)}}, got {conditions!r}'
+    )
+
+
+def _of_shapes(shapes: Mapping[str, Sequence[int]]) -> tuple[Condition, ...]:
+    """Conditions of these shapes by name: the null value of a vector or an image is 0, and a number has none."""
     return tuple(Condition(name, tuple(shape), 0.0 if shape else None) for name, shape in shapes.items())
+
+
+def _own_conditions(network: Any) -> tuple[Condition, ...]:
+    """The conditions in the config of a diffkern network."""
+    return _of_shapes(network.config.get("conditions", {}) if _describes(network) else {})
 
 
 def _describes(network: Any) -> bool:

@@ -103,6 +103,15 @@ def test_an_upsampler_gets_the_picture_enlarged_and_noised_by_a_seed_of_its_own(
     assert one.shape == (1, 3, 8, 8)
 
 
+def test_conditions_of_a_network_of_ones_own_are_shapes_by_name():
+    shapes, knows = {"image": (3, 8, 8), "augmentation": ()}, Knows()
+    mine = Model(knows, SCHEDULE, "x0", (3, 8, 8), conditions=shapes)
+    assert mine.conditions == (Condition("image", (3, 8, 8), null=0.0), Condition("augmentation", ()))
+    assert replace(mine, name="again").conditions == mine.conditions
+    upscale(mine, SMALL_ONES, steps=1, augmentation=3, **PLAIN)
+    assert knows.seen[0]["augmentation"].tolist() == [3] * 3
+
+
 def test_pictures_are_resized_as_torch_does_and_clamped():
     x = SMALL_ONES * 2
     expected = F.interpolate(x, (8, 8), mode="bicubic").clamp(-1, 1)
@@ -192,6 +201,13 @@ BAD = {
     "channels": (lambda c: upscale(c, torch.zeros(1, 2, 4, 4)), ValueError, "small: expected 1 or 3 channels, got 2"),
     "seeds": (lambda c: upscale(c, SMALL_ONES, seeds=[1]), ValueError, "seeds: expected 3, one for each .*, got 1"),
     "model": (lambda c: upscale(c.base, SMALL_ONES), ValueError, "model: expected .* image .*, got base with none"),
+    "conditions": (lambda c: replace(c.base, conditions=["image"]), TypeError, "conditions: expected Conditions, or"),
+    "condition": (lambda c: replace(c.base, conditions={"image": 3}), TypeError, "conditions: image: expected "),
+    "without condition": (
+        lambda c: upscale(replace(c.upsamplers[0], network=Knows(), conditions=()), SMALL_ONES),
+        ValueError,
+        r'with none; a network of your own: Model\(\.\.\., conditions={"image": \(3, 8, 8\)}\)',
+    ),
     "name": (lambda c: upscale(lambda x, t: x, SMALL_ONES), TypeError, "model: expected a Model, or the name"),
     "option": (lambda c: draw(c, 1, prompt="cat"), TypeError, "prompt: expected"),
     "none": (lambda c: Cascade(c.base, ()), ValueError, "upsamplers: expected 1 to 15 models, got 0"),

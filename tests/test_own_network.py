@@ -626,7 +626,7 @@ BAD = {
     "classes": (
         lambda: Trainer(tiny.model(classes=None), tiny.dataset(), tiny.config()),
         ValueError,
-        r"data: expected the classes None, got \(.*\); Model\(\.\.\., classes=dataset.classes\) names those of a network",
+        r"data: expected the classes None, got \(.*\); Model\(\.\.\., classes=dataset.classes\) names those of a net",
     ),
     "no labels of a network": (
         lambda: Trainer(replace(model(), network=nn.Bilinear(3, 3, 3)), PLAIN, Config(**CONFIG)),
