@@ -1,7 +1,7 @@
 """Images in: whole datasets as uint8 tensors, and the order in which training sees them."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -73,6 +73,10 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Item i of a map-style dataset: "x", uint8 [C, H, W], and its "label" where there are labels."""
+        return {"x": self.images[i]} | ({} if self.labels is None else {"label": int(self.labels[i])})
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -147,11 +151,13 @@ class Items:
 
     classes     names for the labels 0..K-1
     conditions  the names that an item may have beside "x" and "label"; None: any
+    transform   makes an item as above of one of ``items``; None: they are such items
     """
 
     items: Any
     classes: tuple[str, ...] | None = None
     conditions: tuple[str, ...] | None = None
+    transform: Callable[[Any], Any] | None = None
 
     def __post_init__(self):
         items = self.items
@@ -223,7 +229,8 @@ class Items:
     def _item(self, i: int, seed: int) -> dict[str, Tensor]:
         """The parts of item i by name, drawn with ``seed``."""
         torch.default_generator.manual_seed(seed)
-        return _parts(self.items[i], i, self.conditions)
+        item = self.items[i]
+        return _parts(item if self.transform is None else self.transform(item), i, self.conditions)
 
 
 def as_dataset(data: Any) -> "Dataset | Items":

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from . import ops
 from .arguments import loaded, run_of
 from .constraints import Inpaint, rows_of
-from .images import FAR
+from .images import FAR, from_pixels
 from .model import Model
 from .process import checked_count
 from .sampling import sample
@@ -31,6 +31,17 @@ LEVEL = 50
 
 
 # --- pictures, as the networks are given them ---
+
+
+def picture_of(item: Any) -> tuple[Tensor, Tensor]:
+    """(x, x as floats in [-1, 1]) of an item of a dataset: x, (x, label) or a dict with "x".
+
+    Raises TypeError where x is no tensor.
+    """
+    x = item.get("x") if isinstance(item, Mapping) else item[0] if isinstance(item, tuple | list) else item
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a picture [C, H, W] as a tensor in an item, got {type(x).__name__}")
+    return x, from_pixels(x) if x.dtype == torch.uint8 else x.float()
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:

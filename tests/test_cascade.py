@@ -17,12 +17,13 @@ from diffkern import Cascade, Model, Schedule, UNet, cli, images, interpolate, l
 from diffkern.cascade import pictures, recipe
 from diffkern.cascade.pictures import LowResolution
 from diffkern.conditions import Condition
-from diffkern.data import Items
+from diffkern.data import Dataset, Items
 from diffkern.datasets.faces import Faces
 from diffkern.evaluate.distortion import psnr
 from diffkern.image_to_image import augmented, resized
 from diffkern.io.files import CHECKPOINT, read, write
 from diffkern.system import part_seeds
+from diffkern.training import Config, Trainer
 
 SCHEDULE = Schedule.cosine(40)
 SMALL = dict(channels=8, channel_mult=(1, 1), blocks=1, attention_levels=(), groups=4)
@@ -130,6 +131,20 @@ def test_an_item_has_the_picture_that_upscale_would_give():
     alpha_bar = torch.cat((torch.ones(1).double(), schedule.alpha_bar))[level]
     z = (batch.conditions["image"] - alpha_bar.sqrt().view(-1, 1, 1, 1) * plain["image"]).flatten(1)
     assert (z.square().mean(1) / (1 - alpha_bar))[level > 0].mean() == pytest.approx(1, abs=0.03)
+
+
+def test_photos_of_a_folder_train_an_upsampler():
+    pixels = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    photos = Dataset(pixels, torch.arange(4) % 2, ("disc", "square"))
+    data = Items(photos, transform=LowResolution(2))
+    assert data.names == ("x", "image") and data.fingerprint == photos.fingerprint
+    item, x = LowResolution(2)(photos[3]), images.from_pixels(pixels[3])
+    for other in (pixels[3], (pixels[3], 1), x):  # a label is left out, and floats are as they are
+        assert torch.equal(LowResolution(2)(other)["image"], item["image"])
+    assert [photos[i]["label"] for i in range(4)] == [0, 1, 0, 1] and photos[0].keys() == {"x", "label"}
+    Trainer(upsampler(8, noised=False), data, Config(steps=1, batch_size=2, label_dropout=0.0)).step()
+    with pytest.raises(TypeError, match=r"x: expected a picture \[C, H, W\] as a tensor in an item, got None"):
+        LowResolution(2)({"image": pixels[0]})
 
 
 # --- a cascade ---

@@ -18,7 +18,7 @@ from conftest import ROOT
 from tiny import one_thread  # noqa: F401
 
 import diffkern
-from diffkern import cli, model
+from diffkern import cli, images, model
 from diffkern.networks import UNet
 from diffkern.samplers import SAMPLERS
 from diffkern.training import CHECKPOINT, Trainer
@@ -49,6 +49,9 @@ def small(tmp_path, monkeypatch):
     diffkern.save(diffkern.Cascade(test_cascade.base(16), upsamplers), "faces.safetensors")
     diffkern.save(test_cascade.upsampler(32, noised=False), "palette.safetensors")
     monkeypatch.setattr(model, "MODELS", tmp_path / "models")
+    for number, name in enumerate(("disc", "square")):
+        (tmp_path / "my-photos" / name).mkdir(parents=True)
+        images.save_png(images.picture(torch.full((3, 40, 36), float(number))), f"my-photos/{name}/{number}.png")
 
 
 def from_pretrained(name: str):

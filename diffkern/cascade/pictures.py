@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..image_to_image import AUGMENTATION, IMAGE, augmented, resized
-from ..images import from_pixels
+from ..image_to_image import AUGMENTATION, IMAGE, augmented, picture_of, resized
 from ..schedule import Schedule
 
 MOST = 300
@@ -15,7 +14,10 @@ MOST = 300
 
 
 class LowResolution:
-    """A transform of a picture set's items: x, and as "image" what an upsampler is given of it.
+    """A transform of items: x, and as "image" what an upsampler is given of it. Labels and all else are left out.
+
+    An item is as :class:`diffkern.data.Items` reads it: x, (x, label), or a dict with "x", which is a picture [C, H, W]
+    of bytes, or of floats in [-1, 1].
 
     factor    by how much x is shrunk, by averages over squares, before it is enlarged again
     schedule  of the noise on "image", whose level, uniform in 0..:data:`MOST`, is "augmentation"; None: no noise
@@ -26,9 +28,9 @@ class LowResolution:
     def __init__(self, factor: int, schedule: Schedule | None = None):
         self.factor, self.schedule = factor, schedule
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        x = item["x"]
-        image = resized(shrunk(from_pixels(x)[None], self.factor), x.shape[1:])
+    def __call__(self, item: Any) -> dict[str, Any]:
+        x, picture = picture_of(item)
+        image = resized(shrunk(picture[None], self.factor), x.shape[1:])
         if self.schedule is None:
             return {"x": x, IMAGE: image[0]}
         level = torch.randint(MOST + 1, (), dtype=torch.int64, device="cpu")

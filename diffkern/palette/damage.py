@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..datasets import DATASET_STREAM
-from ..image_to_image import IMAGE, gray, holed
+from ..image_to_image import IMAGE, gray, holed, picture_of
 from ..images import from_pixels, to_pixels
 from ..philox import words
 
@@ -23,7 +23,8 @@ QUALITIES = (5, 30)  # of a JPEG
 
 
 class Damage:
-    """A transform of a picture set's items: x, and as "image" what is left of it after one of ``kinds``.
+    """A transform of items: x, and as "image" what is left of it after one of ``kinds``. Labels and all else are left
+    out, and an item is as :class:`diffkern.cascade.pictures.LowResolution` takes it.
 
     The damage is that of a seed drawn by torch's generator, and so that of the example (:class:`diffkern.data.Items`).
     """
@@ -31,9 +32,10 @@ class Damage:
     def __init__(self, kinds: Sequence[str] = KINDS):
         self.kinds = tuple(kinds)
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, item: Any) -> dict[str, Any]:
+        x, picture = picture_of(item)
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-        return {"x": item["x"], IMAGE: damaged(from_pixels(item["x"]), int(seed), self.kinds)}
+        return {"x": x, IMAGE: damaged(picture, int(seed), self.kinds)}
 
 
 def damaged(x: Tensor, seed: int, kinds: Sequence[str] = KINDS) -> Tensor:
