@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -101,21 +101,42 @@ class Form:
         self.coefficients, self.epoch = {STATE: 1.0}, len(self.trace.states)
 
     def __add__(self, other: "Form") -> "Form":
+        if not isinstance(other, Form):
+            _refuse(f"a sum with a {type(other).__name__}")
         return Form(self.trace, _combine((1.0, self.now()), (1.0, other.now())))
 
     def __sub__(self, other: "Form") -> "Form":
+        if not isinstance(other, Form):
+            _refuse(f"a difference from a {type(other).__name__}")
         return Form(self.trace, _combine((1.0, self.now()), (-1.0, other.now())))
 
     def __mul__(self, factor: float) -> "Form":
+        if isinstance(factor, Form):
+            _refuse("a product of two")
         return Form(self.trace, _combine((float(factor), self.now())))
 
     def __truediv__(self, divisor: float) -> "Form":
+        if isinstance(divisor, Form):
+            _refuse("a quotient of two")
         return Form(self.trace, {symbol: value / divisor for symbol, value in self.now().items()})
+
+    def _is_not_linear(self, *_: Any) -> NoReturn:
+        _refuse("a power, a reciprocal or a comparison")
+
+    @classmethod
+    def __torch_function__(cls, function: Callable[..., Any], *_: Any) -> NoReturn:
+        _refuse(f"torch's {getattr(function, '__name__', function)}")
 
     def __neg__(self) -> "Form":
         return self * -1.0
 
-    __rmul__ = __mul__
+    __rmul__, __radd__, __rsub__ = __mul__, __add__, __sub__
+    __pow__ = __rpow__ = __rtruediv__ = __abs__ = _is_not_linear
+    __lt__ = __le__ = __gt__ = __ge__ = _is_not_linear
+
+
+def _refuse(got: str) -> NoReturn:
+    raise TypeError(f"sampler: expected sums and multiples of the state and the network's outputs, got {got}")
 
 
 # --- the two ways to run a sampler ---

@@ -3,16 +3,18 @@
 import math
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from gaussian import GRIDS, MOMENTS, Affine, Normal, interpret
 
 from diffkern import samplers
 from diffkern.prediction import PREDICTIONS
 from diffkern.process import EDM, VE, VP, RectifiedFlow, SubVP
 from diffkern.program import Direct, Trace
-from diffkern.samplers import SAMPLERS, Sampler
+from diffkern.samplers import SAMPLERS, Sampler, sampler
 from diffkern.schedule import Schedule
 
 
@@ -255,6 +257,62 @@ def test_a_sampler_whose_coefficients_are_not_finite_is_refused():
 
     with pytest.raises(ValueError, match="sampler: expected one with finite coefficients .* got 'divided'"):
         Sampler(divided).trace(Schedule.linear().grid(3))
+
+
+NOT_LINEAR = {
+    "power": (lambda x, d, s: d**2, "a power, a reciprocal or a comparison"),
+    "reciprocal": (lambda x, d, s: 1 / d, "a power, a reciprocal or a comparison"),
+    "comparison": (lambda x, d, s: x if x > 0 else d, "a power, a reciprocal or a comparison"),
+    "product": (lambda x, d, s: x * d, "a product of two"),
+    "quotient": (lambda x, d, s: x / d, "a quotient of two"),
+    "sum": (lambda x, d, s: x + 1.0, "a sum with a float"),
+    "difference": (lambda x, d, s: 1 - x, "a difference from a int"),
+    "torch": (lambda x, d, s: torch.tanh(x), "torch's tanh"),
+    "tensor": (lambda x, d, s: torch.ones(2) + x, "a sum with a Tensor"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_LINEAR)
+def test_what_no_row_can_hold_is_told_of(name):
+    function, got = NOT_LINEAR[name]
+
+    def bent(m, grid):
+        x = m.start()
+        for s, t in m.steps():
+            x = function(x, m.eps(x, s), s) * torch.tensor(t.alpha)  # a tensor of one number is a factor
+        return m.program(x)
+
+    with pytest.raises(TypeError, match=f"sampler: expected sums and multiples of the state and .*, got {got}"):
+        Sampler(bent).trace(Schedule.linear().grid(3))
+
+
+@pytest.mark.parametrize(("returned", "got"), [(lambda m: None, "nothing"), (lambda m: m.start(), "a Form")])
+def test_a_sampler_that_returns_no_program_is_told_of(returned, got):
+    def lost(m, grid):
+        return returned(m)
+
+    with pytest.raises(TypeError, match=rf"sampler: expected 'lost' to return m\.program\(x\), got {got}"):
+        Sampler(lost).trace(Schedule.linear().grid(3))
+
+
+def test_a_sampler_takes_no_other_samplers_name():
+    def made():
+        @sampler()
+        def mine(m, grid):
+            return m.program(m.start())
+
+        return mine
+
+    with mock.patch.dict(SAMPLERS):
+        first, again = made(), made()  # a definition that is run again
+        assert SAMPLERS["mine"] is again is not first
+        with pytest.raises(ValueError, match="sampler: expected a function whose name no sampler has, got 'ddim'"):
+
+            @sampler()
+            def ddim(m, grid):
+                return m.program(m.start())
+
+        assert SAMPLERS["ddim"] is samplers.ancestral.ddim
 
 
 def test_every_sampler_is_an_attribute_of_the_package():

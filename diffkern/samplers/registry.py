@@ -46,13 +46,17 @@ class Sampler:
         """The program of this sampler on a grid."""
         self.check(options)
         try:
-            return self.function(Trace(grid, prediction, plus_plus=plus_plus), grid, **options)
+            program = self.function(Trace(grid, prediction, plus_plus=plus_plus), grid, **options)
         except (ZeroDivisionError, FloatingPointError):
             lost = next((point for point in grid.points if 0 in (point.alpha, point.sigma)), grid.points[0])
             expected = "one that can start at alpha = 0, as 'ddim', 'velocity', 'unipc'"
             if lost.alpha > 0:
                 expected = f"one with finite coefficients from alpha = {lost.alpha:.3g} and sigma = {lost.sigma:.3g}"
             raise ValueError(f"sampler: expected {expected}, got {self.name!r}") from None
+        if not isinstance(program, Program):
+            returned = "nothing" if program is None else f"a {type(program).__name__}"
+            raise TypeError(f"sampler: expected {self.name!r} to return m.program(x), got {returned}")
+        return program
 
     def __call__(self, m: Any, grid: Any, *args: Any, **options: Any) -> Any:
         """Run in ``m``; or, of a schedule and its time steps, return the short table of :mod:`.tables`."""
@@ -66,11 +70,18 @@ class Sampler:
         return f"<sampler {self.name}({', '.join(map(str, self.options.values()))})>"
 
 
+def _place(function: Callable[..., Any]) -> tuple[str, str]:
+    """Where a function is defined; a definition that is run again has the same place."""
+    return function.__module__, function.__qualname__
+
+
 def sampler(steps: int | None = 20, calls: int = 1, slots: int = 0) -> Callable[[Callable[..., Any]], Sampler]:
-    """Make a function a sampler, and known by its name."""
+    """Make a function a sampler, and known by its name. Raises ValueError for the name of another sampler."""
 
     def register(function: Callable[..., Any]) -> Sampler:
         made = Sampler(function, steps, calls, slots)
+        if made.name in SAMPLERS and _place(SAMPLERS[made.name].function) != _place(function):
+            raise ValueError(f"sampler: expected a function whose name no sampler has, got {made.name!r}")
         made.__dict__["__doc__"] = function.__doc__
         SAMPLERS[made.name] = made
         return made
