@@ -137,6 +137,9 @@ def resolve(model: Any, run: Run, options: dict[str, Any]) -> tuple[Model, Netwo
         raise TypeError(f"model: expected a Model, as Model.from_diffusers(pipeline) makes of one, got a {pipeline}")
     elif callable(model):
         for name, value in described.items():
+            if value is None and hasattr(model, "log_prob"):
+                got = f"{type(model).__name__}, a flow, which has sample() and bits() of its own"
+                raise TypeError(f"model: expected a diffusion model, got {got}")
             if value is None:
                 bare = f"a bare {type(model).__name__}, which has none"
                 raise ValueError(f"{name}: expected a value with {bare}, got None")

@@ -345,6 +345,11 @@ def load(
     if options:
         raise TypeError(f"load: expected no options of a file of diffkern, got {', '.join(options)}")
     description, tensors = read(path)
+    if "flow" in description:
+        kind = description.get("kind")
+        raise ValueError(
+            f"{path}: expected a diffusion model, got a flow ({kind!r:.80}), which diffkern.flows.load reads"
+        )
     if "system" in description:
         return _system(description, tensors, path, device)
     model = build(description, tensors, path, device=device, into=into)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny import one_thread  # noqa: F401
 from torch import nn
 
-from diffkern import RectifiedFlow, flows, nll, noise
+from diffkern import RectifiedFlow, flows, nll, noise, sample
 from diffkern.flows import ActNorm, Chain, Coupling, Flow, Glow, Half, Linear, Permutation, RealNVP, Squeezed
 from diffkern.show.densities import DENSITIES, eight_gaussians
 from diffkern.show.gaussians import Gaussians
@@ -259,6 +259,18 @@ def test_what_does_not_fit_is_refused(changes, message):
 
 
 # --- files ---
+
+
+def test_a_flow_in_the_place_of_a_model_is_called_one(tmp_path):
+    flow = RealNVP(**SMALL_NVP)
+    flows.save(flow, tmp_path / "f")
+    with pytest.raises(
+        ValueError, match=r"f: expected a diffusion model, got a flow \('RealNVP'\), which diffkern.flows."
+    ):
+        sample(tmp_path / "f", 1)
+    for call in (lambda: sample(flow, 1), lambda: nll(flow, torch.zeros(2, 2), "ode")):
+        with pytest.raises(TypeError, match="model: expected a diffusion model, got RealNVP, a flow, which has sample"):
+            call()
 
 
 @pytest.mark.parametrize(
