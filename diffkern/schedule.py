@@ -5,6 +5,7 @@ relative accuracy at the first steps and ``alpha_bar`` at the last ones. Tables 
 hands them to a kernel. Arrays are 0-based: index t is the paper's step t + 1, and ``alpha_bar_prev[0] = 1``.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -334,6 +335,10 @@ def _made(config: Any, kinds: Mapping[str, Callable[..., Any]]) -> Any:
     kind = arguments.pop("kind", None)
     if kind not in kinds:
         raise ValueError(f"config: expected a kind among {sorted(kinds)}, got {kind!r}")
+    known = inspect.signature(kinds[kind]).parameters
+    for name in arguments:
+        if name not in known:
+            raise TypeError(f"config: expected arguments of {kind!r}, {', '.join(known) or 'none'}, got {name!r}")
     return kinds[kind](**arguments)
 
 

@@ -756,7 +756,7 @@ BAD_COMMANDS = {
     "steps": ([*FIT, "--steps", "0"], "steps: expected an int >= 1, got 0"),
     "betas": ([*FIT, "--betas", "0.9"], "argument --betas: expected 2 arguments"),
     "process": ([*FIT, "--process", "square"], "process: expected one of linear, .*, flow, or a JSON object, got 'squ"),
-    "process arguments": ([*FIT, "--process", '{"kind": "ve", "sigma": 1}'], "VE.* argument 'sigma'"),
+    "process arguments": ([*FIT, "--process", '{"kind": "ve", "sigma": 1}'], "config: .* arguments of 've', .*, got 'sigma'"),
     "timesteps of edm": (
         [*FIT, "--process", "edm", "--timesteps", "9"],
         "timesteps: expected a schedule of betas that has a T, as linear, got one of kind 'edm'",
@@ -764,7 +764,7 @@ BAD_COMMANDS = {
     "lr schedule": ([*FIT, "--lr-schedule", "step"], "argument --lr-schedule: invalid choice: 'step'"),
     "network text": ([*FIT, "--network", "big"], r"network: expected a JSON object, got 'big' \(Expecting value"),
     "network list": ([*FIT, "--network", "[1]"], r"network: expected a JSON object, got '\[1\]'"),
-    "network option": ([*FIT, "--network", '{"width": 1}'], "unexpected keyword argument 'width'"),
+    "network option": ([*FIT, "--network", '{"chanels": 1}'], "network: expected options of a UNet, .*, got 'chanels'"),
     "a foreign checkpoint": (["train", "--data", "pictures", "--out", "foreign"], "expected a training checkpoint"),
     "export nothing": (["export", "none", "--out", "m.safetensors"], "model: expected a shipped model"),
     "export suffix": (["export", "m.safetensors", "--out", "m.pt"], "out: expected a file name that ends in .safeten"),
