@@ -18,7 +18,7 @@ from .classifier import NoisyClassifier, load_noisy_classifier
 from .constraints import From, Inpaint
 from .engine import dtype_of, optimize, unwrapped
 from .guidance import Guidance
-from .model import Model, checked_device, load, load_one
+from .model import Model, check_classes, checked_device, load, load_one
 from .networks import UNet
 from .process import checked_count, checked_float, checked_int
 from .program import FIRST_VISIT, Program
@@ -51,6 +51,8 @@ def loaded(model: Any, run: Run) -> Any:
 def guidance_of(guidance: Any, model: Model, device: torch.device) -> Guidance:
     """A :class:`Guidance` whose classifier is a function."""
     if isinstance(guidance, Guidance):
+        if isinstance(guidance.network, Model):
+            check_classes("network", guidance.network, model)
         return replace(guidance, classifier=_classifier_of(guidance.classifier, model, device))
     guidance = 1.0 if guidance is None else guidance
     return Guidance(checked_float("guidance", guidance, "a finite number", math.isfinite))

@@ -269,6 +269,21 @@ def check_models(**models: Any) -> None:
             raise TypeError(f"{name}: expected a Model, got {type(model).__name__}")
 
 
+def check_classes(name: str, model: Model, other: Model) -> None:
+    """Raises ValueError, for the argument ``name``, where a label does not mean the same to both models.
+
+    A model without classes takes no labels, and one without names takes all names of as many classes.
+    """
+    if None in (model.num_classes, other.num_classes):
+        return
+    named = None not in (model.classes, other.classes)
+    ours, theirs = (m.classes if named else m.num_classes for m in (model, other))
+    if ours != theirs:
+        raise ValueError(
+            f"{name}: expected one with the classes of {other.name}, {theirs}, got {model.name} with {ours}"
+        )
+
+
 def _checked_shape(shape: Sequence[int], name: str = "shape", dimensions: int = 1) -> tuple[int, ...]:
     """A shape of at least so many dimensions. Raises TypeError or ValueError for what is none."""
     expected = "positive sizes, as (C, H, W)"

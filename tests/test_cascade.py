@@ -13,7 +13,21 @@ from test_unclip import filled, tiny
 from tiny import one_thread  # noqa: F401
 from torch.nn import functional as F
 
-from diffkern import Cascade, Model, Schedule, UNet, cli, images, interpolate, load, ops, sample, save, upscale
+from diffkern import (
+    Cascade,
+    Guidance,
+    Model,
+    Schedule,
+    UNet,
+    cli,
+    images,
+    interpolate,
+    load,
+    ops,
+    sample,
+    save,
+    upscale,
+)
 from diffkern.cascade import pictures, recipe
 from diffkern.cascade.pictures import LowResolution
 from diffkern.conditions import Condition
@@ -236,6 +250,11 @@ BAD = {
         lambda c: Cascade(c.base, [by_class("a", "b", "c", size=8)]),
         ValueError,
         "model: expected one with the classes of base, 2, got to 8 with 3",
+    ),
+    "classes of a worse network": (
+        lambda c: draw(by_class("a", "b"), 1, labels="a", guidance=Guidance(2.0, network=by_class("b", "a"))),
+        ValueError,
+        r"network: expected one with the classes of base, \('a', 'b'\), got base with \('b', 'a'\)",
     ),
     "path": (lambda c: Cascade("base", c.upsamplers), TypeError, "base: expected a Model, got str"),
     "paths": (lambda c: Cascade(c.base, ["up"]), TypeError, "upsamplers: expected a Model, got str"),

@@ -756,7 +756,7 @@ BAD_COMMANDS = {
     "steps": ([*FIT, "--steps", "0"], "steps: expected an int >= 1, got 0"),
     "betas": ([*FIT, "--betas", "0.9"], "argument --betas: expected 2 arguments"),
     "process": ([*FIT, "--process", "square"], "process: expected one of linear, .*, flow, or a JSON object, got 'squ"),
-    "process arguments": ([*FIT, "--process", '{"kind": "ve", "sigma": 1}'], "config: .* arguments of 've', .*, got 'sigma'"),
+    "process arguments": ([*FIT, "--process", '{"kind": "ve", "sigma": 1}'], "arguments of 've', .*, got 'sigma'"),
     "timesteps of edm": (
         [*FIT, "--process", "edm", "--timesteps", "9"],
         "timesteps: expected a schedule of betas that has a T, as linear, got one of kind 'edm'",

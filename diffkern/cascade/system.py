@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..arguments import run_of, samples_of
 from ..image_to_image import LEVEL, check_stage, enlarged, level_of, sample_and_enlarge
-from ..model import Model, check_models, unwrapped
+from ..model import Model, check_classes, check_models, unwrapped
 from ..process import checked_count
 from ..sampling import interpolate
 from ..system import System, seeds_of
@@ -50,7 +50,7 @@ class Cascade(System):
         checked_count("augmentation", self.augmentation, 0)
         for before, model in zip((self.base, *self.upsamplers), self.upsamplers, strict=False):
             check_stage(model, before.shape)
-            _check_classes(self.base, model)
+            check_classes("model", model, self.base)
 
     def sample(
         self,
@@ -116,12 +116,3 @@ class Cascade(System):
 
     def description(self) -> dict[str, Any]:
         return files.describe(self)
-
-
-def _check_classes(base: Model, model: Model) -> None:
-    """Raises ValueError where a label does not mean the same to both, if both have classes."""
-    if None in (base.num_classes, model.num_classes):
-        return
-    theirs, ours = (m.num_classes if None in (base.classes, model.classes) else m.classes for m in (base, model))
-    if theirs != ours:
-        raise ValueError(f"model: expected one with the classes of {base.name}, {theirs}, got {model.name} with {ours}")
