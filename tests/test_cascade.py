@@ -156,7 +156,8 @@ def test_photos_of_a_folder_train_an_upsampler():
     for other in (pixels[3], (pixels[3], 1), x):  # a label is left out, and floats are as they are
         assert torch.equal(LowResolution(2)(other)["image"], item["image"])
     assert [photos[i]["label"] for i in range(4)] == [0, 1, 0, 1] and photos[0].keys() == {"x", "label"}
-    Trainer(upsampler(8, noised=False), data, Config(steps=1, batch_size=2, label_dropout=0.0)).step()
+    batch = Trainer(upsampler(8, noised=False), data, Config(steps=1, batch_size=2, label_dropout=0.0)).batch()
+    assert torch.equal(batch.conditions["image"], resized(F.avg_pool2d(batch.x_0, 2), (8, 8)))
     with pytest.raises(TypeError, match=r"x: expected a picture \[C, H, W\] as a tensor in an item, got None"):
         LowResolution(2)({"image": pixels[0]})
 

@@ -48,6 +48,8 @@ class Denoising(Task):
         variance = "learned" if learns else model.default_variance
         self.noising = Noising(objective, model.schedule, variance, device)
         _check_description(model, config)
+        process = model.schedule
+        head_at(model.prediction, process.point(process.t_max), process)  # raises now what the first samples would
         self.model, self.times = model, objective.t
         self.clock = self.noising.terms or model.schedule
         self.importance = Importance(self.clock) if config.times == "importance" else None
@@ -181,8 +183,6 @@ def _check(model: Model, config: Config, objective: Objective) -> None:
         raise ValueError(f"objective: expected {expected}, got {config.objective!r}")
     if model.prediction != config.prediction:
         raise ValueError(f"prediction: expected {config.prediction!r}, which is trained, got {model.prediction!r}")
-    process = model.schedule
-    head_at(model.prediction, process.point(process.t_max), process)  # samples start there, those of a run too
     if config.label_dropout and not model.null_class:
         raise ValueError(f"label_dropout: expected 0 for a network without a null class, got {config.label_dropout}")
 
