@@ -60,6 +60,7 @@ def test_a_folder_has_the_images_of_sample_and_tells_of_what_they_are_made(model
     told = images.read_settings(tmp_path / "0000003.png")
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert told["seed"] == 3 and told["steps"] == 2 and told["weights"] == manifest["weights"]
+    assert (told["label"], told["class"], told["versions"]["torch"]) == (1, "b", torch.__version__)
     assert manifest["images"] == 5
     with pytest.raises(ValueError, match="seeds: expected that of"):
         sample_to(tmp_path, model, range(5), labels=labels, shard=2, **OPTIONS)
