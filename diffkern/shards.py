@@ -191,13 +191,16 @@ def _agree(folder: Path, told: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(theirs, dict):
             odd = [key for key in value.keys() | theirs.keys() if value.get(key) != theirs.get(key)]
             name, value, theirs = (f"{name}.{odd[0]}", value.get(odd[0]), theirs.get(odd[0])) if odd else (name, 0, 0)
+        if name == "weights" and theirs == _digest(value):
+            continue  # of a folder begun by an earlier version
         if value != theirs:
             raise ValueError(f"{name}: expected that of {path}, {theirs!r}, got {value!r}")
 
 
 def _weights(model: Model | System) -> str:
-    networks = model.networks() if isinstance(model, System) else {"": unwrapped(model.network)}
-    return _digest("".join(part + digest_of(network) for part, network in networks.items()))
+    if isinstance(model, System):
+        return _digest("".join(part + digest_of(network) for part, network in model.networks().items()))
+    return digest_of(unwrapped(model.network))  # as the protocol of evaluate has it
 
 
 def _label(model: Model | System, label: int) -> dict[str, Any]:
