@@ -268,6 +268,16 @@ def test_inpaint_keeps_all_but_the_masked_part(folder, capsys, where):
     assert np.array_equal(np.asarray(Image.open(name)), first)
 
 
+def test_what_a_model_s_size_changes_of_an_image_is_told(folder, capsys):
+    Image.new("RGB", (30, 20), (255, 0, 0)).save("red.png")
+    Image.new("L", (8, 8), 200).save("grey.png")
+    for name in ("red.png", "grey.png"):
+        box = ["--box", "0", "0", "8", "8"]  # of the model's 8 x 8 pixels
+        assert main(["inpaint", name, "--model", "m.safetensors", *box, "--n", "1", "--steps", "1", *QUIET]) == 0
+    told = "image: red.png: 30 x 20 pixels become 8 x 8, its colours become gray, as the model has them\n"
+    assert capsys.readouterr().err == told
+
+
 # --- train, export ---
 
 
