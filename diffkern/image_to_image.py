@@ -222,7 +222,7 @@ def restore(
     model    a model that is given a picture; or its name or file
     image    [C, H, W] in [-1, 1], of the model's size; of one channel, if it is gray
     n        4, of the seeds 0 to 3, unless ``n`` or ``seeds`` say otherwise
-    mask     [C or 1, H, W], 1 where to make something new; where it is 0, the picture stays as it is, exactly
+    mask     [C or 1, H, W], 1 or True where to make something new; where it is 0, the picture stays as it is, exactly
     options  as :func:`diffkern.sample` takes them: steps, sampler, run
 
     Raises TypeError or ValueError for an argument that does not fit.
@@ -237,7 +237,7 @@ def restore(
     images = image.expand(len(seeds), -1, -1, -1)
     if mask is None:
         return sample_given(model, images, seeds, run=run, **options)
-    _check_pictures("mask", mask, 3)
+    _check_pictures("mask", mask.float() if isinstance(mask, Tensor) and mask.dtype == torch.bool else mask, 3)
     mask = Inpaint(image, mask[None]).mask.to("cpu", torch.float32)  # which checks its values
     mask = rows_of("mask", mask, len(seeds), model.shape)
     x = sample_given(model, holed(images, mask, part_seeds(seeds, 1)), seeds, run=run, **options)

@@ -210,7 +210,12 @@ def test_a_file_holds_a_cascade_and_the_commands_draw_from_it(cascade, tmp_path,
     command = ["upscale", "--model", "tiny.safetensors", "small.png", "--n", "2", "--steps", "1", "--no-progress"]
     assert cli.main(command) == 0 and Image.open("upscaled.png").size[0] == 2 * 64 + 3 * images.GAP
     assert cli.main([*command, "--size", "16"]) == 2
-    assert "small: expected pictures smaller than the model's (8 x 8, 16 x 16)" in capsys.readouterr().err
+    assert "image: expected fewer pixels a side than the 16 of the model, got --size 16" in capsys.readouterr().err
+    images.save_png(images.picture(torch.zeros(3, 20, 20)), "large.png")
+    assert cli.main(["upscale", "--model", "tiny.safetensors", "large.png"]) == 2
+    assert "of the model, got 20 pixels a side, which --size can shrink" in capsys.readouterr().err
+    assert cli.main(["upscale", "small.png"]) == 2
+    assert "the following arguments are required: --model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

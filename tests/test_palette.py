@@ -91,6 +91,7 @@ def test_what_is_no_hole_stays_exactly_as_it_is():
     assert torch.equal(drawn[kept], face.expand(2, -1, -1, -1)[kept])
     noise = ops.noise(part_seeds(torch.tensor([6, 7]), 1), (3, 8, 8), step=0, stream=2)
     assert torch.equal(knows.seen[0]["image"], torch.where(kept, face, noise))  # as in training, by a seed of its own
+    assert torch.equal(draw(knows.model(), face, seeds=[6, 7], mask=mask.bool()), drawn)
     soft = draw(knows.model(), face, seeds=[6], mask=0.5 * mask)
     assert torch.equal(soft[0, :, mask[0] == 0], face[:, mask[0] == 0])
 
