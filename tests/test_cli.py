@@ -306,6 +306,7 @@ def test_train_tells_what_it_read_and_what_it_left_out(folder, pictures, capsys)
     assert capsys.readouterr().err == (
         "data: 6 images of 3x8x8, 2 classes (cats 3, dogs 3); "
         "left out: 2 files not images (.heic 1, .txt 1), 1 hidden folder\n"
+        "warmup: 2 steps, more than the 1 of the run: the learning rate does not reach --lr\n"
     )
 
 

@@ -498,6 +498,15 @@ def test_the_log_holds_the_mean_loss_and_forgets_what_the_checkpoint_does_not_kn
     assert [float(line[1]) for line in lines] == pytest.approx(means, abs=1e-6)
 
 
+def test_a_run_shorter_than_a_line_of_the_log_has_one_at_its_end(tmp_path, capsys):
+    losses = take(trainer(), 3)
+    trainer(steps=3).run(tmp_path)
+    (line,) = (tmp_path / "log.csv").read_text().splitlines()[1:]
+    assert line.startswith("3,") and float(line.split(",")[1]) == pytest.approx(np.mean(losses), abs=1e-6)
+    assert (tmp_path / "loss.png").exists()
+    assert f"step 3, loss {np.mean(losses):.4f}" in capsys.readouterr().err
+
+
 @pytest.fixture(params=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def number(request):
     """A signal that this process heeds, whatever started it: nohup has it ignore SIGHUP."""
@@ -579,6 +588,7 @@ def test_the_log_of_a_resumed_run_is_that_of_the_uninterrupted_one(tmp_path):
     Trainer.resume(tmp_path / "parts" / CHECKPOINT, run.dataset, steps=6).run(tmp_path / "parts", progress=False)
     trainer(steps=6, log_every=2).run(tmp_path / "whole", progress=False)
     parts, whole = ((tmp_path / out / "log.csv").read_text().splitlines() for out in ("parts", "whole"))
+    assert len(whole) == 4  # the last line of the shorter run gave way
     assert [line.split(",")[:3] for line in parts] == [line.split(",")[:3] for line in whole]
     assert (tmp_path / "parts" / CHECKPOINT).read_bytes() == (tmp_path / "whole" / CHECKPOINT).read_bytes()
 

@@ -138,6 +138,9 @@ def _train_on(device: str | None, arguments: argparse.Namespace, held: contextli
         tell(trainer.dataset.summary)
         if validation:
             tell(f"validation {validation.summary}")
+        if trainer.config.warmup > trainer.config.steps:
+            warmup, steps = trainer.config.warmup, trainer.config.steps
+            tell(f"warmup: {warmup} steps, more than the {steps} of the run: the learning rate does not reach --lr")
     stopped = trainer.run(out, progress=arguments.progress, lock=False)
     if stopped is None:
         if first:
