@@ -768,6 +768,10 @@ BAD_COMMANDS = {
     "betas": ([*FIT, "--betas", "0.9"], "argument --betas: expected 2 arguments"),
     "process": ([*FIT, "--process", "square"], "process: expected one of linear, .*, flow, or a JSON object, got 'squ"),
     "process arguments": ([*FIT, "--process", '{"kind": "ve", "sigma": 1}'], "VE.* argument 'sigma'"),
+    "two processes": (
+        [*FIT, "--process", "cosine", "--schedule", "linear"],
+        "argument --process/--schedule: expected one value, got cosine and linear",
+    ),
     "timesteps of edm": (
         [*FIT, "--process", "edm", "--timesteps", "9"],
         "timesteps: expected a schedule of betas that has a T, as linear, got one of kind 'edm'",

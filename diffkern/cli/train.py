@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--process",
         "--schedule",
+        action=_Once,
         metavar="KIND",
         help=f"{', '.join(PROCESSES)}; or with its arguments, as "
         '{"kind": "edm", "sigma_data": 0.25} (default: linear)',
@@ -70,6 +71,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timesteps", type=count, metavar="T", help="steps of a schedule of betas (default: 1000)")
     for f in training.config_fields():
         _add_config_option(parser, f)
+
+
+class _Once(argparse.Action):
+    """An option of two names, which is given by one of them."""
+
+    def __call__(self, parser, namespace, value, name=None):
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            raise argparse.ArgumentError(self, f"expected one value, got {before} and {value}")
+        setattr(namespace, self.dest, value)
 
 
 def _add_config_option(parser: argparse.ArgumentParser, f: dataclasses.Field) -> None:
