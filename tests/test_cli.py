@@ -779,7 +779,7 @@ BAD_COMMANDS = {
     "lr schedule": ([*FIT, "--lr-schedule", "step"], "argument --lr-schedule: invalid choice: 'step'"),
     "network text": ([*FIT, "--network", "big"], r"network: expected a JSON object, got 'big' \(Expecting value"),
     "network list": ([*FIT, "--network", "[1]"], r"network: expected a JSON object, got '\[1\]'"),
-    "network option": ([*FIT, "--network", '{"width": 1}'], "unexpected keyword argument 'width'"),
+    "network option": ([*FIT, "--network", '{"width": 1}'], r"network: expected options .*channels, .*, got 'width'"),
     "a foreign checkpoint": (["train", "--data", "pictures", "--out", "foreign"], "expected a training checkpoint"),
     "export nothing": (["export", "none", "--out", "m.safetensors"], "model: expected a shipped model"),
     "export suffix": (["export", "m.safetensors", "--out", "m.pt"], "out: expected a file name that ends in .safeten"),

@@ -1,5 +1,6 @@
 """The model that a run begins with: of random weights, or of those of a model to fine-tune."""
 
+import inspect
 import math
 from typing import Any
 
@@ -24,6 +25,10 @@ def new_model(dataset: Any, config: Config, name: str = "model", *, init: Model 
     each has that of its label. ``groups`` is the largest divisor of 32 that divides ``channels``, unless it is given.
     Raises TypeError or ValueError for options of which no network can be made, or a network that ``init`` does not fit.
     """
+    known = inspect.signature(UNet).parameters
+    for option in config.network:
+        if option not in known:
+            raise TypeError(f"network: expected options of a UNet ({', '.join(known)}), got {option!r}")
     dataset = as_dataset(dataset)
     classes, channels = dataset.classes, config.network.get("channels")
     options = {"in_channels": dataset.shape[0], "num_classes": classes and len(classes)}
