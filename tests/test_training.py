@@ -391,7 +391,8 @@ def test_a_network_that_is_frozen_throughout_is_trained(tmp_path):
 
 def test_fine_tuning_begins_with_the_weights_of_its_model_whatever_the_classes():
     init = tiny.model(classes=3)
-    same, other, none = (new_model(tiny.dataset(classes=n), tiny.config(), init=init) for n in (3, 2, None))
+    config = Config(schedule=tiny.SCHEDULE.config())  # the network is that of init
+    same, other, none = (new_model(tiny.dataset(classes=n), config, init=init) for n in (3, 2, None))
     expected = init.network.state_dict()
     for model in (same, other, none):
         for key, tensor in model.network.state_dict().items():

@@ -19,6 +19,7 @@ from ..progress import tell
 from ..schedule import KINDS, from_config
 from ..training import board
 from ..training.runs import check_folder, ignore_signals, locked
+from ..training.start import network_of
 from .options import add_long_options, count
 
 EXAMPLES = """\
@@ -170,8 +171,8 @@ def _options(arguments: argparse.Namespace, begun: dict[str, Any] | None, init: 
     """
     options = training.recipe(arguments.preset) if arguments.preset else {}
     if init:
-        network = {k: v for k, v in init.network.config.items() if k not in ("out_channels", "num_classes")}
-        options = {"schedule": init.schedule.config(), **options, "network": network | options.get("network", {})}
+        network = network_of(init) | options.get("network", {})
+        options = {"schedule": init.schedule.config(), **options, "network": network}
     given = {f.name: getattr(arguments, f.name) for f in training.config_fields() if hasattr(arguments, f.name)}
     if arguments.network is not None:
         given["network"] = options.get("network", {}) | _json_object("network", arguments.network)
