@@ -427,7 +427,7 @@ def test_a_second_run_in_a_folder_is_one_line(folder, pictures, capsys):
     assert capsys.readouterr().err == f"diffkern: error: {message}\n"
 
 
-def test_init_is_a_model_to_fine_tune(folder, pictures, begun):
+def test_init_is_a_model_to_fine_tune(folder, pictures, begun, capsys):
     torch.manual_seed(1)
     network = UNet(**{**tiny.NETWORK, "in_channels": 3, "num_classes": 3})
     init = Model(network, tiny.SCHEDULE, "eps", (3, 8, 8), ("a", "b", "c"))
@@ -438,6 +438,9 @@ def test_init_is_a_model_to_fine_tune(folder, pictures, begun):
     assert run.model.schedule.config() == init.schedule.config()
     assert {**run.network.config, "num_classes": 3} == init.network.config
     assert torch.equal(run.network.conv_in.weight, init.network.conv_in.weight)
+    assert "init: 2 of 2 classes begin anew: cats, dogs\n" in capsys.readouterr().err
+    assert main(["train", "--data", pictures, "--out", "gray", "--init", "m.safetensors", *QUIET]) == 0
+    assert "init: m.safetensors draws gray images: colours of the data become gray\n" in capsys.readouterr().err
 
 
 def test_a_run_in_this_folder_names_its_model_after_it(folder, pictures, begun):

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import parallel, training
-from ..data import Dataset, Items, load_dataset, picture_set
+from ..data import Dataset, Items, idx_folder, load_dataset, picture_set, shortened
 from ..model import Model, load_one
 from ..progress import tell
 from ..schedule import KINDS, from_config
 from ..training import board
 from ..training.runs import check_folder, ignore_signals, locked
-from ..training.start import network_of
+from ..training.start import classes_of_init, network_of
 from .options import add_long_options, count
 
 EXAMPLES = """\
@@ -148,6 +148,8 @@ def _train_on(device: str | None, arguments: argparse.Namespace, held: contextli
                 raise RuntimeError(f"out: expected a new folder, got {str(out)!r}, where a run has begun: resume that")
     if first:
         tell(trainer.dataset.summary)
+        if init:
+            _tell_of_init(model, init, arguments)
         if validation:
             tell(f"validation {validation.summary}")
         if trainer.config.warmup > trainer.config.steps:
@@ -162,6 +164,17 @@ def _train_on(device: str | None, arguments: argparse.Namespace, held: contextli
     if first:
         tell(f"diffkern: {stopped.name} at step {trainer.steps}: saved {checkpoint}; run again to resume")
     return 128 + stopped
+
+
+def _tell_of_init(model: Model, init: Model, arguments: argparse.Namespace) -> None:
+    """Say what fine-tuning changes of the images, and which classes begin anew."""
+    if model.shape[0] == 1 and idx_folder(arguments.data) is None:
+        tell(f"init: {arguments.init} draws gray images: colours of the data become gray")
+    if model.num_classes:
+        kept = classes_of_init(model, init)
+        anew = [name for label, name in enumerate(model.classes or ()) if label not in kept]
+        if anew:
+            tell(f"init: {len(anew)} of {model.num_classes} classes begin anew: {shortened(anew)}")
 
 
 def _options(arguments: argparse.Namespace, begun: dict[str, Any] | None, init: Model | None) -> dict[str, Any]:

@@ -65,11 +65,17 @@ def _copy_weights(model: Model, init: Model) -> None:
     restore(live, stored, f"init: {init.name}")
     if ours is None or theirs is None:
         return
-    known = {name: label for label, name in enumerate(init.classes or ())}
-    rows = [(label, known[name]) for label, name in enumerate(model.classes or ()) if name in known]
-    if not rows and network.config["num_classes"] == source.config["num_classes"]:
-        rows = [(label, label) for label in range(network.config["num_classes"])]
+    rows = list(classes_of_init(model, init).items())
     if network.config["null_class"] and source.config["null_class"]:
         rows.append((-1, -1))
     for mine, other in rows:
         ours[mine] = theirs[other]
+
+
+def classes_of_init(model: Model, init: Model) -> dict[int, int]:
+    """The label in ``init`` whose embedding a class of ``model`` begins with, by label; others begin anew."""
+    known = {name: label for label, name in enumerate(init.classes or ())}
+    labels = {label: known[name] for label, name in enumerate(model.classes or ()) if name in known}
+    if not labels and model.num_classes == init.num_classes:
+        labels = {label: label for label in range(model.num_classes or 0)}
+    return labels
