@@ -1,6 +1,7 @@
 """Palette: the damage to a picture by its seed, what is given to the network of it, and its recipe."""
 
 import io
+import signal
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from diffkern.palette import Damage, damaged, recipe
 from diffkern.palette.damage import hole as hole_of
 from diffkern.palette.damage import jpeg
 from diffkern.system import part_seeds
+from diffkern.training import Trainer
 
 FACE = images.from_pixels(Faces(1, 16)[0]["x"])
 
@@ -124,6 +126,11 @@ def test_the_recipe_trains_a_model_and_packs_it(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "Faces", lambda n=8, **options: Faces(n, **options))
     monkeypatch.setattr(recipe, "measured", lambda model: found.append(measured(model)) or found[-1])
     found = []
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Trainer, "run", lambda trainer, folder: signal.SIGTERM)
+        with pytest.raises(SystemExit, match="143"):
+            recipe.train(tmp_path, 1)
+    assert not found  # nothing is measured
     recipe.train(tmp_path, 1)
     recipe.pack(tmp_path)
     restored, coarse = found[0]
