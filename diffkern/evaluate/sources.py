@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..arguments import check_guided, guidance_of
+from ..arguments import check_guided, guidance_of, sampler_of
 from ..data import Dataset
 from ..guidance import Guidance
 from ..images import to_uint8
@@ -21,7 +21,7 @@ from ..io.files import digest_of, read, write
 from ..model import Model, unwrapped
 from ..process import checked_count
 from ..progress import bar as progress_bar
-from ..samplers import SAMPLERS
+from ..samplers import SAMPLERS, Sampler
 from ..sampling import sample
 from .feature_network import FeatureNetwork
 from .loss import in_proportion, labels_of
@@ -69,6 +69,7 @@ class Drawn:
                 of :func:`in_proportion`; None, or without labels: the classes in turn
     sampler, steps, guidance, batch_size, dtype  as :func:`diffkern.sample` takes them. Images depend on the batch size
                 to rounding
+    options     of the sampler: ``order=3``
 
     Raises TypeError or ValueError for arguments by which nothing can be drawn, before anything is.
     """
@@ -78,22 +79,22 @@ class Drawn:
         model: Model,
         n: int,
         *,
-        sampler: str,
+        sampler: str | Sampler | Callable[..., Any],
         steps: int,
         like: Dataset | None = None,
         guidance: float | Guidance = 1.0,
         batch_size: int = 100,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ):
-        self.model, self.name, self.steps = model, sampler, steps
+        self.sampler, self.options = sampler_of(sampler), options
+        self.model, self.name, self.steps = model, self.sampler.name, steps
         self.n, self.guidance = checked_count("n", n, 2), guidance
         self.batch_size, self.dtype = min(n, checked_count("batch_size", batch_size)), dtype  # a batch is filled up
         self.shape = model.shape if model.codec is None else None
         self.labels, self.wanted = labels_like(like, model, self.n)
         self._like, self.classes = (None, None) if self.wanted is None else (like.fingerprint, like.classes)
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
-        SAMPLERS[sampler].trace(model.schedule.grid(steps), model.prediction)
+        self.sampler.trace(model.schedule.grid(steps), model.prediction, **options)
         check_guided(guidance_of(guidance, model, model.device), self.labels, model, self.n)
 
     @property
@@ -109,6 +110,7 @@ class Drawn:
             "weights": digest_of(self.model.network) if isinstance(unwrapped(self.model.network), nn.Module) else None,
             "sampler": self.name,
             "steps": self.steps,
+            **({"options": {name: repr(value) for name, value in self.options.items()}} if self.options else {}),
             "guidance": guidance,
             "clip": repr(self.model.clip),
             "seeds": f"0..{self.n - 1}",
@@ -122,6 +124,7 @@ class Drawn:
         """Return all that the images are a function of, except for their number. TypeError for an unknown part."""
         found = {name: value for name, value in self.description.items() if name not in ("images", "seeds")}
         unknown = [name for name in ("weights", "guidance") if found[name] is None] + ["codec"] * bool(self.model.codec)
+        unknown += ["sampler"] * (SAMPLERS.get(self.name) is not self.sampler)  # of a function, the name alone
         if unknown:
             raise TypeError(f"cache: expected a model that can be told from others, got one of unknown {unknown[0]}")
         model = {
@@ -138,8 +141,9 @@ class Drawn:
                 self.model,
                 seeds=rows,
                 labels=None if self.labels is None else self.labels[rows.start : rows.stop],
-                sampler=self.name,
+                sampler=self.sampler,
                 steps=self.steps,
+                **self.options,
                 guidance=self.guidance,
                 batch_size=self.batch_size,
                 dtype=self.dtype,
