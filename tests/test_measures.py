@@ -259,7 +259,9 @@ def test_samples_are_those_of_sample_with_classes_as_frequent_as_in_the_data(mon
     options = dict(sampler="ddim", steps=2, batch_size=2, progress=False)
     x = sample(model, 7, labels=[0, 1, 2, 0, 1, 2, 0], **options)
     assert torch.equal(images, torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2))
-    assert torch.equal(torch.cat([block for block, _ in drawn.blocks(4)]), images[4:])
+    counts = []
+    assert torch.equal(torch.cat([block for block, _ in drawn.blocks(4, counts.append)]), images[4:])
+    assert counts == [1, 1, 0, 1]  # of 2 + 1 images, after each of 2 steps
 
 
 def test_samples_are_those_of_any_sampler_with_its_options():

@@ -22,7 +22,7 @@ from ..model import Model, unwrapped
 from ..process import checked_count
 from ..progress import bar as progress_bar
 from ..samplers import SAMPLERS, Sampler
-from ..sampling import sample
+from ..sampling import Step, sample
 from .feature_network import FeatureNetwork
 from .loss import in_proportion, labels_of
 
@@ -56,10 +56,15 @@ class Pictures:
         """Return all that the images are a function of, except for their number."""
         return {"fingerprint": self.data.fingerprint}
 
-    def blocks(self, first: int = 0) -> Iterator[tuple[Tensor, float]]:
-        """The images from the ``first`` on, uint8 [at most BLOCK, C, H, W], each with the seconds that it took."""
+    def blocks(self, first: int = 0, update: Callable[[int], Any] | None = None) -> Iterator[tuple[Tensor, float]]:
+        """The images from the ``first`` on, uint8 [at most BLOCK, C, H, W], each with the seconds that it took.
+
+        update  called with a number of images that are done
+        """
         for index in self.order[first:].split(BLOCK):
             yield self.data.images[index], 0.0
+            if update is not None:
+                update(len(index))
 
 
 class Drawn:
@@ -94,7 +99,8 @@ class Drawn:
         self.shape = model.shape if model.codec is None else None
         self.labels, self.wanted = labels_like(like, model, self.n)
         self._like, self.classes = (None, None) if self.wanted is None else (like.fingerprint, like.classes)
-        self.sampler.trace(model.schedule.grid(steps), model.prediction, **options)
+        program = self.sampler.trace(model.schedule.grid(steps), model.prediction, **options)
+        self._steps = sum(row.begins for row in program.rows)
         check_guided(guidance_of(guidance, model, model.device), self.labels, model, self.n)
 
     @property
@@ -132,8 +138,8 @@ class Drawn:
         }
         return {**found, **model, "labels": self._like, "device": self.model.device.type}
 
-    def blocks(self, first: int = 0) -> Iterator[tuple[Tensor, float]]:
-        """As those of :class:`Pictures`; whole batches of ``sample``."""
+    def blocks(self, first: int = 0, update: Callable[[int], Any] | None = None) -> Iterator[tuple[Tensor, float]]:
+        """As those of :class:`Pictures`; whole batches of ``sample``. A batch counts step by step, as parts of it."""
         size = max(1, BLOCK // self.batch_size) * self.batch_size
         for start in range(first, self.n, size):
             rows, begun = range(start, min(start + size, self.n)), time.perf_counter()
@@ -148,9 +154,23 @@ class Drawn:
                 batch_size=self.batch_size,
                 dtype=self.dtype,
                 progress=False,
+                callback=update and self._counter(update),
             )
             seconds = time.perf_counter() - begun
             yield torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2).contiguous(), seconds
+
+    def _counter(self, update: Callable[[int], Any]) -> Callable[[Step], None]:
+        """A callback of ``sample`` that counts images as their steps are done."""
+        told = 0
+
+        def count(step: Step) -> None:
+            nonlocal told
+            n = step.images.stop - step.images.start
+            done = step.images.start + n * min(step.index + 1, self._steps) // self._steps
+            update(done - told)
+            told = done
+
+        return count
 
 
 Source = Pictures | Drawn
@@ -207,7 +227,7 @@ def extract(
         seconds += description["seconds"] * len(tensors["features"]) / description["images"]
         done += len(tensors["features"])
     with progress_bar(source.n, f"features of {source.name}", "img", progress, initial=done) as bar:
-        for images, took in source.blocks(done):
+        for images, took in source.blocks(done, bar.update if progress else None):
             features, logits = network(images)
             block = {"features": features} | ({} if logits is None else {"logits": logits})
             if folder is not None:
@@ -215,7 +235,6 @@ def extract(
                 write(folder / f"{done:09}.safetensors", {"images": len(images), "seconds": took}, block)
             blocks.append(block)
             seconds, done = seconds + took, done + len(images)
-            bar.update(len(images))
     return Features.of(blocks, seconds)
 
 
