@@ -479,6 +479,8 @@ def plan(
 
 def _checked(into: Model, description: dict[str, Any], tensors: int, path: str | os.PathLike) -> Model:
     """``into``, without an engine around its network, if it is a model as ``description`` says."""
+    if not isinstance(into, Model):
+        raise TypeError(f"into: expected a Model as the one that was saved, got {type(into).__name__}")
     try:
         check_model(description, tensors)
     except (TypeError, ValueError) as error:

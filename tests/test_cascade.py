@@ -178,6 +178,9 @@ BAD = {
     "model": (lambda c: upscale(c.base, SMALL_ONES), ValueError, "model: expected .* image .*, got base with none"),
     "name": (lambda c: upscale(lambda x, t: x, SMALL_ONES), TypeError, "model: expected a Model, or the name"),
     "option": (lambda c: draw(c, 1, prompt="cat"), TypeError, "prompt: expected"),
+    "a lone upsampler": (lambda c: Cascade(c.base, c.upsamplers[0]), TypeError, "upsamplers: .* of Models, got Model"),
+    "a name": (lambda c: Cascade("run", c.upsamplers), TypeError, r"base: expected a Model, got 'run' \(load reads it"),
+    "names": (lambda c: Cascade(c.base, ["up"]), TypeError, "upsamplers: expected a Model, got 'up'"),
     "none": (lambda c: Cascade(c.base, ()), ValueError, "upsamplers: expected 1 to 15 models, got 0"),
     "order": (lambda c: Cascade(c.base, c.upsamplers[::-1]), ValueError, r"model: .* larger than \(3, 16, 16\), got"),
     "shape": (

@@ -586,7 +586,7 @@ def test_the_log_of_a_resumed_run_is_that_of_the_uninterrupted_one(tmp_path):
     """Two of the losses are logged by the process that follows the one that took the first of them."""
     run = trainer(steps=3, log_every=2)
     run.run(tmp_path / "parts", progress=False)
-    Trainer.resume(tmp_path / "parts" / CHECKPOINT, run.dataset, steps=6).run(tmp_path / "parts", progress=False)
+    Trainer.resume(tmp_path / "parts", run.dataset, steps=6).run(tmp_path / "parts", progress=False)
     trainer(steps=6, log_every=2).run(tmp_path / "whole", progress=False)
     parts, whole = ((tmp_path / out / "log.csv").read_text().splitlines() for out in ("parts", "whole"))
     assert len(whole) == 4  # the last line of the shorter run gave way

@@ -1,5 +1,6 @@
 """A cascade as one object: a base model and upsamplers."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,13 @@ class Cascade(System):
     name: str = "cascade"
 
     def __post_init__(self):
+        if not isinstance(self.upsamplers, Iterable):
+            raise TypeError(f"upsamplers: expected a sequence of Models, got {type(self.upsamplers).__name__}")
         self.upsamplers = tuple(self.upsamplers)
+        for name, model in (("base", self.base), *(("upsamplers", model) for model in self.upsamplers)):
+            if not isinstance(model, Model):
+                got = f"{model!r} (load reads it)" if isinstance(model, str) else type(model).__name__
+                raise TypeError(f"{name}: expected a Model, got {got}")
         if not 1 <= len(self.upsamplers) < files.MOST_PARTS:
             raise ValueError(f"upsamplers: expected 1 to {files.MOST_PARTS - 1} models, got {len(self.upsamplers)}")
         checked_count("augmentation", self.augmentation, 0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import parallel
 from ..flows import Flow
-from ..io.files import restore, state, write
+from ..io.files import CHECKPOINT, restore, state, write
 from ..model import Model
 from ..progress import bar as progress_bar
 from . import loop
@@ -104,7 +104,8 @@ class Trainer:
         into: Model | None = None,
         **changes,
     ) -> "Trainer":
-        """Continue the run of a checkpoint. ``changes`` are fields of its :class:`Config` that shall differ.
+        """Continue the run of a checkpoint, or of a folder with one. ``changes`` are fields of its :class:`Config` that
+        shall differ.
 
         into  a ``Model`` as the one that the run began with, whose network is trained on: needed where that is none
               of ``networks.ARCHITECTURES``, and where there are a process of one's own, conditions that the network's
@@ -114,7 +115,7 @@ class Trainer:
         other images than the run has seen. Raises ValueError for a change of the network, the process, the objective
         or the seed, and for fewer ``steps`` than have been taken.
         """
-        path = Path(path)
+        path = Path(path) / CHECKPOINT if os.path.isdir(path) else Path(path)
         description, tensors, config = read_checkpoint(path)
         training, kind = description["training"], kind_in(description)
         planned = kind.planned(description, tensors, path, into)
