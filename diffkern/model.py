@@ -153,7 +153,7 @@ class Model:
         """Write a folder from which diffusers loads a ``DDPMPipeline`` of this model, with the same images.
 
         The scheduler gets the betas, the prediction, and what the model clips, its variance and its spacing. Classes
-        are class embeddings, the null class the last.
+        are class embeddings without names, and the null class is an ordinary class there, the last.
 
         Raises ValueError for a network, a process or a setting that diffusers has not, for conditions and a codec;
         OSError.
