@@ -5,6 +5,7 @@ too is given the picture noised, and the noise's level (noise-conditioning augme
 rely on details of its input, and so bears those that another model has drawn.
 """
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import ops
-from .arguments import loaded, run_of
+from .arguments import OTHERS, loaded, run_of, sampler_of
 from .constraints import Inpaint, rows_of
 from .model import Model
 from .process import checked_count
+from .samplers import SAMPLERS
 from .sampling import sample
 from .schedule import Schedule
 from .system import System, part_seeds, seeds_of
@@ -150,6 +152,7 @@ def sample_and_enlarge(
     go to those of the stages that have them, too, and all other options to all. ``augmentation`` is in the place
     of ``level`` where it is given.
     """
+    _check_options(options, base)
     level = level_of(augmentation, stages, level)
     conditions = {c.name: options.pop(c.name) for c in base.conditions if c.name in options}
     own = {name: options.pop(name) for name in ("x_T", "start", "constraint") if name in options}
@@ -157,6 +160,19 @@ def sample_and_enlarge(
     x = sample(base, seeds=seeds, labels=labels, **own, **conditions, **options)
     given = dict(level=level, labels=labels, conditions=conditions, callback=callback)
     return enlarged(stages, x, seeds, **given, **options)
+
+
+def _check_options(options: Mapping[str, Any], base: Model) -> None:
+    """TypeError for an option that neither the system nor ``base`` can take, whatever the sampler."""
+    sampler = options.get("sampler")
+    samplers = (*SAMPLERS.values(), *([] if sampler is None else [sampler_of(sampler)]))
+    own, others = [condition.name for condition in base.conditions], ("spacing", "x_T", *OTHERS)
+    known = {*own, *others, *inspect.signature(sample).parameters}.union(*(made.options for made in samplers))
+    for name, value in options.items():
+        if name not in known:
+            conditions = f"a condition of {base.name} ({', '.join(own) or 'none'})"
+            expected = f"{AUGMENTATION}, an option of the sampler, {conditions}, or one of {', '.join(others)}"
+            raise TypeError(f"{name}: expected {expected}, got {value!r}")
 
 
 def level_of(augmentation: Any, stages: Mapping[int, Model], level: int) -> int:

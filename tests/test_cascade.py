@@ -177,6 +177,7 @@ BAD = {
     "seeds": (lambda c: upscale(c, SMALL_ONES, seeds=[1]), ValueError, "seeds: expected 3, one for each .*, got 1"),
     "model": (lambda c: upscale(c.base, SMALL_ONES), ValueError, "model: expected .* image .*, got base with none"),
     "name": (lambda c: upscale(lambda x, t: x, SMALL_ONES), TypeError, "model: expected a Model, or the name"),
+    "misspelt": (lambda c: draw(c, 1, augmentaton=3), TypeError, "augmentaton: expected augmentation, an option of"),
     "option": (lambda c: draw(c, 1, prompt="cat"), TypeError, "prompt: expected"),
     "a lone upsampler": (lambda c: Cascade(c.base, c.upsamplers[0]), TypeError, "upsamplers: .* of Models, got Model"),
     "a name": (lambda c: Cascade("run", c.upsamplers), TypeError, r"base: expected a Model, got 'run' \(load reads it"),
