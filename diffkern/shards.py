@@ -78,6 +78,7 @@ def sample_to(
                         given = {} if labels is None else {"labels": [labels[i] for i in rows]}
                         x = sample(model, seeds=drawn, progress=False, **given, **options)
                         shared = {name: told[name] for name in ("weights", "versions")} | told["settings"]
+                        shared |= {"device": x.device.type}
                         own = [{"seed": seeds[i], **({} if labels is None else _label(model, labels[i]))} for i in rows]
                         work.write(rows, x, [shared | image for image in own])
                 finally:

@@ -62,7 +62,8 @@ def test_a_folder_has_the_images_of_sample_and_tells_of_what_they_are_made(model
     told = images.read_settings(tmp_path / "0000003.png")
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert told["seed"] == 3 and told["steps"] == 2 and told["weights"] == manifest["weights"]
-    assert (told["label"], told["class"], told["versions"]["torch"]) == (1, "b", torch.__version__)
+    assert (told["label"], told["class"], told["device"]) == (1, "b", "cpu")
+    assert told["versions"]["torch"] == torch.__version__
     assert manifest["images"] == 5
     assert manifest["weights"] == Drawn(model, 2, sampler="ddim", steps=2).description["weights"]
     earlier = manifest | {"weights": hashlib.sha256(manifest["weights"].encode()).hexdigest()[:16]}
