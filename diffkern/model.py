@@ -153,7 +153,8 @@ class Model:
         """Write a folder from which diffusers loads a ``DDPMPipeline`` of this model, with the same images.
 
         The scheduler gets the betas, the prediction, and what the model clips, its variance and its spacing. Classes
-        are class embeddings without names, and the null class is an ordinary class there, the last.
+        are class embeddings without names for diffusers, the null class the last of them; :func:`load` reads both from
+        ``diffkern.json`` beside them.
 
         Raises ValueError for a network, a process or a setting that diffusers has not, for conditions and a codec;
         OSError.
@@ -162,9 +163,8 @@ class Model:
             if getattr(self, name):
                 raise ValueError(f"{name}: expected none, as a DDPMPipeline has none, got {getattr(self, name)}")
         kept = dict(clip=self.clip, variance=self.default_variance, spacing=self.spacing)
-        network, schedule = unwrapped(self.network), self.schedule
-        folder_of = foreign.diffusers.write_folder
-        folder_of(Path(folder), network, shape=self.shape, schedule=schedule, prediction=self.prediction, **kept)
+        kept |= dict(shape=self.shape, classes=self.classes, schedule=self.schedule, prediction=self.prediction)
+        foreign.diffusers.write_folder(Path(folder), unwrapped(self.network), **kept)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, *, revision: str | None = None, **options: Any) -> "Model":
