@@ -469,6 +469,9 @@ def test_a_folder_written_for_diffusers_draws_the_same_images(tmp_path):
     assert (again.classes, again.null_class) == (("a", "b"), True)
     t, label = torch.tensor([7]), torch.tensor([1])
     assert torch.allclose(again.network(x_T, t, label), network(x_T, t, label), atol=1e-5)
+    (tmp_path / "diffkern.json").write_text('{"classes": 2}')
+    with pytest.raises(ValueError, match="classes: expected a list of names in diffkern.json, got 2"):
+        load(tmp_path)
     (tmp_path / "diffkern.json").unlink()
     assert load(tmp_path).num_classes == 3  # the null class is one to diffusers
     model.to_diffusers(tmp_path)  # over itself, but over nothing else

@@ -72,6 +72,8 @@ def read_folder(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     unet = folder / "unet" if (folder / "unet" / CONFIG).exists() else folder
     config = _json(unet / CONFIG)
     ours = _json(root / OURS) if (root / OURS).exists() else {}
+    if not isinstance(ours.get("classes"), list | None):
+        raise ValueError(f"classes: expected a list of names in {OURS}, got {ours['classes']!r:.80}")
     network = _network(config, _tensors(path if path.is_file() else unet), null_class=ours.get("null_class") is True)
     scheduler = options.get("scheduler") or _scheduler([root / "scheduler", root, unet])
     told = pipelines.told_by(config, scheduler, options.get("ignore", ()))
