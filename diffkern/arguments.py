@@ -330,8 +330,8 @@ def settle(options: dict[str, Any], sampler: Sampler, model: Model) -> None:
         options["variance"] = model.default_variance
     for name, value in options.items():
         if name not in sampler.options:
-            known = ", ".join((*sampler.options, *_conditions(model))) or "neither has any"
+            of_sampler, of_model = (", ".join(names) or "none" for names in (sampler.options, _conditions(model)))
             raise TypeError(
-                f"{name}: expected an option of sampler {sampler.name!r}, a condition of the model "
-                f"({known}), or one of {', '.join(('spacing', 'x_T', *OTHERS))}, got {value!r}"
+                f"{name}: expected an option of sampler {sampler.name!r} ({of_sampler}), a condition of the model "
+                f"({of_model}), or one of {', '.join(('spacing', 'x_T', *OTHERS))}, got {value!r}"
             )

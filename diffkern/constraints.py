@@ -39,7 +39,7 @@ class Inpaint:
     """Make the masked part of an image and keep the rest, which is blended in at its noise level after every step.
 
     x         [N or 1, ...], the image; known where the mask is 0
-    mask      [N or 1, C or 1, ...], 1 where to make something new
+    mask      [N or 1, C or 1, ...], 1 or True where to make something new
     resample  how often each stretch of ``jump`` steps is gone through (RePaint, Lugmayr et al. 2022); 1: once
     jump      the steps of a stretch
     """
@@ -50,6 +50,8 @@ class Inpaint:
     jump: int = 10
 
     def __post_init__(self) -> None:
+        if isinstance(self.mask, Tensor) and self.mask.dtype == torch.bool:
+            object.__setattr__(self, "mask", self.mask.float())  # past ``frozen``
         for name in ("x", "mask"):
             value = getattr(self, name)
             if not isinstance(value, Tensor) or not value.is_floating_point():

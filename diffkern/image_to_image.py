@@ -5,6 +5,7 @@ too is given the picture noised, and the noise's level (noise-conditioning augme
 rely on details of its input, and so bears those that another model has drawn.
 """
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import ops
-from .arguments import loaded, run_of
+from .arguments import OTHERS, loaded, run_of, sampler_of
 from .constraints import Inpaint, rows_of
 from .images import FAR, from_pixels
 from .model import Model
 from .process import checked_count
+from .samplers import SAMPLERS
 from .sampling import sample
 from .schedule import Schedule
 from .system import System, part_seeds, seeds_of
@@ -171,6 +173,7 @@ def sample_and_enlarge(
     go to those of the stages that have them, too, and all other options to all. ``augmentation`` is in the place
     of ``level`` where it is given.
     """
+    _check_options(options, base)
     level = level_of(augmentation, stages, level)
     conditions = {c.name: options.pop(c.name) for c in base.conditions if c.name in options}
     own = {name: options.pop(name) for name in ("x_T", "start", "constraint") if name in options}
@@ -178,6 +181,19 @@ def sample_and_enlarge(
     x = sample(base, seeds=seeds, labels=labels, **own, **conditions, **options)
     given = dict(level=level, labels=labels, conditions=conditions, callback=callback)
     return enlarged(stages, x, seeds, **given, **options)
+
+
+def _check_options(options: Mapping[str, Any], base: Model) -> None:
+    """TypeError for an option that neither the system nor ``base`` can take, whatever the sampler."""
+    sampler = options.get("sampler")
+    samplers = (*SAMPLERS.values(), *([] if sampler is None else [sampler_of(sampler)]))
+    own, others = [condition.name for condition in base.conditions], ("spacing", "x_T", *OTHERS)
+    known = {*own, *others, *inspect.signature(sample).parameters}.union(*(made.options for made in samplers))
+    for name, value in options.items():
+        if name not in known:
+            conditions = f"a condition of {base.name} ({', '.join(own) or 'none'})"
+            expected = f"{AUGMENTATION}, an option of the sampler, {conditions}, or one of {', '.join(others)}"
+            raise TypeError(f"{name}: expected {expected}, got {value!r}")
 
 
 def level_of(augmentation: Any, stages: Mapping[int, Model], level: int) -> int:
@@ -247,7 +263,7 @@ def restore(
     model    a model that is given a picture; or its name or file
     image    [C, H, W] in [-1, 1], of the model's size; of one channel, if it is gray
     n        4, of the seeds 0 to 3, unless ``n`` or ``seeds`` say otherwise
-    mask     [C or 1, H, W], 1 where to make something new; where it is 0, the picture stays as it is, exactly
+    mask     [C or 1, H, W], 1 or True where to make something new; where it is 0, the picture stays as it is, exactly
     options  as :func:`diffkern.sample` takes them: steps, sampler, run
 
     Raises TypeError or ValueError for an argument that does not fit.
@@ -262,7 +278,7 @@ def restore(
     images = image.expand(len(seeds), -1, -1, -1)
     if mask is None:
         return sample_given(model, images, seeds, run=run, **options)
-    _check_pictures("mask", mask, 3)
+    _check_pictures("mask", mask.float() if isinstance(mask, Tensor) and mask.dtype == torch.bool else mask, 3)
     mask = Inpaint(image, mask[None]).mask.to("cpu", torch.float32)  # which checks its values
     mask = rows_of("mask", mask, len(seeds), model.shape)
     x = sample_given(model, holed(images, mask, part_seeds(seeds, 1)), seeds, run=run, **options)

@@ -154,7 +154,8 @@ class Model:
         """Write a folder from which diffusers loads a ``DDPMPipeline`` of this model, with the same images.
 
         The scheduler gets the betas, the prediction, and what the model clips, its variance and its spacing. Classes
-        are class embeddings, the null class the last.
+        are class embeddings without names for diffusers, the null class the last of them; :func:`load` reads both from
+        ``diffkern.json`` beside them.
 
         Raises ValueError for a network, a process or a setting that diffusers has not, for conditions and a codec;
         OSError.
@@ -163,9 +164,8 @@ class Model:
             if getattr(self, name):
                 raise ValueError(f"{name}: expected none, as a DDPMPipeline has none, got {getattr(self, name)}")
         kept = dict(clip=self.clip, variance=self.default_variance, spacing=self.spacing)
-        network, schedule = unwrapped(self.network), self.schedule
-        folder_of = foreign.diffusers.write_folder
-        folder_of(Path(folder), network, shape=self.shape, schedule=schedule, prediction=self.prediction, **kept)
+        kept |= dict(shape=self.shape, classes=self.classes, schedule=self.schedule, prediction=self.prediction)
+        foreign.diffusers.write_folder(Path(folder), unwrapped(self.network), **kept)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, *, revision: str | None = None, **options: Any) -> "Model":
@@ -266,7 +266,8 @@ def check_models(**models: Any) -> None:
     """Raises TypeError for an argument that is no Model, by its name."""
     for name, model in models.items():
         if not isinstance(model, Model):
-            raise TypeError(f"{name}: expected a Model, got {type(model).__name__}")
+            got = f"{model!r} (load reads it)" if isinstance(model, str) else type(model).__name__
+            raise TypeError(f"{name}: expected a Model, got {got}")
 
 
 def check_classes(name: str, model: Model, other: Model) -> None:

@@ -9,8 +9,9 @@ import time
 from datetime import timedelta
 from typing import Any
 
-TENTHS, SECONDS = 10, 10
-"""Lines nobody asks for come at each tenth of the work, and at least this many seconds after the one before."""
+TENTHS, SECONDS, SILENCE = 10, 10, 300
+"""Lines nobody asks for come at each tenth of the work, and at least SECONDS seconds after the one before; and SILENCE
+seconds after it at the latest."""
 
 LONGEST = timedelta.max.days * 86400
 """In seconds. A time left that is longer, which Python could not write, is told as this."""
@@ -70,7 +71,7 @@ class Lines:
     def update(self, n: int = 1) -> None:
         self.done += n
         tenth = self.done * TENTHS // self.total > self.told * TENTHS // self.total
-        if tenth and time.monotonic() - self.told_at >= SECONDS:
+        if time.monotonic() - self.told_at >= (SECONDS if tenth else SILENCE):
             self.report()
 
     def report(self, **values: Any) -> None:

@@ -46,7 +46,8 @@ def sample_to(
     """Draw the image of each seed into ``folder``, as 0000000.png, 0000001.png, .. in their order.
 
     seeds     a range or any ints, as ``sample`` takes them; labels: the class of each, or None
-    settings  what ``manifest.json`` and each PNG tell beside the model and the options
+    settings  what ``manifest.json`` and each PNG tell beside the model and the options; a PNG has its own seed, label
+              and class, too
     shard     how many images a process takes at a time: what an interruption loses, at most
     options   as :func:`diffkern.sample` takes them
 
@@ -76,7 +77,10 @@ def sample_to(
                         drawn = [seeds[i] for i in rows]
                         given = {} if labels is None else {"labels": [labels[i] for i in rows]}
                         x = sample(model, seeds=drawn, progress=False, **given, **options)
-                        work.write(rows, x, {**told["settings"], "weights": told["weights"]}, drawn)
+                        shared = {name: told[name] for name in ("weights", "versions")} | told["settings"]
+                        shared |= {"device": x.device.type}
+                        own = [{"seed": seeds[i], **({} if labels is None else _label(model, labels[i]))} for i in rows]
+                        work.write(rows, x, [shared | image for image in own])
                 finally:
                     locks.release(k)
             bar.update(len(rows))
@@ -97,9 +101,9 @@ class _Work:
         """Whether all of them are there; they are written in their order, each whole."""
         return self.path(rows[-1]).exists() and all(self.path(i).exists() for i in rows)
 
-    def write(self, rows: range, x: torch.Tensor, settings: dict[str, Any], seeds: list[int]) -> None:
-        for i, image, seed in zip(rows, x, seeds, strict=True):
-            images.save_png(images.picture(image), self.path(i), {**settings, "seed": seed})
+    def write(self, rows: range, x: torch.Tensor, settings: list[dict[str, Any]]) -> None:
+        for i, image, told in zip(rows, x, settings, strict=True):
+            images.save_png(images.picture(image), self.path(i), told)
 
 
 class _Locks:
@@ -188,13 +192,23 @@ def _agree(folder: Path, told: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(theirs, dict):
             odd = [key for key in value.keys() | theirs.keys() if value.get(key) != theirs.get(key)]
             name, value, theirs = (f"{name}.{odd[0]}", value.get(odd[0]), theirs.get(odd[0])) if odd else (name, 0, 0)
+        if name == "weights" and theirs == _digest(value):
+            continue  # of a folder begun by an earlier version
         if value != theirs:
             raise ValueError(f"{name}: expected that of {path}, {theirs!r}, got {value!r}")
 
 
 def _weights(model: Model | System) -> str:
-    networks = model.networks() if isinstance(model, System) else {"": unwrapped(model.network)}
-    return _digest("".join(part + digest_of(network) for part, network in networks.items()))
+    if isinstance(model, System):
+        return _digest("".join(part + digest_of(network) for part, network in model.networks().items()))
+    return digest_of(unwrapped(model.network))  # as the protocol of evaluate has it
+
+
+def _label(model: Model | System, label: int) -> dict[str, Any]:
+    """What a PNG tells of its class: the number, and the name if classes have names."""
+    classes = (model.drawn if isinstance(model, System) else model).classes
+    named = {} if classes is None else {"class": "none" if label < 0 else classes[label]}
+    return {"label": label, **named}
 
 
 def _plain(value: Any) -> Any:

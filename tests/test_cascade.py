@@ -239,7 +239,11 @@ BAD = {
         r'with none; a network of your own: Model\(\.\.\., conditions={"image": \(3, 8, 8\)}\)',
     ),
     "name": (lambda c: upscale(lambda x, t: x, SMALL_ONES), TypeError, "model: expected a Model, or the name"),
+    "misspelt": (lambda c: draw(c, 1, augmentaton=3), TypeError, "augmentaton: expected augmentation, an option of"),
     "option": (lambda c: draw(c, 1, prompt="cat"), TypeError, "prompt: expected"),
+    "a lone upsampler": (lambda c: Cascade(c.base, c.upsamplers[0]), TypeError, "upsamplers: .* of Models, got Model"),
+    "a name": (lambda c: Cascade("run", c.upsamplers), TypeError, r"base: expected a Model, got 'run' \(load reads it"),
+    "names": (lambda c: Cascade(c.base, ["up"]), TypeError, "upsamplers: expected a Model, got 'up'"),
     "none": (lambda c: Cascade(c.base, ()), ValueError, "upsamplers: expected 1 to 15 models, got 0"),
     "order": (lambda c: Cascade(c.base, c.upsamplers[::-1]), ValueError, r"model: .* larger than \(3, 16, 16\), got"),
     "classes": (
@@ -299,7 +303,12 @@ def test_a_file_holds_a_cascade_and_the_commands_draw_from_it(cascade, tmp_path,
     command = ["upscale", "--model", "tiny.safetensors", "small.png", "--n", "2", "--steps", "1", "--no-progress"]
     assert cli.main(command) == 0 and Image.open("upscaled.png").size[0] == 2 * 64 + 3 * images.GAP
     assert cli.main([*command, "--size", "16"]) == 2
-    assert "small: expected pictures smaller than the model's (8 x 8, 16 x 16)" in capsys.readouterr().err
+    assert "image: expected fewer pixels a side than the 16 of the model, got --size 16" in capsys.readouterr().err
+    images.save_png(images.picture(torch.zeros(3, 20, 20)), "large.png")
+    assert cli.main(["upscale", "--model", "tiny.safetensors", "large.png"]) == 2
+    assert "of the model, got 20 pixels a side, which --size can shrink" in capsys.readouterr().err
+    assert cli.main(["upscale", "small.png"]) == 2
+    assert "the following arguments are required: --model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,16 @@ def test_inpaint_keeps_all_but_the_masked_part(folder, capsys, where):
     assert np.array_equal(np.asarray(Image.open(name)), first)
 
 
+def test_what_a_model_s_size_changes_of_an_image_is_told(folder, capsys):
+    Image.new("RGB", (30, 20), (255, 0, 0)).save("red.png")
+    Image.new("L", (8, 8), 200).save("grey.png")
+    for name in ("red.png", "grey.png"):
+        box = ["--box", "0", "0", "8", "8"]  # of the model's 8 x 8 pixels
+        assert main(["inpaint", name, "--model", "m.safetensors", *box, "--n", "1", "--steps", "1", *QUIET]) == 0
+    told = "image: red.png: 30 x 20 pixels become 8 x 8, its colours become gray, as the model has them\n"
+    assert capsys.readouterr().err == told
+
+
 # --- train, export ---
 
 
@@ -296,6 +306,7 @@ def test_train_tells_what_it_read_and_what_it_left_out(folder, pictures, capsys)
     assert capsys.readouterr().err == (
         "data: 6 images of 3x8x8, 2 classes (cats 3, dogs 3); "
         "left out: 2 files not images (.heic 1, .txt 1), 1 hidden folder\n"
+        "warmup: 2 steps, more than the 1 of the run: the learning rate does not reach --lr\n"
     )
 
 
@@ -416,7 +427,7 @@ def test_a_second_run_in_a_folder_is_one_line(folder, pictures, capsys):
     assert capsys.readouterr().err == f"diffkern: error: {message}\n"
 
 
-def test_init_is_a_model_to_fine_tune(folder, pictures, begun):
+def test_init_is_a_model_to_fine_tune(folder, pictures, begun, capsys):
     torch.manual_seed(1)
     network = UNet(**{**tiny.NETWORK, "in_channels": 3, "num_classes": 3})
     init = Model(network, tiny.SCHEDULE, "eps", (3, 8, 8), ("a", "b", "c"))
@@ -427,6 +438,9 @@ def test_init_is_a_model_to_fine_tune(folder, pictures, begun):
     assert run.model.schedule.config() == init.schedule.config()
     assert {**run.network.config, "num_classes": 3} == init.network.config
     assert torch.equal(run.network.conv_in.weight, init.network.conv_in.weight)
+    assert "init: 2 of 2 classes begin anew: cats, dogs\n" in capsys.readouterr().err
+    assert main(["train", "--data", pictures, "--out", "gray", "--init", "m.safetensors", *QUIET]) == 0
+    assert "init: m.safetensors draws gray images: colours of the data become gray\n" in capsys.readouterr().err
 
 
 def test_a_run_in_this_folder_names_its_model_after_it(folder, pictures, begun):
@@ -757,6 +771,10 @@ BAD_COMMANDS = {
     "betas": ([*FIT, "--betas", "0.9"], "argument --betas: expected 2 arguments"),
     "process": ([*FIT, "--process", "square"], "process: expected one of linear, .*, flow, or a JSON object, got 'squ"),
     "process arguments": ([*FIT, "--process", '{"kind": "ve", "sigma": 1}'], "arguments of 've', .*, got 'sigma'"),
+    "two processes": (
+        [*FIT, "--process", "cosine", "--schedule", "linear"],
+        "argument --process/--schedule: expected one value, got cosine and linear",
+    ),
     "timesteps of edm": (
         [*FIT, "--process", "edm", "--timesteps", "9"],
         "timesteps: expected a schedule of betas that has a T, as linear, got one of kind 'edm'",

@@ -466,9 +466,14 @@ def test_a_folder_written_for_diffusers_draws_the_same_images(tmp_path):
     again = load(tmp_path)
     assert (again.prediction, again.clip, again.variance) == ("v", False, "fixed_large")
     assert torch.allclose(again.schedule.alpha_bar, model.schedule.alpha_bar, rtol=1e-5)  # of float32 betas
-    assert again.num_classes == 3  # the null class is one
+    assert (again.classes, again.null_class) == (("a", "b"), True)
     t, label = torch.tensor([7]), torch.tensor([1])
     assert torch.allclose(again.network(x_T, t, label), network(x_T, t, label), atol=1e-5)
+    (tmp_path / "diffkern.json").write_text('{"classes": 2}')
+    with pytest.raises(ValueError, match="classes: expected a list of names in diffkern.json, got 2"):
+        load(tmp_path)
+    (tmp_path / "diffkern.json").unlink()
+    assert load(tmp_path).num_classes == 3  # the null class is one to diffusers
     model.to_diffusers(tmp_path)  # over itself, but over nothing else
     (tmp_path / "model_index.json").unlink()
     with pytest.raises(ValueError, match="expected an empty folder or one of diffusers, got another"):

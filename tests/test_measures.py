@@ -35,6 +35,7 @@ from diffkern.evaluate import (
 )
 from diffkern.images import from_pixels, to_uint8
 from diffkern.model import Model
+from diffkern.samplers import SAMPLERS
 from diffkern.sampling import sample
 from diffkern.schedule import Schedule
 
@@ -258,7 +259,21 @@ def test_samples_are_those_of_sample_with_classes_as_frequent_as_in_the_data(mon
     options = dict(sampler="ddim", steps=2, batch_size=2, progress=False)
     x = sample(model, 7, labels=[0, 1, 2, 0, 1, 2, 0], **options)
     assert torch.equal(images, torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2))
-    assert torch.equal(torch.cat([block for block, _ in drawn.blocks(4)]), images[4:])
+    counts = []
+    assert torch.equal(torch.cat([block for block, _ in drawn.blocks(4, counts.append)]), images[4:])
+    assert counts == [1, 1, 0, 1]  # of 2 + 1 images, after each of 2 steps
+
+
+def test_samples_are_those_of_any_sampler_with_its_options():
+    def mine(m, grid, *, eta=0.0):
+        return SAMPLERS["ddim"].function(m, grid, eta=eta)
+
+    drawn, named = (Drawn(tiny.model(), 4, sampler=sampler, steps=2, eta=1.0) for sampler in (mine, "ddim"))
+    assert (drawn.name, drawn.description["options"]) == ("mine", {"eta": "1.0"})
+    assert torch.equal(*(next(source.blocks())[0] for source in (drawn, named)))
+    assert named.identity != Drawn(tiny.model(), 4, sampler="ddim", steps=2).identity
+    with pytest.raises(TypeError, match="cache: expected a model that can be told .* unknown sampler"):
+        _ = drawn.identity
 
 
 def rows_of(sources, data, network, **options):

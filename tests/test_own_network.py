@@ -120,6 +120,8 @@ def test_a_model_is_saved_with_the_types_of_its_buffers_and_loads_into_another_o
     torch.testing.assert_close(loaded.network.mix.weight, trained.model.network.mix.weight, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match=r"into: expected a Model that has what .* hold, network \(Small\), got None"):
         load(tmp_path / "m")
+    with pytest.raises(TypeError, match="into: expected a Model, got Small"):
+        load(tmp_path / "m", into=model().network)
     with pytest.raises(ValueError, match="into: expected prediction edm, got v"):
         load(tmp_path / "m", into=replace(model(), prediction="v"))
     with pytest.raises(ValueError, match="into: expected schedule .*edm.*, got .*flow"):

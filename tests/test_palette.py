@@ -1,6 +1,7 @@
 """Palette: the damage to a picture by its seed, what is given to the network of it, and its recipe."""
 
 import io
+import signal
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from diffkern.palette import Damage, damaged, recipe
 from diffkern.palette.damage import hole as hole_of
 from diffkern.palette.damage import jpeg
 from diffkern.system import part_seeds
+from diffkern.training import Trainer
 
 FACE = images.from_pixels(Faces(1, 16)[0]["x"])
 
@@ -91,6 +93,7 @@ def test_what_is_no_hole_stays_exactly_as_it_is():
     assert torch.equal(drawn[kept], face.expand(2, -1, -1, -1)[kept])
     noise = ops.noise(part_seeds(torch.tensor([6, 7]), 1), (3, 8, 8), step=0, stream=2)
     assert torch.equal(knows.seen[0]["image"], torch.where(kept, face, noise))  # as in training, by a seed of its own
+    assert torch.equal(draw(knows.model(), face, seeds=[6, 7], mask=mask.bool()), drawn)
     soft = draw(knows.model(), face, seeds=[6], mask=0.5 * mask)
     assert torch.equal(soft[0, :, mask[0] == 0], face[:, mask[0] == 0])
 
@@ -128,6 +131,11 @@ def test_the_recipe_trains_a_model_and_packs_it(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "Faces", lambda n=8, **options: Faces(n, **options))
     monkeypatch.setattr(recipe, "measured", lambda model: found.append(measured(model)) or found[-1])
     found = []
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Trainer, "run", lambda trainer, folder: signal.SIGTERM)
+        with pytest.raises(SystemExit, match="143"):
+            recipe.train(tmp_path, 1)
+    assert not found  # nothing is measured
     recipe.train(tmp_path, 1)
     recipe.pack(tmp_path)
     restored, coarse = found[0]

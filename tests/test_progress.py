@@ -37,7 +37,7 @@ def test_a_file_gets_a_line_each_report_and_no_redraws(capsys):
 
 
 def test_more_time_than_python_can_tell_is_told_as_the_longest(capsys, monkeypatch):
-    clock = iter([0.0, 60.0])
+    clock = iter([0.0, 60.0, 60.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     with progress.bar(2**62, "training", "img") as bar:
         bar.update(64)
@@ -52,6 +52,13 @@ def test_a_file_gets_a_line_each_tenth_of_work_that_takes_long(capsys, monkeypat
         for _ in range(995):
             bar.update()
     assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_a_file_gets_a_line_after_a_long_silence(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SILENCE", 0)
+    with progress.bar(1000, "features of ddpm", "img") as bar:
+        bar.update(3)
+    assert capsys.readouterr().err.startswith("features of ddpm: 3/1000 img, ")
 
 
 def test_progress_that_is_not_wanted_is_silent(capsys):

@@ -1,5 +1,6 @@
 """Many samples as a folder: the same by any number of processes, resumed after any end, never made twice."""
 
+import hashlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from PIL import Image
 from tiny import one_thread  # noqa: F401
 
 from diffkern import Model, Schedule, UNet, cli, images, sample, save, shards
+from diffkern.evaluate import Drawn
 from diffkern.shards import MANIFEST, sample_to
 
 OPTIONS = dict(steps=2, batch_size=2, progress=False)
@@ -60,7 +62,13 @@ def test_a_folder_has_the_images_of_sample_and_tells_of_what_they_are_made(model
     told = images.read_settings(tmp_path / "0000003.png")
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert told["seed"] == 3 and told["steps"] == 2 and told["weights"] == manifest["weights"]
+    assert (told["label"], told["class"], told["device"]) == (1, "b", "cpu")
+    assert told["versions"]["torch"] == torch.__version__
     assert manifest["images"] == 5
+    assert manifest["weights"] == Drawn(model, 2, sampler="ddim", steps=2).description["weights"]
+    earlier = manifest | {"weights": hashlib.sha256(manifest["weights"].encode()).hexdigest()[:16]}
+    (tmp_path / MANIFEST).write_text(json.dumps(earlier))  # still the folder of these weights
+    assert sample_to(tmp_path, model, torch.arange(5), labels=torch.tensor(labels), shard=2, **OPTIONS) == 0
     with pytest.raises(ValueError, match="seeds: expected that of"):
         sample_to(tmp_path, model, range(5), labels=labels, shard=2, **OPTIONS)
 

@@ -391,7 +391,8 @@ def test_a_network_that_is_frozen_throughout_is_trained(tmp_path):
 
 def test_fine_tuning_begins_with_the_weights_of_its_model_whatever_the_classes():
     init = tiny.model(classes=3)
-    same, other, none = (new_model(tiny.dataset(classes=n), tiny.config(), init=init) for n in (3, 2, None))
+    config = Config(schedule=tiny.SCHEDULE.config())  # the network is that of init
+    same, other, none = (new_model(tiny.dataset(classes=n), config, init=init) for n in (3, 2, None))
     expected = init.network.state_dict()
     for model in (same, other, none):
         for key, tensor in model.network.state_dict().items():
@@ -498,6 +499,15 @@ def test_the_log_holds_the_mean_loss_and_forgets_what_the_checkpoint_does_not_kn
     assert [float(line[1]) for line in lines] == pytest.approx(means, abs=1e-6)
 
 
+def test_a_run_shorter_than_a_line_of_the_log_has_one_at_its_end(tmp_path, capsys):
+    losses = take(trainer(), 3)
+    trainer(steps=3).run(tmp_path)
+    (line,) = (tmp_path / "log.csv").read_text().splitlines()[1:]
+    assert line.startswith("3,") and float(line.split(",")[1]) == pytest.approx(np.mean(losses), abs=1e-6)
+    assert (tmp_path / "loss.png").exists()
+    assert f"step 3, loss {np.mean(losses):.4f}" in capsys.readouterr().err
+
+
 @pytest.fixture(params=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def number(request):
     """A signal that this process heeds, whatever started it: nohup has it ignore SIGHUP."""
@@ -576,9 +586,10 @@ def test_the_log_of_a_resumed_run_is_that_of_the_uninterrupted_one(tmp_path):
     """Two of the losses are logged by the process that follows the one that took the first of them."""
     run = trainer(steps=3, log_every=2)
     run.run(tmp_path / "parts", progress=False)
-    Trainer.resume(tmp_path / "parts" / CHECKPOINT, run.dataset, steps=6).run(tmp_path / "parts", progress=False)
+    Trainer.resume(tmp_path / "parts", run.dataset, steps=6).run(tmp_path / "parts", progress=False)
     trainer(steps=6, log_every=2).run(tmp_path / "whole", progress=False)
     parts, whole = ((tmp_path / out / "log.csv").read_text().splitlines() for out in ("parts", "whole"))
+    assert len(whole) == 4  # the last line of the shorter run gave way
     assert [line.split(",")[:3] for line in parts] == [line.split(",")[:3] for line in whole]
     assert (tmp_path / "parts" / CHECKPOINT).read_bytes() == (tmp_path / "whole" / CHECKPOINT).read_bytes()
 

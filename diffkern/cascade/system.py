@@ -40,7 +40,7 @@ class Cascade(System):
 
     def __post_init__(self):
         if not isinstance(self.upsamplers, Sequence) or isinstance(self.upsamplers, str):
-            raise TypeError(f"upsamplers: expected a sequence of models, got {type(self.upsamplers).__name__}")
+            raise TypeError(f"upsamplers: expected a sequence of Models, got {type(self.upsamplers).__name__}")
         self.upsamplers = tuple(self.upsamplers)
         check_models(base=self.base)
         for model in self.upsamplers:

@@ -12,11 +12,14 @@ DTYPES = ("float32", "float16", "bfloat16")
 MOST_THREADS = 1024  # OpenMP ends the process where the system gives it no more
 
 
-def add_model(parser: argparse.ArgumentParser, more: str = "") -> None:
+def add_model(parser: argparse.ArgumentParser, more: str = "", *, required: bool = False) -> None:
+    """Add ``--model``, which has a default unless it is ``required``."""
+    default = "" if required else f" (default: {DEFAULT_MODEL})"
     parser.add_argument(
         "--model",
-        default=DEFAULT_MODEL,
-        help=f"a shipped model's name, a model file, a run's checkpoint or folder{more} (default: {DEFAULT_MODEL})",
+        required=required,
+        default=None if required else DEFAULT_MODEL,
+        help=f"a shipped model's name, a model file, a run's checkpoint or folder{more}{default}",
     )
 
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_long_options(parser)
     parser.add_argument("image", help="an image file: gray, with a hole, or a coarse JPEG")
     add_mask(parser)
-    add_model(parser, "; of pictures that are restored (docs/systems/cascade.md)")
+    add_model(parser, "; of pictures that are restored (docs/systems/cascade.md)", required=True)
     add_seeds(parser, N)
     parser.add_argument("--sampler", choices=SAMPLERS, help="(default: unipc)")
     parser.add_argument("--steps", type=count, default=STEPS, help=f"(default: {STEPS})")

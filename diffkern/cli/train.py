@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import parallel, training
-from ..data import Dataset, Items, load_dataset, picture_set
+from ..data import Dataset, Items, idx_folder, load_dataset, picture_set, shortened
 from ..model import Model, load_one
 from ..progress import tell
 from ..schedule import KINDS, from_config
 from ..training import board
 from ..training.runs import check_folder, ignore_signals, locked
+from ..training.start import classes_of_init, network_of
 from .options import add_long_options, count
 
 EXAMPLES = """\
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--process",
         "--schedule",
+        action=_Once,
         metavar="KIND",
         help=f"{', '.join(PROCESSES)}; or with its arguments, as "
         '{"kind": "edm", "sigma_data": 0.25} (default: linear)',
@@ -70,6 +72,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timesteps", type=count, metavar="T", help="steps of a schedule of betas (default: 1000)")
     for f in training.config_fields():
         _add_config_option(parser, f)
+
+
+class _Once(argparse.Action):
+    """An option of two names, which is given by one of them."""
+
+    def __call__(self, parser, namespace, value, name=None):
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            raise argparse.ArgumentError(self, f"expected one value, got {before} and {value}")
+        setattr(namespace, self.dest, value)
 
 
 def _add_config_option(parser: argparse.ArgumentParser, f: dataclasses.Field) -> None:
@@ -136,8 +148,13 @@ def _train_on(device: str | None, arguments: argparse.Namespace, held: contextli
                 raise RuntimeError(f"out: expected a new folder, got {str(out)!r}, where a run has begun: resume that")
     if first:
         tell(trainer.dataset.summary)
+        if init:
+            _tell_of_init(model, init, arguments)
         if validation:
             tell(f"validation {validation.summary}")
+        if trainer.config.warmup > trainer.config.steps:
+            warmup, steps = trainer.config.warmup, trainer.config.steps
+            tell(f"warmup: {warmup} steps, more than the {steps} of the run: the learning rate does not reach --lr")
     stopped = trainer.run(out, progress=arguments.progress, lock=False)
     if stopped is None:
         if first:
@@ -149,6 +166,17 @@ def _train_on(device: str | None, arguments: argparse.Namespace, held: contextli
     return 128 + stopped
 
 
+def _tell_of_init(model: Model, init: Model, arguments: argparse.Namespace) -> None:
+    """Say what fine-tuning changes of the images, and which classes begin anew."""
+    if model.shape[0] == 1 and idx_folder(arguments.data) is None:
+        tell(f"init: {arguments.init} draws gray images: colours of the data become gray")
+    if model.num_classes:
+        kept = classes_of_init(model, init)
+        anew = [name for label, name in enumerate(model.classes or ()) if label not in kept]
+        if anew:
+            tell(f"init: {len(anew)} of {model.num_classes} classes begin anew: {shortened(anew)}")
+
+
 def _options(arguments: argparse.Namespace, begun: dict[str, Any] | None, init: Model | None) -> dict[str, Any]:
     """Merge the preset and the options into fields of a Config. Options win over the preset, and that over ``init``.
 
@@ -156,8 +184,8 @@ def _options(arguments: argparse.Namespace, begun: dict[str, Any] | None, init: 
     """
     options = training.recipe(arguments.preset) if arguments.preset else {}
     if init:
-        network = {k: v for k, v in init.network.config.items() if k not in ("out_channels", "num_classes")}
-        options = {"schedule": init.schedule.config(), **options, "network": network | options.get("network", {})}
+        network = network_of(init) | options.get("network", {})
+        options = {"schedule": init.schedule.config(), **options, "network": network}
     given = {f.name: getattr(arguments, f.name) for f in training.config_fields() if hasattr(arguments, f.name)}
     if arguments.network is not None:
         given["network"] = options.get("network", {}) | _json_object("network", arguments.network)

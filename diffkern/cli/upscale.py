@@ -32,7 +32,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_long_options(parser)
     parser.add_argument("image", help="an image file, whose centre is enlarged")
-    add_model(parser, "; of pictures that are enlarged (docs/systems/cascade.md)")
+    add_model(parser, "; of pictures that are enlarged (docs/systems/cascade.md)", required=True)
     parser.add_argument(
         "--size", type=count, help="shrink the image to that many pixels a side first (default: its own)"
     )
@@ -49,8 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     check_file("out", arguments.out, ".png")
     source = load(arguments.model, arguments.device)
-    channels = (source.drawn if isinstance(source, System) else source).shape[0]
+    shape = (source.drawn if isinstance(source, System) else source).shape
+    channels, largest = shape[0], shape[-1]
     side = arguments.size or side_of("image", arguments.image)
+    if side >= largest:
+        asked = f"--size {side}" if arguments.size else f"{side} pixels a side, which --size can shrink"
+        raise ValueError(f"image: expected fewer pixels a side than the {largest} of the model, got {asked}")
     small = read_picture("image", arguments.image, (channels, side, side))
     ranges = seed_ranges(arguments.seeds, arguments.n, 1)
     seeds = torch.cat([ops.as_seeds(numbers, "cpu") for numbers in ranges])

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..arguments import check_guided, guidance_of
+from ..arguments import check_guided, guidance_of, sampler_of
 from ..data import Dataset
 from ..guidance import Guidance
 from ..images import to_uint8
@@ -21,8 +21,8 @@ from ..io.files import digest_of, read, write
 from ..model import Model, unwrapped
 from ..process import checked_count
 from ..progress import bar as progress_bar
-from ..samplers import SAMPLERS
-from ..sampling import sample
+from ..samplers import SAMPLERS, Sampler
+from ..sampling import Step, sample
 from .feature_network import FeatureNetwork
 from .loss import in_proportion, labels_of
 
@@ -56,10 +56,15 @@ class Pictures:
         """Return all that the images are a function of, except for their number."""
         return {"fingerprint": self.data.fingerprint}
 
-    def blocks(self, first: int = 0) -> Iterator[tuple[Tensor, float]]:
-        """The images from the ``first`` on, uint8 [at most BLOCK, C, H, W], each with the seconds that it took."""
+    def blocks(self, first: int = 0, update: Callable[[int], Any] | None = None) -> Iterator[tuple[Tensor, float]]:
+        """The images from the ``first`` on, uint8 [at most BLOCK, C, H, W], each with the seconds that it took.
+
+        update  called with a number of images that are done
+        """
         for index in self.order[first:].split(BLOCK):
             yield self.data.images[index], 0.0
+            if update is not None:
+                update(len(index))
 
 
 class Drawn:
@@ -69,6 +74,7 @@ class Drawn:
                 of :func:`in_proportion`; None, or without labels: the classes in turn
     sampler, steps, guidance, batch_size, dtype  as :func:`diffkern.sample` takes them. Images depend on the batch size
                 to rounding
+    options     of the sampler: ``order=3``
 
     Raises TypeError or ValueError for arguments by which nothing can be drawn, before anything is.
     """
@@ -78,22 +84,23 @@ class Drawn:
         model: Model,
         n: int,
         *,
-        sampler: str,
+        sampler: str | Sampler | Callable[..., Any],
         steps: int,
         like: Dataset | None = None,
         guidance: float | Guidance = 1.0,
         batch_size: int = 100,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ):
-        self.model, self.name, self.steps = model, sampler, steps
+        self.sampler, self.options = sampler_of(sampler), options
+        self.model, self.name, self.steps = model, self.sampler.name, steps
         self.n, self.guidance = checked_count("n", n, 2), guidance
         self.batch_size, self.dtype = min(n, checked_count("batch_size", batch_size)), dtype  # a batch is filled up
         self.shape = model.shape if model.codec is None else None
         self.labels, self.wanted = labels_like(like, model, self.n)
         self._like, self.classes = (None, None) if self.wanted is None else (like.fingerprint, like.classes)
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
-        SAMPLERS[sampler].trace(model.schedule.grid(steps), model.prediction)
+        program = self.sampler.trace(model.schedule.grid(steps), model.prediction, **options)
+        self._steps = sum(row.begins for row in program.rows)
         check_guided(guidance_of(guidance, model, model.device), self.labels, model, self.n)
 
     @property
@@ -109,6 +116,7 @@ class Drawn:
             "weights": digest_of(self.model.network) if isinstance(unwrapped(self.model.network), nn.Module) else None,
             "sampler": self.name,
             "steps": self.steps,
+            **({"options": {name: repr(value) for name, value in self.options.items()}} if self.options else {}),
             "guidance": guidance,
             "clip": repr(self.model.clip),
             "seeds": f"0..{self.n - 1}",
@@ -122,6 +130,7 @@ class Drawn:
         """Return all that the images are a function of, except for their number. TypeError for an unknown part."""
         found = {name: value for name, value in self.description.items() if name not in ("images", "seeds")}
         unknown = [name for name in ("weights", "guidance") if found[name] is None] + ["codec"] * bool(self.model.codec)
+        unknown += ["sampler"] * (SAMPLERS.get(self.name) is not self.sampler)  # of a function, the name alone
         if unknown:
             raise TypeError(f"cache: expected a model that can be told from others, got one of unknown {unknown[0]}")
         model = {
@@ -129,8 +138,8 @@ class Drawn:
         }
         return {**found, **model, "labels": self._like, "device": self.model.device.type}
 
-    def blocks(self, first: int = 0) -> Iterator[tuple[Tensor, float]]:
-        """As those of :class:`Pictures`; whole batches of ``sample``."""
+    def blocks(self, first: int = 0, update: Callable[[int], Any] | None = None) -> Iterator[tuple[Tensor, float]]:
+        """As those of :class:`Pictures`; whole batches of ``sample``. A batch counts step by step, as parts of it."""
         size = max(1, BLOCK // self.batch_size) * self.batch_size
         for start in range(first, self.n, size):
             rows, begun = range(start, min(start + size, self.n)), time.perf_counter()
@@ -138,15 +147,30 @@ class Drawn:
                 self.model,
                 seeds=rows,
                 labels=None if self.labels is None else self.labels[rows.start : rows.stop],
-                sampler=self.name,
+                sampler=self.sampler,
                 steps=self.steps,
+                **self.options,
                 guidance=self.guidance,
                 batch_size=self.batch_size,
                 dtype=self.dtype,
                 progress=False,
+                callback=update and self._counter(update),
             )
             seconds = time.perf_counter() - begun
             yield torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2).contiguous(), seconds
+
+    def _counter(self, update: Callable[[int], Any]) -> Callable[[Step], None]:
+        """A callback of ``sample`` that counts images as their steps are done."""
+        told = 0
+
+        def count(step: Step) -> None:
+            nonlocal told
+            n = step.images.stop - step.images.start
+            done = step.images.start + n * min(step.index + 1, self._steps) // self._steps
+            update(done - told)
+            told = done
+
+        return count
 
 
 Source = Pictures | Drawn
@@ -203,7 +227,7 @@ def extract(
         seconds += description["seconds"] * len(tensors["features"]) / description["images"]
         done += len(tensors["features"])
     with progress_bar(source.n, f"features of {source.name}", "img", progress, initial=done) as bar:
-        for images, took in source.blocks(done):
+        for images, took in source.blocks(done, bar.update if progress else None):
             features, logits = network(images)
             block = {"features": features} | ({} if logits is None else {"logits": logits})
             if folder is not None:
@@ -211,7 +235,6 @@ def extract(
                 write(folder / f"{done:09}.safetensors", {"images": len(images), "seconds": took}, block)
             blocks.append(block)
             seconds, done = seconds + took, done + len(images)
-            bar.update(len(images))
     return Features.of(blocks, seconds)
 
 

@@ -41,7 +41,7 @@ def run(trainer: "Trainer", out: str | os.PathLike, *, progress: bool, lock: boo
                 bar.update(config.batch_size)
                 files.after_step(loss, bar, save=heard == runs.SAVING)
         if files is not None:
-            files.finish()
+            files.finish(bar)
     return signal.Signals(heard) if trainer.steps < config.steps else None
 
 
@@ -74,17 +74,21 @@ class Files:
         if self.board is not None:
             self.board.close()
 
-    def finish(self) -> None:
-        """Write the checkpoint of the last step, unless it is there."""
+    def finish(self, bar) -> None:
+        """Write the checkpoint of the last step, unless it is there; if the run is done, a line of the losses that wait
+        for one."""
         if self.saved != self.trainer.steps:
             self._write_checkpoint()
+        if self.trainer.steps >= self.trainer.config.steps and self.log.unlogged.count:
+            self._write_line(bar, early=True)
+            self._write_plot()
 
-    def _write_line(self, bar) -> None:
-        """The line of the log that is due, with the loss on held-out data where that is due too."""
+    def _write_line(self, bar, *, early: bool = False) -> None:
+        """The line of the log that is due, or ``early``, with the loss on held-out data where that is due too."""
         config, steps = self.trainer.config, self.trainer.steps
         held_out = self.trainer.validate() if self._validates() else None
         said = {} if held_out is None else {"validation": f"{held_out:.4f}"}
-        numbers = self.log.write(steps, config.learning_rate(steps - 1), config.batch_size, held_out)
+        numbers = self.log.write(steps, config.learning_rate(steps - 1), config.batch_size, held_out, early=early)
         bar.report(step=steps, loss=f"{numbers['loss']:.4f}", **said)
         if self.board is not None:
             self.board.add_line(steps, numbers)
@@ -99,6 +103,9 @@ class Files:
         """The checkpoint, and the picture of the log."""
         self.trainer.save(self.out / CHECKPOINT)
         self.saved = self.trainer.steps
+        self._write_plot()
+
+    def _write_plot(self) -> None:
         curves = self.log.curves()
         if curves["training"]:
             images.save_png(loss_plot(curves), self.out / "loss.png", {"step": self.trainer.steps})
@@ -106,7 +113,7 @@ class Files:
     def _validates(self) -> bool:
         """Whether a line of the log is the first since the held-out loss was due."""
         config, steps = self.trainer.config, self.trainer.steps
-        due, before = steps // config.validate_every, steps - config.log_every
+        due, before = steps // config.validate_every, max(steps - config.log_every, 0)
         return self.trainer.validation is not None and due > before // config.validate_every
 
     def _has_grids(self) -> bool:

@@ -1,7 +1,6 @@
 """Recipes of training: those of the command line by name, and what the recipes of systems share."""
 
 import argparse
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -43,6 +42,8 @@ def recipe(preset: str) -> dict[str, Any]:
 def train_part(folder: Path, make: Callable[[], Model], data: Any, config: Config, init: Model | None = None) -> Model:
     """Train a part of a system in a folder, or go on where its run was interrupted. Returns the averaged model.
 
+    A signal that stops the run ends the process, with the status 128 + its number.
+
     make  the model, its weights drawn by torch's generator, which is seeded with 0
     init  a model whose weights the run begins with
     """
@@ -57,7 +58,8 @@ def train_part(folder: Path, make: Callable[[], Model], data: Any, config: Confi
         trainer = Trainer(model, data, config)
     stopped = trainer.run(folder)
     if stopped is not None:
-        print(f"stopped by {signal.Signals(stopped).name} after {trainer.steps} steps", flush=True)
+        print(f"stopped by {stopped.name} after {trainer.steps} steps", flush=True)
+        raise SystemExit(128 + stopped)
     return trainer.model
 
 

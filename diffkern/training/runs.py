@@ -87,7 +87,8 @@ class Unlogged:
 class Log:
     """log.csv: the mean loss since the line before, which a checkpoint may have begun, and the loss on held-out data.
 
-    Lines later than the checkpoint that is resumed are dropped. Damaged ones are dropped with a warning.
+    Lines later than the checkpoint that is resumed are dropped, and so is an early one at the end of a run: the
+    checkpoint still holds its losses for the next line. Damaged ones are dropped with a warning.
     """
 
     HEADER, OLD_HEADER = ",".join(COLUMNS), ",".join(COLUMNS[:-1])
@@ -103,7 +104,8 @@ class Log:
         damaged = steps_of_lines.count(None) + (cut != "")
         if damaged:
             warnings.warn(f"{path}: dropped {damaged} damaged lines; expected {self.HEADER}", stacklevel=2)
-        kept = [line for line, step in zip(lines, steps_of_lines, strict=True) if step is not None and step <= steps]
+        last = steps - 1 if self.unlogged.count else steps
+        kept = [line for line, step in zip(lines, steps_of_lines, strict=True) if step is not None and step <= last]
         whole = "".join(f"{line}\n" for line in (self.HEADER, *kept))
         if whole != text:
             write_atomically(path, lambda temporary: temporary.write_text(whole, encoding="utf-8"))
@@ -112,8 +114,13 @@ class Log:
         self.unlogged.add(loss)
         self.count += 1
 
-    def write(self, step: int, lr: float, batch_size: int, validation_loss: float | None = None) -> dict[str, float]:
-        """Append the line of ``step``; returns its numbers by column. The rate counts this process's steps alone."""
+    def write(
+        self, step: int, lr: float, batch_size: int, validation_loss: float | None = None, *, early: bool = False
+    ) -> dict[str, float]:
+        """Append the line of ``step``; returns its numbers by column. The rate counts this process's steps alone.
+
+        early  the line is not due yet: its losses count in the next one, too
+        """
         now = time.monotonic()
         mean, rate = self.unlogged.total / self.unlogged.count, self.count * batch_size / (now - self.since)
         numbers = dict(loss=mean, lr=lr, images_per_second=rate)
@@ -122,8 +129,9 @@ class Log:
         cells = {"step": f"{step}"} | {name: f"{value:{FORMATS[name]}}" for name, value in numbers.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(",".join(cells.get(name, "") for name in COLUMNS) + "\n")
-        self.unlogged.total, self.unlogged.count = 0.0, 0
-        self.count, self.since = 0, now
+        if not early:
+            self.unlogged.total, self.unlogged.count = 0.0, 0
+            self.count, self.since = 0, now
         return numbers
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:

@@ -19,7 +19,8 @@ def new_model(dataset: Any, config: Config, name: str = "model", *, init: Model 
     """The model that ``config`` asks for, with the data's shape and classes, to be trained.
 
     The data are a :class:`diffkern.data.Dataset`, or any map-style dataset. The model predicts what ``config`` says,
-    else what ``init`` does, else what its process is usually trained on.
+    else what ``init`` does, else what its process is usually trained on. Its network is that of ``init`` in all options
+    that ``config.network`` does not name; its process is that of ``config``.
     Its weights are random, or those of ``init``, a model to fine-tune. A class has the embedding of the class of its
     name in ``init``, the null class that of the null class; where no name is the same and there are as many classes,
     each has that of its label. ``groups`` is the largest divisor of 32 that divides ``channels``, unless it is given.
@@ -36,7 +37,7 @@ def new_model(dataset: Any, config: Config, name: str = "model", *, init: Model 
         options["groups"] = math.gcd(32, channels)  # UNet's own 32 where that divides every width
     with torch.random.fork_rng(devices=[]), float32_on("cpu"):
         torch.default_generator.manual_seed(config.seed)
-        network = UNet(**{**options, **config.network})
+        network = UNet(**{**options, **({} if init is None else network_of(init)), **config.network})
     process = from_config(config.schedule)
     prediction = config.prediction or (process.prediction if init is None else init.prediction)
     model = Model(network, process, prediction, dataset.shape, classes, name=name)
@@ -45,10 +46,16 @@ def new_model(dataset: Any, config: Config, name: str = "model", *, init: Model 
     return model
 
 
+def network_of(init: Model) -> dict[str, Any]:
+    """The options of a network to fine-tune, but for what data and their classes say."""
+    network = unwrapped(init.network)
+    if not isinstance(network, UNet):
+        raise TypeError(f"init: expected a model of a diffkern.unet.UNet, got one of {type(network).__name__}")
+    return {name: value for name, value in network.config.items() if name not in ("out_channels", "num_classes")}
+
+
 def _copy_weights(model: Model, init: Model) -> None:
     network, source = model.network, unwrapped(init.network)
-    if not isinstance(source, UNet):
-        raise TypeError(f"init: expected a model of a diffkern.unet.UNet, got one of {type(source).__name__}")
     if init.prediction != model.prediction:
         raise ValueError(
             f"init: expected a model that predicts {model.prediction!r}, which is trained, got {init.prediction!r}"
@@ -58,11 +65,17 @@ def _copy_weights(model: Model, init: Model) -> None:
     restore(live, stored, f"init: {init.name}")
     if ours is None or theirs is None:
         return
-    known = {name: label for label, name in enumerate(init.classes or ())}
-    rows = [(label, known[name]) for label, name in enumerate(model.classes or ()) if name in known]
-    if not rows and network.config["num_classes"] == source.config["num_classes"]:
-        rows = [(label, label) for label in range(network.config["num_classes"])]
+    rows = list(classes_of_init(model, init).items())
     if network.config["null_class"] and source.config["null_class"]:
         rows.append((-1, -1))
     for mine, other in rows:
         ours[mine] = theirs[other]
+
+
+def classes_of_init(model: Model, init: Model) -> dict[int, int]:
+    """The label in ``init`` whose embedding a class of ``model`` begins with, by label; others begin anew."""
+    known = {name: label for label, name in enumerate(init.classes or ())}
+    labels = {label: known[name] for label, name in enumerate(model.classes or ()) if name in known}
+    if not labels and model.num_classes == init.num_classes:
+        labels = {label: label for label in range(model.num_classes or 0)}
+    return labels

@@ -86,7 +86,7 @@ def _read(family: Any, make: Any, path: Path, options: Mapping[str, Any]) -> tup
         text = f"no tensor {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{os.fspath(path)}: {text} (a checkpoint of {family.NAME})") from None
     network = arguments["network"]
-    if network.num_classes is not None:  # which have no names, but numbers
+    if network.num_classes is not None and not arguments.get("classes"):  # which have no names, but numbers
         arguments["classes"] = tuple(map(str, range(network.num_classes)))
     parameters = sum(tensor.numel() for tensor in network.parameters())
     shape = "x".join(map(str, arguments["shape"]))

@@ -5,7 +5,7 @@ A U-Net that ours can be is ours, with the tensors of the file; any other is dif
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ OPTIONS = {
     "ignore": Option(list, "settings of the scheduler to leave aside"),
 }
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
+OURS = "diffkern.json"
+"""What :func:`write_folder` adds, which diffusers does not read: the names of classes, and whether one more is the null
+class."""
 STEM = "diffusion_pytorch_model"  # variants follow: .fp16
 WEIGHTS = (f"{STEM}.safetensors", f"{STEM}.bin")
 SHARDS = f"{WEIGHTS[0]}.index.json"
@@ -68,15 +71,20 @@ def read_folder(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     root = folder if (folder / INDEX).exists() else folder.parent
     unet = folder / "unet" if (folder / "unet" / CONFIG).exists() else folder
     config = _json(unet / CONFIG)
-    network = _network(config, _tensors(path if path.is_file() else unet))
+    ours = _json(root / OURS) if (root / OURS).exists() else {}
+    if not isinstance(ours.get("classes"), list | None):
+        raise ValueError(f"classes: expected a list of names in {OURS}, got {ours['classes']!r:.80}")
+    network = _network(config, _tensors(path if path.is_file() else unet), null_class=ours.get("null_class") is True)
     scheduler = options.get("scheduler") or _scheduler([root / "scheduler", root, unet])
     told = pipelines.told_by(config, scheduler, options.get("ignore", ()))
     embedded = config.get("class_embed_type") == "identity"
     conditions = (Condition("class_embedding", (4 * config["block_out_channels"][0],)),) if embedded else ()
-    return dict(network=network, conditions=conditions, **told)
+    return dict(network=network, conditions=conditions, classes=ours.get("classes"), **told)
 
 
-def write_folder(folder: Path, network: UNet, *, shape: tuple[int, ...], **kept: Any) -> None:
+def write_folder(
+    folder: Path, network: UNet, *, shape: tuple[int, ...], classes: Sequence[str] | None = None, **kept: Any
+) -> None:
     """Write a ``DDPMPipeline`` that diffusers loads: its ``UNet2DModel``, and its scheduler.
 
     kept  what :func:`diffkern.io.pipelines.scheduler_config` takes
@@ -105,6 +113,7 @@ def write_folder(folder: Path, network: UNet, *, shape: tuple[int, ...], **kept:
         (f"unet/{CONFIG}", {"_class_name": "UNet2DModel"} | config),
         (f"scheduler/{SCHEDULER}", scheduler),
         (INDEX, {"_class_name": "DDPMPipeline"} | index),
+        (OURS, {"classes": classes, "null_class": network.null_class}),
     ):
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(folder / name, lambda path, text=text: path.write_text(text))
@@ -120,7 +129,7 @@ def _check_pipeline(index: Mapping[str, Any]) -> None:
         raise ValueError(f"expected a pipeline of a UNet2DModel and a scheduler, got {listed}")
 
 
-def _network(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+def _network(config: Mapping[str, Any], tensors: Mapping[str, Tensor], null_class: bool = False) -> nn.Module:
     kind = config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise ValueError(f"expected a UNet2DModel, got a {kind}")
@@ -135,6 +144,8 @@ def _network(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Mod
         from diffusers import UNet2DModel
 
         return DiffusersUNet(fill(lambda: UNet2DModel(**known), tensors))
+    if null_class and options["num_classes"]:
+        options |= {"num_classes": options["num_classes"] - 1, "null_class": True}
     return fill(lambda: UNet(**options), tensors)
 
 
