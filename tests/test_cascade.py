@@ -261,13 +261,6 @@ BAD = {
         ValueError,
         r"network: expected one with the classes of base, \('a', 'b'\), got base with \('b', 'a'\)",
     ),
-    "path": (lambda c: Cascade("base", c.upsamplers), TypeError, "base: expected a Model, got str"),
-    "paths": (lambda c: Cascade(c.base, ["up"]), TypeError, "upsamplers: expected a Model, got str"),
-    "lone": (
-        lambda c: Cascade(c.base, c.upsamplers[0]),
-        TypeError,
-        "upsamplers: expected a sequence of models, got Model",
-    ),
     "stretched": (
         lambda c: Cascade(replace(c.base, shape=(3, 4, 2)), c.upsamplers),
         ValueError,

@@ -170,7 +170,7 @@ BAD = {
     "option": (lambda s: draw(s, n=1, prompts="cat"), "prompts: expected "),
     "both": (lambda s: vary(s, torch.zeros(3, 16, 16), 3, seeds=[1]), "seeds: expected 3, one for each picture, got 1"),
     "model": (lambda s: vary("fashion-mnist", torch.zeros(3, 16, 16)), "model: expected an UnCLIP, .*, got Model"),
-    "part": (lambda s: replace(s, upsampler="faces"), "upsampler: expected a Model, got str"),
+    "part": (lambda s: replace(s, upsampler="faces"), "upsampler: expected a Model, got 'faces'"),
     "parts": (lambda s: UnCLIP(s.clip, s.decoder, s.prior), r"decoder: expected a model with the conditions \('text',"),
 }
 
