@@ -265,6 +265,9 @@ def test_the_recipe_trains_all_parts_and_resumes_clip_to_the_bit(tmp_path, monke
         recipe.train_part(part, parts, 1)
     packed = recipe.pack(parts)
     assert isinstance(load(parts / "emoji.safetensors"), UnCLIP)
+    (tmp_path / "again").mkdir()
+    recipe.train_part("decoder", tmp_path / "again", 1, str(parts / "emoji.safetensors"))  # CLIP comes with the rest
+    assert (tmp_path / "again" / contrastive.CLIP_FILE).exists()
     assert packed.decoder.shape == (3, 32, 32) and packed.prior.shape == (128,) and packed.drawn.shape == (3, 64, 64)
 
 

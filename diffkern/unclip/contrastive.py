@@ -37,8 +37,8 @@ def train_clip(out: Path, steps: int) -> None:
             if done % 100 == 0:
                 bar.report(step=done, loss=f"{loss:.3f}")
             if done % 500 == 0:
-                _save_clip(out, clip, optimizer, done)
-    _save_clip(out, clip, optimizer, done)
+                save_clip(out, clip, done, optimizer)
+    save_clip(out, clip, done, optimizer)
     for split in ("test", "train"):
         top_1, top_5 = retrieval(clip.eval(), Pictures(split))
         print(f"{split}: a drawing's label among {len(emoji.THINGS):,}: top-1 {top_1:.3f}, top-5 {top_5:.3f}")
@@ -65,16 +65,16 @@ def rate(step: int, steps: int) -> float:
     return RATE * min(1, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
-def _save_clip(out: Path, clip: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
-    named = dict(clip.named_parameters())
+def save_clip(out: Path, clip: CLIP, steps: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Write CLIP after so many steps into a run's folder, with the optimizer's moments, from which its run goes on."""
     moments = {
         f"{kind}.{name}": optimizer.state[parameter][kind]
         for kind in ("exp_avg", "exp_avg_sq")
-        for name, parameter in named.items()
-        if done
+        for name, parameter in clip.named_parameters()
+        if optimizer is not None and optimizer.state
     }
     weights = {f"clip.{name}": tensor for name, tensor in state(clip).items()}
-    write(out / CLIP_FILE, {"clip": files.describe_clip(clip), "steps": done}, {**weights, **moments})
+    write(out / CLIP_FILE, {"clip": files.describe_clip(clip), "steps": steps}, {**weights, **moments})
 
 
 def _resume_clip(out: Path, named: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
@@ -86,7 +86,7 @@ def _resume_clip(out: Path, named: dict[str, Tensor], optimizer: torch.optim.Opt
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[f"clip.{name}"])
-            if done:
+            if f"exp_avg.{name}" in tensors:
                 optimizer.state[parameter] = {
                     "step": torch.tensor(float(done), dtype=torch.float32, device="cpu"),
                     **{kind: tensors[f"{kind}.{name}"].clone() for kind in ("exp_avg", "exp_avg_sq")},

@@ -26,7 +26,7 @@ from ..networks import ResidualMLP, UNet
 from ..schedule import Schedule
 from ..training import Config, recipes
 from .clip import CLIP
-from .contrastive import by_parts, embeddings, train_clip, trained_clip
+from .contrastive import CLIP_FILE, by_parts, embeddings, save_clip, train_clip, trained_clip
 from .pictures import Pictures
 from .system import UnCLIP
 
@@ -128,9 +128,14 @@ STEPS = {"clip": 5000, "prior": 6000, "decoder": 14_000, "upsampler": 6000}
 
 
 def train_part(part: str, out: Path, steps: int, init: str | None = None) -> None:
-    """Train a part, or go on; ``init``: with the weights of that part of a packed model."""
+    """Train a part, or go on; ``init``: a packed model with whose weights, and CLIP where there is none, it begins."""
     data, make, settings = PARTS[part]
-    config, begin = _config(steps=steps, **settings), None if init is None else load(init).models()[part]
+    config, begin = _config(steps=steps, **settings), None
+    if init is not None:
+        packed = load(init)
+        begin = packed.models()[part]
+        if not (out / CLIP_FILE).exists():
+            save_clip(out, packed.clip, STEPS["clip"])
     recipes.train_part(out / part, make, data(out), config, begin)
 
 
