@@ -1,4 +1,4 @@
-"""What is this installation, and does it work?"""
+"""The installation: its versions, its kernels, and checks against known answers."""
 
 import functools
 import platform

@@ -205,7 +205,7 @@ def _weights(model: Model | System) -> str:
 
 
 def _label(model: Model | System, label: int) -> dict[str, Any]:
-    """What a PNG tells of its class: the number, and the name if classes have names."""
+    """The class as a PNG tells it: the number, and the name if classes have names."""
     classes = (model.drawn if isinstance(model, System) else model).classes
     named = {} if classes is None else {"class": "none" if label < 0 else classes[label]}
     return {"label": label, **named}

@@ -1,4 +1,4 @@
-"""What a network gets beside x_t, t and labels: numbers, vectors and images, by name."""
+"""Conditions, beside x_t, t and labels: numbers, vectors and images, by name."""
 
 import copy
 import inspect

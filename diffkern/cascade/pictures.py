@@ -1,4 +1,4 @@
-"""What an upsampler learns from: pictures, each with a small version of it, enlarged and noised."""
+"""The data of an upsampler: pictures, each with a small version of it, enlarged and noised."""
 
 from typing import Any
 

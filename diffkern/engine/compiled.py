@@ -262,7 +262,7 @@ class Compiled:
 
 _compiled: weakref.WeakKeyDictionary[nn.Module, Compiled] = weakref.WeakKeyDictionary()
 _cyclic: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Compiled]] = weakref.WeakKeyDictionary()
-"""Those that hold their network. Its optimized forms hold them, so that all of it is garbage together."""
+"""Recordings that hold their network. Its optimized forms hold them, so that all of it is garbage together."""
 
 
 def compiled(network: nn.Module) -> Compiled:

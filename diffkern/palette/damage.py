@@ -39,7 +39,7 @@ class Damage:
 
 
 def damaged(x: Tensor, seed: int, kinds: Sequence[str] = KINDS) -> Tensor:
-    """What is left of a picture [3, H, W] in [-1, 1] after the damage of a seed: one of ``kinds``, equally likely.
+    """Damage a picture [3, H, W] in [-1, 1] as a seed says: by one of ``kinds``, equally likely.
 
     "gray" is its luma; "hole" has noise in a rectangle; "jpeg" is what a JPEG of quality 5 to 30 holds.
     Raises ValueError for other kinds.

@@ -71,7 +71,7 @@ class Sampler:
 
 
 def _place(function: Callable[..., Any]) -> tuple[str, str]:
-    """Where a function is defined; a definition that is run again has the same place."""
+    """The module and the name of a function's definition, which are the same when it is run again."""
     return function.__module__, function.__qualname__
 
 

@@ -1,4 +1,4 @@
-"""What a run learns: how an example reaches the network, and what the network loses by it."""
+"""The task of a run: how an example reaches the network, and the network's loss on it."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -104,7 +104,7 @@ class Task(ABC):
         return other
 
     def initialize(self, batches: "Batches") -> None:  # noqa: B027
-        """What the network takes from data before the first step."""
+        """Set the parameters that start from data, before the first step."""
 
     @abstractmethod
     def given(self, batch: Batch, draws: Draws) -> Given:

@@ -98,12 +98,12 @@ def _config(**given: Any) -> Config:
 
 
 def large_pictures(out: Path) -> emoji.Emoji:
-    """What the upsampler learns from: the drawings at 64 x 64, which npm gets, beside those that it is to enlarge."""
+    """The data of the upsampler: the drawings at 64 x 64, which npm gets, beside those that it is to enlarge."""
     return emoji.Emoji.fetch(size=64, transform=LowResolution(2, Schedule.cosine(1000)))
 
 
 def embedded(kind: type[Embedded], out: Path) -> Embedded:
-    """What the prior or the decoder learns from, by the CLIP of the run."""
+    """The data of the prior or the decoder, by the CLIP of the run."""
     return kind(trained_clip(out), Pictures())
 
 

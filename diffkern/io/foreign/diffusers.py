@@ -27,8 +27,8 @@ OPTIONS = {
 }
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 OURS = "diffkern.json"
-"""What :func:`write_folder` adds, which diffusers does not read: the names of classes, and whether one more is the null
-class."""
+"""The file that :func:`write_folder` adds, which diffusers does not read: the names of classes, and whether one more is
+the null class."""
 STEM = "diffusion_pytorch_model"  # variants follow: .fp16
 WEIGHTS = (f"{STEM}.safetensors", f"{STEM}.bin")
 SHARDS = f"{WEIGHTS[0]}.index.json"
